@@ -1,0 +1,46 @@
+"""Classifier-free guidance, in the standard convention: 1 is off (arXiv:2207.12598)."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from model.types import Conditioning, Denoiser
+
+
+def guided_velocity(
+    net: Denoiser,
+    x: Tensor,
+    sigma: Tensor,
+    conditioning: Conditioning,
+    unconditional: Conditioning,
+    *,
+    cfg_scale: float,
+) -> Tensor:
+    """uncond + cfg_scale (cond - uncond), as velocity [B, C, F, H, W], fp32.
+
+    x: [B, C, F, H, W]; sigma: [B, 1] or [B, F]. At cfg_scale 1 the network sees one batch of B;
+    otherwise one batch of 2 B, so that sharded weights are gathered once. Guidance is linear, so
+    guiding the velocity and guiding x0 are the same thing.
+    """
+    if cfg_scale == 1.0:
+        return net(x, sigma, conditioning).velocity
+    both = concatenate(conditioning, unconditional)
+    velocity = net(torch.cat([x, x]), torch.cat([sigma, sigma]), both).velocity
+    cond, uncond = velocity.chunk(2)
+    return uncond + cfg_scale * (cond - uncond)
+
+
+def concatenate(first: Conditioning, second: Conditioning) -> Conditioning:
+    """Two conditionings as one batch; both must have the same optional parts."""
+    parts: dict[str, Tensor | None] = {}
+    for field in fields(Conditioning):
+        a, b = getattr(first, field.name), getattr(second, field.name)
+        if (a is None) != (b is None):
+            raise ValueError(f"only one of the two conditionings has '{field.name}'")
+        parts[field.name] = None if a is None else torch.cat([a, b])
+    text = parts.pop("text")
+    assert text is not None
+    return Conditioning(text, **parts)

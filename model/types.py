@@ -1,0 +1,97 @@
+"""The types that travel between rooms, and the words and letters of this code base.
+
+Words: generator (the student), critic (the fake score), teacher (the real score), x0 (clean
+latents), noise, sigma (noise level in [0, 1]), timestep (1000 sigma, Wan's embedding only),
+velocity (noise - x0), cfg_scale (1 = no guidance), rollout (how the generator makes a sample).
+
+Letters: B batch, C latent channels, F latent frames, H W latent height and width, L text tokens,
+N video tokens, D width of the transformer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from model.wan.context import FULL_ATTENTION, Context
+from utils.seeding import StepRNG
+
+__all__ = [
+    "FULL_ATTENTION",
+    "Batch",
+    "Conditioning",
+    "Context",
+    "Denoiser",
+    "LossOutput",
+    "Prediction",
+    "Rollout",
+    "Sample",
+    "StepRNG",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """What the denoiser is conditioned on. Never mutated; `dataclasses.replace` makes a new one."""
+
+    text: Tensor  # [B, L, text_dim] encoder states, zero past each prompt's end
+    clip: Tensor | None = None  # [B, 257, 1280] CLIP states of the first frame, I2V only
+    first_frame: Tensor | None = None  # [B, 20, F, H, W] mask and latent, I2V only
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """One network evaluation, in both parameterisations; fp32."""
+
+    x0: Tensor  # [B, C, F, H, W]
+    velocity: Tensor  # [B, C, F, H, W], noise - x0
+
+
+class Denoiser(Protocol):
+    """A network behind Wan's flow parameterisation."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        *,
+        context: Context = FULL_ATTENTION,
+    ) -> Prediction:
+        """Predict from x [B, C, F, H, W] at noise level sigma [B, 1] or [B, F] in [0, 1]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What a loss receives: a raw batch after the encoders."""
+
+    conditioning: Conditioning
+    unconditional: Conditioning  # the negative prompt, same batch size, same image
+    latent_shape: tuple[int, int, int, int]  # [C, F, H, W] of the samples to make
+    x0: Tensor | None = None  # [B, C, F, H, W] real latents, when the data has them
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """What a rollout hands to an objective."""
+
+    x0: Tensor  # [B, C, F, H, W], fp32; carries a gradient when the rollout was asked to
+
+
+class Rollout(Protocol):
+    """Makes samples from the generator the way that inference will."""
+
+    def __call__(
+        self, generator: Denoiser, batch: Batch, rng: StepRNG, *, grad: bool
+    ) -> Sample: ...
+
+
+@dataclass(frozen=True, eq=False)
+class LossOutput:
+    """A loss and what is worth watching about it."""
+
+    loss: Tensor  # scalar, the mean over the local batch
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)  # detached scalars, on device

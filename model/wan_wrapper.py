@@ -1,0 +1,193 @@
+"""Wan2.1's three networks behind plain interfaces: denoiser, text encoder, video autoencoder."""
+
+from __future__ import annotations
+
+import html
+import logging
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from model.flow import TIMESTEPS, velocity_to_x0
+from model.folder import ModelFolder
+from model.patch_codec import PatchCodec
+from model.types import FULL_ATTENTION, Conditioning, Context, Prediction
+from model.umt5 import load_umt5
+from model.wan.transformer import WanTransformer
+
+log = logging.getLogger(__name__)
+
+
+class WanDiffusionWrapper(nn.Module):
+    """A Denoiser: speaks noise levels and fp32 latents outside, Wan's timesteps inside."""
+
+    model: WanTransformer
+
+    def __init__(self, model: WanTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        *,
+        context: Context = FULL_ATTENTION,
+    ) -> Prediction:
+        """x: [B, C, F, H, W] at noise level sigma [B, 1] or [B, F]; see model.types.Denoiser."""
+        if x.ndim != 5 or sigma.ndim != 2 or sigma.shape[1] not in (1, x.shape[2]):
+            raise ValueError(
+                f"expected latents [B, C, F, H, W] and sigma [B, 1] or [B, F], "
+                f"got {tuple(x.shape)} and {tuple(sigma.shape)}"
+            )
+        inputs = x
+        if conditioning.first_frame is not None:
+            inputs = torch.cat([x, conditioning.first_frame.to(x.dtype)], dim=1)
+        velocity = self.model(
+            inputs, TIMESTEPS * sigma.float(), conditioning.text, conditioning.clip, context=context
+        ).float()
+        return Prediction(velocity_to_x0(x, velocity, sigma), velocity)
+
+
+class WanTextEncoder(nn.Module):
+    """Prompts to UMT5 states, as Wan reads them: padded to `text_len` rows, zero past the end."""
+
+    def __init__(self, folder: ModelFolder, text_len: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        from transformers import AutoTokenizer  # slow to import
+
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder.tokenizer))
+        self.encoder = load_umt5(folder.text_encoder, dtype)
+        self.text_len = text_len
+
+    @torch.no_grad()
+    def forward(self, prompts: list[str]) -> Tensor:
+        """Text states [B, text_len, text_dim] in the encoder's dtype."""
+        device = next(self.encoder.parameters()).device
+        ids = self.tokenizer([clean_prompt(p) for p in prompts], add_special_tokens=True).input_ids
+        for prompt, words in zip(prompts, ids, strict=True):
+            if len(words) > self.text_len:
+                log.warning(
+                    "prompt of %d tokens cut to the %d that this model reads: '%.60s...'",
+                    len(words),
+                    self.text_len,
+                    prompt,
+                )
+        batch = self.tokenizer(
+            [clean_prompt(p) for p in prompts],
+            add_special_tokens=True,
+            padding="max_length",
+            truncation=True,
+            max_length=self.text_len,
+            return_tensors="pt",
+        ).to(device)
+        states = self.encoder(batch.input_ids, batch.attention_mask).last_hidden_state
+        return states * batch.attention_mask[..., None].to(states.dtype)
+
+
+def clean_prompt(prompt: str) -> str:
+    """Undo HTML escapes and collapse white space, as Wan does before it tokenises."""
+    return " ".join(html.unescape(html.unescape(prompt)).split())
+
+
+class VideoVAE(Protocol):
+    """Pixels [B, 3, P, H, W] in [-1, 1] to normalised latents [B, C, F, h, w] and back."""
+
+    def encode_to_latent(self, pixels: Tensor) -> Tensor: ...
+
+    def decode_to_pixel(self, latents: Tensor) -> Tensor: ...
+
+    def stream_decoder(self) -> StreamDecoder: ...
+
+
+class StreamDecoder(Protocol):
+    """Decodes successive latent frames of one video."""
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+class WanVAEWrapper(nn.Module):
+    """diffusers' AutoencoderKLWan with Wan's latent normalisation, whole or as a stream.
+
+    Strides 4 in time and 8 in space: P = 1 + 4 (F - 1) pixel frames. Decoding goes one latent
+    frame at a time in either use, so a stream equals the whole bit for bit.
+    """
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae: Any = vae
+        self.vae.requires_grad_(False)
+        mean = torch.tensor(self.vae.config.latents_mean).view(1, -1, 1, 1, 1)
+        std = torch.tensor(self.vae.config.latents_std).view(1, -1, 1, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    @classmethod
+    def load(cls, path: Path, dtype: torch.dtype) -> WanVAEWrapper:
+        """Read a diffusers VAE folder, or an official Wan2.1_VAE.pth."""
+        from diffusers import AutoencoderKLWan  # slow to import
+
+        if path.is_dir():
+            return cls(AutoencoderKLWan.from_pretrained(str(path), torch_dtype=dtype))
+        from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        vae = AutoencoderKLWan()
+        vae.load_state_dict(convert_wan_vae_to_diffusers(dict(weights)))
+        return cls(vae.to(dtype))
+
+    @torch.no_grad()
+    def encode_to_latent(self, pixels: Tensor) -> Tensor:
+        """pixels [B, 3, P, 8 h, 8 w] in [-1, 1] to latents [B, C, F, h, w]: the posterior's mean."""
+        if (pixels.shape[2] - 1) % 4:
+            raise ValueError(f"a clip must have 1 + 4 k frames, got {pixels.shape[2]}")
+        mode = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()
+        return (mode.float() - self.mean) / self.std
+
+    def decode_to_pixel(self, latents: Tensor) -> Tensor:
+        """latents [B, C, F, h, w] to pixels [B, 3, P, 8 h, 8 w] in [-1, 1], fp32."""
+        return self.stream_decoder().decode(latents)
+
+    def stream_decoder(self) -> WanStreamDecoder:
+        """A decoder for one video that arrives in pieces."""
+        return WanStreamDecoder(self)
+
+
+class WanStreamDecoder:
+    """Keeps the last frames that each causal convolution saw between calls."""
+
+    def __init__(self, wrapper: WanVAEWrapper) -> None:
+        self._wrapper = wrapper
+        vae = wrapper.vae
+        count = sum(type(m).__name__ == "WanCausalConv3d" for m in vae.decoder.modules())
+        self._cache: list[Any] = [None] * count
+        self._started = False
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The next latent frames [B, C, f, h, w] to their pixels, 1 then 4 frames each."""
+        vae = self._wrapper.vae
+        z = latents.float() * self._wrapper.std + self._wrapper.mean
+        parts = []
+        for frame in z.to(vae.dtype).split(1, dim=2):
+            pixels = vae.decoder(
+                vae.post_quant_conv(frame),
+                feat_cache=self._cache,
+                feat_idx=[0],
+                first_chunk=not self._started,
+            )
+            self._started = True
+            parts.append(pixels.float().clamp(-1.0, 1.0))
+        return torch.cat(parts, dim=2)
+
+
+def load_vae(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> VideoVAE:
+    """The video codec of a model folder: Wan's autoencoder, or the tiny world's codec."""
+    path = folder.vae
+    assert path is not None, "check_model comes first"
+    if path.suffix == ".safetensors":
+        return PatchCodec.load(path).to(device)
+    return WanVAEWrapper.load(path, dtype).to(device)

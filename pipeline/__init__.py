@@ -1,0 +1,1 @@
+"""How samples are made: training rollouts and inference pipelines."""

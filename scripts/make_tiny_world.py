@@ -1,0 +1,140 @@
+"""Make the tiny world: a Wan2.1 model folder without transformer weights, and data to train them.
+
+Writes <model_root>/Wan2.1-T2V-Tiny (config, tokenizer, text encoder, codec) and <data>/latents
+(LMDB shards), <data>/prompts.txt. Deterministic; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tqdm import tqdm
+
+from model.folder import CONFIG, TEXT_ENCODER, TOKENIZER, ModelFolder
+from model.patch_codec import FILE_NAME, PatchCodec
+from model.umt5 import to_official
+from model.wan.config import PRESETS, write_wan_config
+from utils.lmdb import ShardWriter
+from utils.seeding import derive_seed, generator
+from utils.shapes_world import captions, draw_captions, draw_scenes, render
+from utils.weights import write_weights
+
+NAME = "Wan2.1-T2V-Tiny"
+SEED = 2026  # of the world itself, not of a run: every clone makes the same one
+SHARD_CLIPS, CODEC_CLIPS, CHUNK = 2048, 1024, 128
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of make_tiny_world.py."""
+    result = argparse.ArgumentParser(description=__doc__)
+    result.add_argument("--model_root", type=Path, default=Path("wan_models"))
+    result.add_argument("--data_path", type=Path, default=Path("data/tiny"))
+    result.add_argument("--clips", type=int, default=8192)
+    return result
+
+
+def make_tokenizer(folder: Path) -> int:
+    """Write a word-level tokenizer over the captions' words; returns its vocabulary's size."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors  # slow to import
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted({word for caption in captions() for word in str(caption).split()})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    tokenizer: Any = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(str(folder))
+    return len(vocabulary)
+
+
+def make_text_encoder(path: Path, vocabulary: int, text_dim: int) -> None:
+    """Write a one-layer UMT5 encoder with fixed random weights, under official names."""
+    from transformers import UMT5Config, UMT5EncoderModel  # slow to import
+
+    config = UMT5Config(
+        vocab_size=vocabulary,
+        d_model=text_dim,
+        d_kv=16,
+        d_ff=2 * text_dim,
+        num_layers=1,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(SEED, "text encoder"))
+        encoder = UMT5EncoderModel(config)
+    write_weights(to_official(encoder.state_dict()), path.with_suffix(".pt"), {})
+    path.with_suffix(".pt").replace(path)
+
+
+def make_folder(folder: Path) -> PatchCodec:
+    """Write the model folder; returns its codec. A finished folder is left as it is."""
+    codec_path = folder / FILE_NAME
+    if codec_path.is_file():  # written last
+        return PatchCodec.load(codec_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = PRESETS[NAME]
+    vocabulary = make_tokenizer(folder / TOKENIZER)
+    make_text_encoder(folder / TEXT_ENCODER, vocabulary, config.text_dim)
+    write_wan_config(config, folder / CONFIG)
+    rng = generator(SEED, "codec")
+    clips = render(draw_scenes(draw_captions(CODEC_CLIPS, rng), rng))
+    codec = PatchCodec.fit(2.0 * clips - 1.0)
+    codec.save(codec_path)
+    return codec
+
+
+def make_data(folder: Path, codec: PatchCodec, count: int) -> None:
+    """Write `count` captioned latents in shards, and all captions as a prompt file.
+
+    A shard appears whole or not at all, so an interrupted call continues.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(f"{caption}\n" for caption in captions())
+    (folder / "prompts.txt").write_text(text, encoding="utf-8")
+    for number in tqdm(range(-(-count // SHARD_CLIPS)), desc="shards"):
+        shard = folder / "latents" / f"shard_{number}"
+        if shard.is_dir():
+            continue
+        part = folder / f"shard_{number}.tmp"
+        shutil.rmtree(part, ignore_errors=True)
+        rng = generator(SEED, "clips", number)
+        chosen = draw_captions(min(SHARD_CLIPS, count - number * SHARD_CLIPS), rng)
+        with ShardWriter(part) as writer:
+            for first in range(0, len(chosen), CHUNK):
+                some = chosen[first : first + CHUNK]
+                pixels = 2.0 * render(draw_scenes(some, rng)) - 1.0
+                writer.append([str(c) for c in some], codec.encode_to_latent(pixels))
+        shard.parent.mkdir(exist_ok=True)
+        part.rename(shard)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make the world; a second call finds it and returns at once."""
+    args = parser().parse_args(arguments)
+    codec = make_folder(args.model_root / NAME)
+    make_data(args.data_path, codec, args.clips)
+    print(f"{ModelFolder(args.model_root / NAME).path}: lacks {_lacking(args.model_root / NAME)}")
+    return 0
+
+
+def _lacking(path: Path) -> str:
+    return "; ".join(ModelFolder(path).missing()) or "nothing"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Train: read the command line, load the configuration, build the trainer, run it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.base import Interrupted, RunFailed
+from trainer.build import RunOptions, build_trainer
+from trainer.config import load
+from utils.cli import USER_ERRORS, fail, start_logging
+from utils.distributed import distributed_session
+
+log = logging.getLogger(__name__)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of train.py."""
+    result = argparse.ArgumentParser(description=__doc__)
+    result.add_argument("--config_path", type=Path, required=True, help="a YAML file of configs/")
+    result.add_argument("--logdir", type=Path, required=True, help="checkpoints, metrics, samples")
+    result.add_argument("--no_save", action="store_true", help="write no checkpoints")
+    result.add_argument("--no_visualize", action="store_true", help="make no sample pictures")
+    result.add_argument("--disable-wandb", "--disable_wandb", action="store_true")
+    result.add_argument("--wandb-save-dir", "--wandb_save_dir", type=Path, default=None)
+    result.add_argument("overrides", nargs="*", metavar="key=value", help="settings to override")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one training; returns the exit status. 130 = interrupted, and resumable."""
+    args = parser().parse_intermixed_args(arguments)
+    try:
+        config = load(args.config_path, args.overrides)
+    except USER_ERRORS as error:
+        return fail(error)
+    options = RunOptions(
+        logdir=args.logdir,
+        config_name=args.config_path.stem,
+        save=not args.no_save,
+        visualize=not args.no_visualize,
+        wandb=not args.disable_wandb,
+        wandb_folder=args.wandb_save_dir,
+    )
+    with distributed_session(timeout_s=config.timeout_s) as session:
+        start_logging(main_rank=session.is_main)
+        try:
+            trainer = build_trainer(config, session, options)
+        except USER_ERRORS as error:
+            return fail(error, quiet=not session.is_main)
+        try:
+            trainer.train()
+        except RunFailed as error:
+            return fail(error, quiet=not session.is_main)
+        except Interrupted as stop:
+            log.warning("%s; run the same command again to continue", stop)
+            return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

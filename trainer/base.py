@@ -1,0 +1,298 @@
+"""The one training loop: phases, accumulation, clipping, averaging, saving and resuming."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from tqdm import tqdm
+
+from model.conditioning import ConditioningEncoder
+from model.types import Batch, LossOutput
+from model.wan_wrapper import WanDiffusionWrapper
+from trainer.config import Config
+from trainer.validation import Validator
+from utils import checkpoint
+from utils.config import to_yaml
+from utils.dataset import DataOrder, Dataset
+from utils.distributed import Session
+from utils.ema import EMA
+from utils.metrics import Metrics, Tracker, not_finite
+from utils.optim import OptimizerConfig, clip_gradients, lr_factor, set_lr_factor
+from utils.parallel import sync_gradients
+from utils.seeding import StepRNG, step_rng
+
+log = logging.getLogger(__name__)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to stop; its state is saved and it can be resumed."""
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on, and says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedRole:
+    """A network whose weights move, with what moves them."""
+
+    network: WanDiffusionWrapper
+    optimizers: Sequence[torch.optim.Optimizer]
+    config: OptimizerConfig
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One optimizer update within an outer step."""
+
+    role: str  # whose weights it moves
+    loss: Callable[[Batch, StepRNG], LossOutput]
+
+
+@dataclass
+class TrainState:
+    """All that a resumed run needs beside weights, averages and optimizer states."""
+
+    step: int = 0  # outer steps done
+    draws: int = 0  # samples taken from the data order so far, over all ranks
+    updates: dict[str, int] = field(default_factory=dict)  # optimizer updates per role
+
+
+@dataclass(frozen=True, eq=False)
+class TrainerParts:
+    """What the composition root hands to a trainer."""
+
+    config: Config
+    session: Session
+    roles: Mapping[str, TrainedRole]
+    dataset: Dataset
+    encoder: ConditioningEncoder
+    tracker: Sequence[Tracker]
+    validator: Validator | None
+    logdir: Path
+    save: bool  # whether checkpoints are written
+
+
+class Trainer(ABC):
+    """Runs phases until `steps` are done. A subclass decides nothing but the phases."""
+
+    def __init__(self, parts: TrainerParts) -> None:
+        self.parts = parts
+        self.config = parts.config
+        self.session = parts.session
+        self.roles = parts.roles
+        self.ema = EMA(parts.roles["generator"].network.model, parts.config.ema)
+        self.state = TrainState(updates=dict.fromkeys(parts.roles, 0))
+        self.metrics = Metrics(parts.session)
+        self.order = DataOrder(len(parts.dataset), parts.config.seed)
+        self._stop = False
+
+    @abstractmethod
+    def phases(self, step: int) -> Iterable[Phase]:
+        """What to optimise at `step`, in order."""
+
+    @abstractmethod
+    def total_updates(self, role: str) -> int:
+        """How many updates `role` gets in the whole run; schedules end there."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where this run's checkpoints lie."""
+        return self.parts.logdir / "checkpoints"
+
+    def train(self) -> None:
+        """Resume if there is something to resume, then train until `steps`."""
+        self.resume()
+        bar = tqdm(
+            total=self.config.steps,
+            initial=self.state.step,
+            desc=self.parts.logdir.name,
+            disable=not self.session.is_main,
+            mininterval=1.0,
+        )
+        with bar, self._signals():
+            while self.state.step < self.config.steps:
+                for phase in self.phases(self.state.step):
+                    self.optimise(phase)
+                self.state.step += 1
+                self.metrics.count_step()
+                bar.update()
+                self.after_step(bar)
+        for tracker in self.parts.tracker:
+            tracker.close()
+
+    def optimise(self, phase: Phase) -> None:
+        """One update of one role: micro-batches, clipping, step, averaging."""
+        role = self.roles[phase.role]
+        micro = self.config.accumulation
+        for part in range(micro):
+            indices = self.micro_batch(part)
+            batch = self.load_batch(indices)
+            rng = step_rng(
+                self.config.seed,
+                phase.role,
+                step=self.state.step,
+                first=self.state.draws,
+                indices=indices,
+                device=self.session.device,
+            )
+            sync_gradients(role.network.model, part == micro - 1)
+            output = phase.loss(batch, rng)
+            (output.loss / micro).backward()
+            values = {"loss": output.loss.detach(), **output.metrics}
+            self.metrics.add(phase.role, values)
+        self.state.draws += self.config.batch_size
+        self.apply_gradients(phase.role)
+
+    def apply_gradients(self, name: str) -> None:
+        """Clip, step the role's optimizers, clear gradients, move the average."""
+        role = self.roles[name]
+        norm = clip_gradients(role.network.model, role.config.max_grad_norm)
+        update = self.state.updates[name]
+        factor = lr_factor(role.config, update, self.total_updates(name))
+        set_lr_factor(role.optimizers, role.config, factor)
+        for optimizer in role.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.state.updates[name] = update + 1
+        self.metrics.add(name, {"grad_norm": norm})
+        if name == "generator":
+            self.ema.update(role.network.model, step=self.state.step)
+
+    def micro_batch(self, part: int) -> list[int]:
+        """Positions in the global batch of this rank's samples of micro-batch `part`."""
+        size = self.config.batch_size // self.config.accumulation // self.session.world_size
+        first = (part * self.session.world_size + self.session.rank) * size
+        return list(range(first, first + size))
+
+    def load_batch(self, indices: Sequence[int]) -> Batch:
+        """The samples at these positions of the current global batch, encoded."""
+        items = [self.parts.dataset[self.order[self.state.draws + i]] for i in indices]
+        latents = [item.latents for item in items if item.latents is not None]
+        channels, frames, height, width = self.config.latent_shape
+        return Batch(
+            conditioning=self.parts.encoder.encode([item.prompt for item in items]),
+            unconditional=self.parts.encoder.unconditional(len(items)),
+            latent_shape=(channels, frames, height, width),
+            x0=torch.stack(latents).to(self.session.device) if latents else None,
+        )
+
+    def after_step(self, bar: tqdm[Any]) -> None:
+        """Log, save and show samples, each at its own interval; stop if a signal asked for it."""
+        step, last = self.state.step, self.state.step == self.config.steps
+        stopping = self.session.any(self._stop)
+        saving = self.parts.save and (last or stopping or step % self.config.save_every == 0)
+        if last or saving or step % self.config.log_every == 0:
+            self.log_metrics(bar)
+        validator = self.parts.validator
+        if validator is not None and (last or validator.due(step)):
+            self.show_samples(validator)
+        if saving:
+            self.save()
+        if stopping and not last:
+            raise Interrupted(f"stopped after step {step}")
+
+    def log_metrics(self, bar: tqdm[Any]) -> None:
+        """Read the metrics, the loop's one host sync, and write them. Raises on NaN."""
+        values = self.metrics.read()
+        for name, role in self.roles.items():
+            if self.state.updates[name]:
+                values[f"{name}/lr"] = role.optimizers[0].param_groups[0]["lr"]
+        if self.session.is_main:
+            for tracker in self.parts.tracker:
+                tracker.log(self.state.step, values)
+            losses = {k: f"{v:.4g}" for k, v in values.items() if k.endswith("/loss")}
+            bar.set_postfix(losses, refresh=False)
+        bad = not_finite(values)
+        if bad:
+            good = checkpoint.latest(self.checkpoints)
+            raise RunFailed(
+                f"step {self.state.step}: {', '.join(bad)} not finite; the last good checkpoint is "
+                f"{good or 'none'}. Lower the learning rate or max_grad_norm and start again."
+            )
+
+    def show_samples(self, validator: Validator) -> None:
+        """Write pictures of samples made with the averaged weights."""
+        generator = self.roles["generator"].network
+        with self.ema.swapped_in(generator.model):
+            path = validator.run(generator, self.parts.encoder, self.state.step)
+        if self.session.is_main:
+            for tracker in self.parts.tracker:
+                tracker.picture(self.state.step, "samples", path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {
+            "roles": {name: role.network.model.state_dict() for name, role in self.roles.items()},
+            "optim": {
+                name: get_optimizer_state_dict(role.network.model, list(role.optimizers))
+                for name, role in self.roles.items()
+            },
+            "ema": {"generator": dict(self.ema.shadow)},
+            "state": {
+                "step": torch.tensor(self.state.step),
+                "draws": torch.tensor(self.state.draws),
+                "updates": {k: torch.tensor(v) for k, v in self.state.updates.items()},
+            },
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint of this step and delete old ones. Collective."""
+        start = time.perf_counter()
+        texts = {"config.yaml": to_yaml(self.config)}
+        path = checkpoint.save(
+            self.checkpoints, self.state.step, self.state_dict(), texts, self.session
+        )
+        checkpoint.prune(self.checkpoints, self.config.keep_checkpoints, self.session)
+        log.info("saved %s in %.1f s", path, time.perf_counter() - start)
+
+    def resume(self) -> None:
+        """Continue from the newest whole checkpoint of the log directory, if there is one."""
+        path = checkpoint.latest(self.checkpoints)
+        found = self.session.from_main(str(path or ""))
+        if not found:
+            return
+        state = self.state_dict()
+        checkpoint.load(Path(found), state)
+        for name, role in self.roles.items():
+            role.network.model.load_state_dict(state["roles"][name])
+            set_optimizer_state_dict(
+                role.network.model, list(role.optimizers), optim_state_dict=state["optim"][name]
+            )
+        saved = state["state"]
+        updates = {name: int(value) for name, value in saved["updates"].items()}
+        self.state = TrainState(int(saved["step"]), int(saved["draws"]), updates)
+        log.info("resumed %s", found)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn the first Ctrl-C or SIGTERM into a stop after the current step."""
+
+        def request(signum: int, frame: FrameType | None) -> None:
+            del frame
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+            log.warning("%s: stopping after this step", signal.Signals(signum).name)
+
+        previous = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+

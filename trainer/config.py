@@ -1,0 +1,251 @@
+"""The root configuration: the five selectors, the sections, and the rules between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, cast
+
+from omegaconf import MISSING, OmegaConf
+
+import model
+from model.base import Method, MethodConfig
+from model.dmd import DMDConfig
+from pipeline.teacher import SamplingConfig
+from utils.config import ConfigError, Layer, load_config, read_overrides, read_yaml
+from utils.ema import EMAConfig
+from utils.optim import OptimizerConfig
+from utils.parallel import ParallelConfig
+from utils.registry import member_of
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "default_config.yaml"
+
+# Keys of Self-Forcing-style configs, and what to write here.
+RENAMED = {
+    "real_name": "teacher.model",
+    "fake_name": "critic.model",
+    "generator_name": "generator.model",
+    "generator_ckpt": "generator.weights",
+    "lr": "generator.lr",
+    "lr_critic": "critic.lr",
+    "gen_lr": "generator.lr",
+    "critic_lr": "critic.lr",
+    "beta1": "generator.betas and critic.betas, [beta1, beta2] each",
+    "beta2": "generator.betas and critic.betas, [beta1, beta2] each",
+    "weight_decay": "generator.weight_decay and critic.weight_decay",
+    "max_grad_norm_generator": "generator.max_grad_norm",
+    "max_grad_norm_critic": "critic.max_grad_norm",
+    "dfake_gen_update_ratio": "loss.generator_every",
+    "guidance_scale": "loss.cfg_scale, which is guidance_scale + 1",
+    "real_guidance_scale": "loss.cfg_scale, which is real_guidance_scale + 1",
+    "ema_weight": "ema.decay",
+    "ema_start_step": "ema.start_step",
+    "log_iters": "save_every (log_every is for the log)",
+    "max_iters": "steps",
+    "total_batch_size": "batch_size, which counts all ranks here",
+    "gradient_accumulation_steps": "accumulation",
+    "image_or_video_shape": "latent_shape, [C, F, H, W] without the batch",
+    "data_path": "data.path",
+    "data_type": "data.path alone; what lies there tells its type",
+    "gradient_checkpointing": "parallel.activation_checkpoint=block",
+    "model_kwargs": "timestep_shift at the top level",
+    "warp_denoising_step": "nothing: denoising_step_list is always shifted by timestep_shift",
+    "generator_fsdp_wrap_strategy": "nothing: each block is one unit",
+    "real_score_fsdp_wrap_strategy": "nothing: each block is one unit",
+    "fake_score_fsdp_wrap_strategy": "nothing: each block is one unit",
+    "num_train_timestep": "nothing: noise levels are exact, sigma = timestep / 1000",
+    "wandb_project": "logging.project",
+    "wandb_key": "nothing: run `wandb login` once",
+}
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """A network that is used as it is."""
+
+    model: str | None = None  # folder, or name below model_root; None = the generator's
+    weights: str | None = None  # file or training checkpoint instead of the folder's weights
+
+
+@dataclass(frozen=True)
+class TrainedNetworkConfig(OptimizerConfig):
+    """A network whose weights move."""
+
+    model: str | None = None  # folder, or name below model_root; None = the teacher's, if any
+    weights: str | None = None  # file or training checkpoint instead of the folder's weights
+    random_init: bool = False  # start from random weights, drawn from the seed
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on."""
+
+    path: str = MISSING  # a .txt file, a folder of .txt files, or a folder of LMDB shards
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Pictures of the model's samples while it trains, under averaged weights."""
+
+    every: int = 0  # outer steps; 0 = never
+    prompts: str | None = None  # file with one prompt per line; None = the data's first prompts
+    count: int = 8
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Where numbers go beside <logdir>/metrics.jsonl."""
+
+    wandb: bool = True
+    project: str = "fewstep"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, all of it."""
+
+    trainer: Literal["score_distillation", "diffusion"] = MISSING
+    distribution_loss: str = "dmd"  # of score_distillation: the file name of a method in model/
+    generator_type: Literal["bidirectional"] = "bidirectional"
+    denoising_step_list: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])
+    sharding_strategy: Literal["full", "hybrid_full"] = "full"
+
+    seed: int = 0
+    steps: int = MISSING  # outer steps; training stops here
+    batch_size: int = MISSING  # samples per update, over all ranks and micro-batches
+    accumulation: int = 1  # micro-batches per update
+    mixed_precision: bool = True  # bf16 compute over fp32 weights; false = fp32 throughout
+    timestep_shift: float = 5.0  # applied to denoising_step_list
+    latent_shape: list[int] = field(default_factory=lambda: [16, 21, 60, 104])  # C, F, H, W
+    model_root: str = "wan_models"
+
+    generator: TrainedNetworkConfig = field(default_factory=TrainedNetworkConfig)
+    critic: TrainedNetworkConfig = field(default_factory=lambda: TrainedNetworkConfig(lr=4e-7))
+    teacher: NetworkConfig = field(default_factory=NetworkConfig)
+    loss: MethodConfig = field(default_factory=DMDConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    log_every: int = 10  # outer steps between reads of the metrics
+    save_every: int = 200  # outer steps between checkpoints; the last step is always saved
+    keep_checkpoints: int = 2
+    timeout_s: float = 1800.0  # how long a rank waits for another before it raises
+
+
+# A run may be continued with other values of these; every other key is part of what it is.
+CHANGEABLE = (
+    "steps", "log_every", "save_every", "keep_checkpoints", "timeout_s", "model_root",
+    "data.path", "accumulation", "sharding_strategy", "parallel", "validation", "logging",
+    "sampling",
+)  # fmt: skip
+
+
+def method_name(trainer: str, distribution_loss: str) -> str:
+    """The file in model/ that holds the run's method: score distillation has a choice of them."""
+    return distribution_loss if trainer == "score_distillation" else trainer
+
+
+def method_class(config: Config) -> type[Method]:
+    """The class of the run's method."""
+    name = method_name(config.trainer, config.distribution_loss)
+    return cast(type[Method], member_of(model, name, Method, key="distribution_loss"))
+
+
+def load(config_path: Path, overrides: Sequence[str] = ()) -> Config:
+    """default_config.yaml <- `config_path` <- key=value words, typed and checked.
+
+    Raises ConfigError with one line per problem.
+    """
+    layers = [read_yaml(DEFAULT_CONFIG), read_yaml(config_path), read_overrides(overrides)]
+    config = load_config(_schema(layers), layers, RENAMED)
+    found = list(problems(config))
+    if found:
+        raise ConfigError("\n".join(found))
+    return config
+
+
+def _schema(layers: Sequence[Layer]) -> Config:
+    """The root schema, its `loss` typed by the method that the layers select."""
+    selected = OmegaConf.merge(*(layer.values for layer in layers))
+    trainer = selected.get("trainer", "score_distillation")
+    name = method_name(str(trainer), str(selected.get("distribution_loss", "dmd")))
+    try:
+        method = cast(type[Method], member_of(model, name, Method, key="distribution_loss"))
+    except ValueError as error:
+        if trainer != "score_distillation":
+            return Config()  # the typed merge will name the wrong trainer
+        source = next(
+            (x.source for x in reversed(layers) if "distribution_loss" in x.values), "default"
+        )
+        raise ConfigError(f"{source}: {error}") from error
+    return Config(loss=method.config_class())
+
+
+def problems(config: Config) -> Iterator[str]:
+    """What no run could do, one line each; independent of files and of the number of ranks."""
+    for key in ("steps", "batch_size", "accumulation", "log_every", "save_every"):
+        if getattr(config, key) < 1:
+            yield f"{key}: must be at least 1, got {getattr(config, key)}"
+    if config.keep_checkpoints < 1:
+        yield f"keep_checkpoints: must be at least 1, got {config.keep_checkpoints}"
+    if config.batch_size % max(1, config.accumulation):
+        yield (
+            f"accumulation: {config.accumulation} micro-batches must divide "
+            f"batch_size={config.batch_size}"
+        )
+    steps = config.denoising_step_list
+    if not steps or any(not 0 < step <= 1000 for step in steps) or steps != _descending(steps):
+        yield (
+            f"denoising_step_list: must fall strictly within (0, 1000] and begin at 1000, got {steps}"
+        )
+    elif steps[0] != 1000:
+        yield f"denoising_step_list: must begin at 1000, pure noise, got {steps}"
+    if len(config.latent_shape) != 4 or min(config.latent_shape) < 1:
+        yield f"latent_shape: must be [C, F, H, W], all positive, got {config.latent_shape}"
+    yield from _optimizer_problems("generator", config.generator)
+    yield from _optimizer_problems("critic", config.critic)
+    if not 0.0 <= config.ema.decay < 1.0:
+        yield f"ema.decay: must lie in [0, 1), got {config.ema.decay}"
+    if config.sampling.steps < 1:
+        yield f"sampling.steps: must be at least 1, got {config.sampling.steps}"
+    generator_every = getattr(config.loss, "generator_every", 1)
+    if generator_every < 1:
+        yield f"loss.generator_every: must be at least 1, got {generator_every}"
+    if config.generator.model is None and config.teacher.model is None:
+        yield "generator.model: must name a model folder (or teacher.model must)"
+
+
+def _descending(steps: Sequence[int]) -> list[int]:
+    return sorted(set(steps), reverse=True)
+
+
+def _optimizer_problems(name: str, config: TrainedNetworkConfig) -> Iterator[str]:
+    if config.lr <= 0:
+        yield f"{name}.lr: must be positive, got {config.lr}"
+    if config.muon_lr is not None and config.muon_lr <= 0:
+        yield f"{name}.muon_lr: must be positive or null, got {config.muon_lr}"
+    if len(config.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in config.betas):
+        yield f"{name}.betas: must be two numbers in [0, 1), got {config.betas}"
+    if config.max_grad_norm <= 0:
+        yield f"{name}.max_grad_norm: must be positive, got {config.max_grad_norm}"
+    if config.random_init and config.weights is not None:
+        yield f"{name}.weights: cannot be given together with {name}.random_init"
+
+
+def generator_model(config: Config) -> str:
+    """The generator's model folder or name."""
+    return config.generator.model or config.teacher.model or ""
+
+
+def role_model(config: Config, role: str) -> str:
+    """The model folder or name of any role; the teacher's is the default of the critic's."""
+    if role == "generator":
+        return generator_model(config)
+    teacher = config.teacher.model or generator_model(config)
+    return teacher if role == "teacher" else config.critic.model or teacher

@@ -1,0 +1,1 @@
+"""Leaf helpers: configuration, ranks, checkpoints, data, metrics. Nothing here knows diffusion."""

@@ -1,0 +1,128 @@
+"""What a run reports: metrics gathered on the device, read once per interval, written to trackers."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from utils.distributed import Session
+from utils.files import write_text
+
+
+class Tracker(Protocol):
+    """Where numbers and pictures go."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def picture(self, step: int, name: str, path: Path) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One JSON object per line in `metrics.jsonl`; always on, and what the plots read."""
+
+    def __init__(self, path: Path, *, resumed_at: int) -> None:
+        self.path = path
+        if path.is_file():
+            kept = [row for row in read_metrics(path) if row["step"] <= resumed_at]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Pictures lie in the log directory already."""
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+class WandB:
+    """Weights & Biases. Resumes the run of the same log directory."""
+
+    def __init__(self, *, project: str, folder: Path, name: str, config: Mapping[str, Any]) -> None:
+        import wandb  # slow to import
+
+        identity = f"{name}-{folder.resolve().name}".replace("/", "-")
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=project,
+            dir=str(folder),
+            name=name,
+            id=identity,
+            resume="allow",
+            config=dict(config),
+        )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send one row."""
+        self._run.log(dict(values), step=step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Send one image file."""
+        self._run.log({name: self._wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        """Finish the upload."""
+        self._run.finish()
+
+
+class Metrics:
+    """Sums of device scalars since the last read; reading them is the loop's one host sync."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._steps = 0
+        self._since = time.perf_counter()
+
+    def add(self, prefix: str, values: Mapping[str, Tensor]) -> None:
+        """Add detached scalars under `prefix/name`."""
+        for name, value in values.items():
+            key = f"{prefix}/{name}"
+            self._sums[key] = value if key not in self._sums else self._sums[key] + value
+            self._counts[key] = self._counts.get(key, 0) + 1
+
+    def count_step(self) -> None:
+        """Count one outer step, for the time per step."""
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Means since the last read, over steps and ranks, and seconds per step. Collective."""
+        result = {}
+        if self._sums:
+            keys = sorted(self._sums)
+            means = torch.stack([self._sums[key].float() / self._counts[key] for key in keys])
+            result = dict(zip(keys, self._session.mean(means).tolist(), strict=True))
+        now = time.perf_counter()
+        result["seconds_per_step"] = (now - self._since) / max(1, self._steps)
+        if self._session.device.type == "cuda":
+            result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self._sums, self._counts, self._steps, self._since = {}, {}, 0, now
+        return result
+
+
+def not_finite(values: Mapping[str, float]) -> list[str]:
+    """The names of values that are NaN or infinite."""
+    return [name for name, value in values.items() if not math.isfinite(value)]
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, float]]:
+    """The rows of a metrics.jsonl; a last line cut by a crash is skipped."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue

@@ -1,0 +1,166 @@
+"""Optimizers and their schedules: AdamW, and Muon for the matrices of small models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from omegaconf import MISSING
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from utils.ema import local
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How one role's weights move. Updates are counted per role, not per outer step."""
+
+    lr: float = MISSING
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.01  # of matrices; norms, biases and modulation are never decayed
+    muon_lr: float | None = None  # learning rate of the blocks' matrices under Muon; None = AdamW
+    muon_momentum: float = 0.95
+    warmup_updates: int = 0  # the rate grows linearly from 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    decay_from: float = 0.0  # fraction of all updates at which linear or cosine decay begins
+    decay_to: float = 0.0  # final learning rate, as a fraction of lr
+    max_grad_norm: float = 10.0
+
+
+def lr_factor(config: OptimizerConfig, update: int, total: int) -> float:
+    """The learning rate of 0-based `update` among `total`, as a fraction of `lr`."""
+    warm = min(1.0, (update + 1) / config.warmup_updates) if config.warmup_updates else 1.0
+    if config.schedule == "constant":
+        return warm
+    begin = config.decay_from * total
+    done = min(1.0, max(0.0, (update - begin) / max(1.0, total - begin)))
+    left = 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return warm * (config.decay_to + (1.0 - config.decay_to) * left)
+
+
+def build_optimizers(
+    module: nn.Module, blocks: nn.Module, config: OptimizerConfig
+) -> list[torch.optim.Optimizer]:
+    """AdamW over all weights, or Muon over the matrices in `blocks` and AdamW over the rest."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    inside = {id(p) for p in blocks.parameters()}
+    matrices = [p for p in trained if config.muon_lr is not None and p.ndim == 2 and id(p) in inside]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in trained if id(p) not in chosen]
+    decayed = [p for p in rest if p.ndim in (2, 5)]  # linear layers and the patch convolution
+    plain = [p for p in rest if p.ndim not in (2, 5)]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=(config.betas[0], config.betas[1]),
+        foreach=True,
+    )
+    if config.muon_lr is None:
+        return [adamw]
+    muon = Muon(
+        matrices,
+        lr=config.muon_lr,
+        momentum=config.muon_momentum,
+        weight_decay=config.weight_decay,
+    )
+    return [adamw, muon]
+
+
+def set_lr_factor(
+    optimizers: Sequence[torch.optim.Optimizer], config: OptimizerConfig, factor: float
+) -> None:
+    """Scale the configured learning rates of one role's optimizers."""
+    for optimizer in optimizers:
+        base = config.muon_lr if isinstance(optimizer, Muon) else config.lr
+        assert base is not None
+        for group in optimizer.param_groups:
+            group["lr"] = base * factor
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every matrix update is orthogonalised (Jordan et al. 2024, Muon).
+
+    torch.optim.Muon does the same in bf16, one matrix at a time, and cannot see through shards;
+    here equal shapes share one batched iteration in fp32, so that ranks agree to rounding.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every matrix that has a gradient. Collective for sharded matrices."""
+        if closure is not None:
+            raise ValueError("Muon takes no closure")
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for shape in dict.fromkeys(p.shape for p in params):
+                self._step_shape([p for p in params if p.shape == shape], group)
+
+    def _step_shape(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+        momenta, gradients = [], []
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            momenta.append(local(self.state[p]["momentum_buffer"]))
+            assert p.grad is not None
+            gradients.append(local(p.grad))
+        momentum = group["momentum"]
+        torch._foreach_lerp_(momenta, gradients, 1.0 - momentum)
+        nesterov = torch._foreach_lerp(gradients, momenta, momentum)
+        whole = [_whole(update, p) for update, p in zip(nesterov, params, strict=True)]
+        orthogonal = orthogonalise(torch.stack(whole)).unbind(0)
+        updates = [_part(update, p) for update, p in zip(orthogonal, params, strict=True)]
+        weights = [local(p) for p in params]
+        rows, columns = params[0].shape
+        torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(
+            weights, updates, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns))
+        )
+
+
+def _whole(part: Tensor, like: nn.Parameter) -> Tensor:
+    if not isinstance(like, DTensor):
+        return part
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    ).full_tensor()
+
+
+def _part(whole: Tensor, like: nn.Parameter) -> Tensor:
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(
+        whole, like.device_mesh, like.placements, src_data_rank=None
+    ).to_local()
+
+
+def orthogonalise(matrices: Tensor, *, iterations: int = 5) -> Tensor:
+    """Move the singular values of [K, rows, columns] matrices near 1, in fp32.
+
+    A quintic Newton-Schulz iteration with the coefficients published for Muon, which trade
+    exactness (singular values end in about 0.7 to 1.2) for speed.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.float().mT if tall else matrices.float()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def clip_gradients(module: nn.Module, max_norm: float) -> Tensor:
+    """Scale gradients down to a total norm of `max_norm`. Returns the norm before, on device."""
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

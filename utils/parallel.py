@@ -1,0 +1,64 @@
+"""Parallelism from the outside: recompute blocks, then shard them; no model file knows of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from utils.distributed import Session
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a network is laid over the ranks."""
+
+    activation_checkpoint: Literal["none", "block"] = "none"  # block: recompute in backward
+
+
+def build_mesh(session: Session, sharding_strategy: str) -> DeviceMesh:
+    """The ranks as one shard axis (full), or as nodes x ranks of a node (hybrid_full)."""
+    kind, world = session.device.type, session.world_size
+    if sharding_strategy == "full":
+        return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
+    inside = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if world % inside:
+        raise ValueError(f"hybrid_full needs nodes of equal size: {world} ranks, {inside} here")
+    return init_device_mesh(
+        kind, (world // inside, inside), mesh_dim_names=("replicate", "shard")
+    )
+
+
+def parallelize(
+    module: M, blocks: nn.ModuleList, mesh: DeviceMesh, compute_dtype: torch.dtype
+) -> M:
+    """Shard `module` over `mesh`, one unit per block and one for the rest (FSDP2). In place.
+
+    Weights stay in their own dtype; forward and backward run in `compute_dtype`, and gradients
+    are reduced in fp32. One rank that computes in the dtype of the weights needs none of this.
+    """
+    same_dtype = all(p.dtype == compute_dtype for p in module.parameters())
+    if mesh.size() == 1 and same_dtype:
+        return module
+    # Inputs are not cast: fp32 timesteps rounded to bf16 would move to a neighbouring noise level.
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    # The root too is resharded, or EMA and loading would read weights that forward does not use.
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    return module
+
+
+def sync_gradients(module: nn.Module, enabled: bool) -> None:
+    """Whether the next backward pass reduces gradients over ranks; off until the last micro-batch."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(enabled)

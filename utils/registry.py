@@ -1,0 +1,37 @@
+"""Find a class by the name of the file that holds it, so that adding a method is adding a file."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from types import ModuleType
+
+
+def member_of(package: ModuleType, name: str, base: type, *, key: str) -> type:
+    """The one subclass of `base` that module `name` of `package` defines.
+
+    `key` is the configuration key that carried `name`; a ValueError quotes it with what is allowed.
+    """
+    choices = [
+        module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg
+    ]
+    found = _members(package, name, base) if name in choices else []
+    if len(found) == 1:
+        return found[0]
+    allowed = [choice for choice in choices if len(_members(package, choice, base)) == 1]
+    near = difflib.get_close_matches(name, allowed, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    raise ValueError(f"{key}: '{name}' is unknown, choose one of {', '.join(allowed)}{hint}")
+
+
+def _members(package: ModuleType, name: str, base: type) -> list[type]:
+    full = f"{package.__name__}.{name}"
+    return [
+        value
+        for value in vars(importlib.import_module(full)).values()
+        if isinstance(value, type)
+        and issubclass(value, base)
+        and value.__module__ == full
+        and not getattr(value, "__abstractmethods__", None)
+    ]

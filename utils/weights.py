@@ -1,0 +1,185 @@
+"""Flat weight files: stream safetensors or .pt into a module, sharded or not, and write them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from utils.files import replaced_atomically
+
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+class WeightsError(ValueError):
+    """Weights that do not fit the model they are meant for."""
+
+
+class Weights(Protocol):
+    """Named tensors somewhere on disk, under official names."""
+
+    path: Path
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor, without reading it."""
+
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Rows of one tensor along its first dimension."""
+
+
+class CheckpointWeights:
+    """One role's weights, or their average, inside a training checkpoint."""
+
+    def __init__(self, path: Path, *, role: str = "generator", averaged: bool = False) -> None:
+        self.path = path
+        self._prefix = f"{'ema' if averaged else 'roles'}.{role}."
+        metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        self._tensors = {
+            key.removeprefix(self._prefix): value
+            for key, value in metadata.items()
+            if key.startswith(self._prefix) and isinstance(value, TensorStorageMetadata)
+        }
+        if not self._tensors:
+            held = sorted({".".join(key.split(".")[:2]) for key in metadata})
+            raise WeightsError(f"{path}: holds no '{self._prefix[:-1]}', only {held}")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor, without reading it."""
+        return {name: tuple(value.size) for name, value in self._tensors.items()}
+
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Rows of one tensor along its first dimension."""
+        stored = self._tensors[name]
+        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
+        dcp.load({self._prefix + name: tensor}, checkpoint_id=self.path, no_dist=True)
+        return tensor[rows]
+
+
+class WeightFile:
+    """One or several files that together hold named tensors; slices are read without the rest."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lazy: dict[str, Path] = {}
+        self._tensors: dict[str, Tensor] = {}
+        if not path.is_file():
+            raise WeightsError(f"{path}: no such weight file")
+        try:
+            if path.name.endswith(INDEX_SUFFIX):
+                index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+                self._lazy = {name: path.parent / file for name, file in index.items()}
+                absent = sorted({str(file) for file in self._lazy.values() if not file.is_file()})
+                if absent:
+                    raise WeightsError(f"{path}: lists files that are missing: {absent}")
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as file:
+                    self._lazy = dict.fromkeys(file.keys(), path)
+            else:
+                self._tensors = dict(_flat_tensors(path))
+        except (SafetensorError, json.JSONDecodeError, KeyError, OSError) as error:
+            raise WeightsError(f"{path}: not readable as weights: {error}") from error
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor, without reading it."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        for name, path in self._lazy.items():
+            with safe_open(path, framework="pt") as file:
+                shapes[name] = tuple(file.get_slice(name).get_shape())
+        return shapes
+
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Rows of one tensor along its first dimension."""
+        if name in self._tensors:
+            return self._tensors[name][rows]
+        with safe_open(self._lazy[name], framework="pt") as file:
+            part = file.get_slice(name)
+            return part[rows] if part.get_shape() else file.get_tensor(name)
+
+
+def _flat_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load raises many types; all mean: not a file of tensors
+        raise WeightsError(f"{path}: not a file of plain tensors: {error}") from error
+    for key in ("generator_ema", "generator", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    for name, value in content.items():
+        if isinstance(value, Tensor):
+            yield official_name(name), value
+
+
+def official_name(name: str) -> str:
+    """A weight's name without the segments that wrappers of other systems add."""
+    for segment in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
+        name = name.replace(segment, "")
+    return name.removeprefix("model.")
+
+
+def check_fits(module: nn.Module, weights: Weights, *, what: str) -> None:
+    """Raise WeightsError unless names and shapes are exactly those of `module`."""
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    found = weights.shapes()
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    shapes = [
+        f"{name} is {found[name]}, expected {expected[name]}"
+        for name in sorted(expected.keys() & found.keys())
+        if expected[name] != found[name]
+    ]
+    if missing or extra or shapes:
+        raise WeightsError(
+            f"{weights.path} does not fit {what}: {len(missing)} weights missing "
+            f"{missing[:3]}, {len(extra)} unexpected {extra[:3]}, {len(shapes)} of another shape "
+            f"{shapes[:3]}; is it a checkpoint of another architecture?"
+        )
+
+
+def load_weights(module: nn.Module, weights: Weights, *, what: str) -> None:
+    """Copy `weights` into `module`; a sharded module reads only this rank's rows of each tensor."""
+    check_fits(module, weights, what=what)
+    for name, target in module.state_dict().items():
+        _copy(target, functools.partial(weights.read, name))
+
+
+def fill_weights(module: nn.Module, value: Callable[[str, torch.Size], Tensor]) -> None:
+    """Set each weight of `module` to `value(name, shape)`; a sharded module keeps its rows."""
+    for name, target in module.state_dict().items():
+        _copy(target, value(name, target.shape).__getitem__)
+
+
+@torch.no_grad()
+def _copy(target: Tensor, read_rows: Callable[[slice], Tensor]) -> None:
+    if not isinstance(target, DTensor):
+        target.copy_(read_rows(slice(None)))
+        return
+    shape, offset = compute_local_shape_and_global_offset(
+        target.shape, target.device_mesh, target.placements
+    )
+    if target.to_local().numel():
+        target.to_local().copy_(read_rows(slice(offset[0], offset[0] + shape[0])))
+
+
+def write_weights(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write tensors to a .safetensors or .pt file; the file appears whole or not at all."""
+    if path.suffix not in (".safetensors", ".pt"):
+        raise WeightsError(f"{path}: weights are written to .safetensors or .pt files")
+    whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with replaced_atomically(path) as part:
+        if path.suffix == ".pt":
+            torch.save(whole, part)
+        else:
+            save_file(whole, part, metadata={"format": "pt", **metadata})
+            os.chmod(part, 0o644)  # safetensors creates private files
