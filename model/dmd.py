@@ -11,6 +11,8 @@ from torch import Tensor
 from model.base import DistributionMatching, DistributionMatchingConfig
 from model.types import LossOutput, Sample
 
+MIN_SIZE = 1e-6  # a sample that the teacher leaves exactly as it is would divide by zero
+
 
 @dataclass(frozen=True)
 class DMDConfig(DistributionMatchingConfig):
@@ -27,7 +29,7 @@ class DMD(DistributionMatching):
         with torch.no_grad():
             x0 = sample.x0
             size = (x0 - x0_teacher).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
-            gradient = (x0_critic - x0_teacher) / size
+            gradient = (x0_critic - x0_teacher) / size.clamp(min=MIN_SIZE)
             target = x0 - gradient  # the stop-gradient of eq. 7
         loss = 0.5 * F.mse_loss(sample.x0, target)
         return LossOutput(loss, {"dmd_gradient": gradient.abs().mean()})

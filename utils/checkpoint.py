@@ -64,10 +64,10 @@ def load(path: Path, state: dict[str, Any]) -> None:
 def problem(path: Path) -> str | None:
     """Why the checkpoint at `path` is not whole, or None if it is."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        sizes = dict(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
         return f"{path}: has no readable {MANIFEST}"
-    for name, size in manifest["files"].items():
+    for name, size in sizes.items():
         file = path / name
         found = file.stat().st_size if file.is_file() else None
         if found != size:

@@ -33,12 +33,21 @@ class ShardWriter:
         self._env.close()
 
     def append(self, prompts: Sequence[str], latents: Tensor | None = None) -> None:
-        """Add rows. latents: [B, C, F, H, W], one per prompt, or None for prompts alone."""
+        """Add rows. latents: [B, C, F, H, W], one per prompt, or None for prompts alone.
+
+        Raises ValueError if there is not one row of latents per prompt, or their shape is new.
+        """
         records = {b"prompts_shape": f"{self._rows + len(prompts)}".encode()}
         for i, prompt in enumerate(prompts):
             records[f"prompts_{self._rows + i}_data".encode()] = prompt.encode()
         if latents is not None:
             stored = latents.transpose(1, 2).to(torch.float16).contiguous().numpy()
+            frames, channels, *area = _shape(self._env, "latents")[1:] or stored.shape[1:]
+            if stored.shape != (len(prompts), frames, channels, *area):
+                raise ValueError(
+                    f"latents must be {(len(prompts), channels, frames, *area)}, one row per "
+                    f"prompt and all rows of a shard alike, got {tuple(latents.shape)}"
+                )
             shape = " ".join(map(str, (self._rows + len(prompts), *stored.shape[1:])))
             records[b"latents_shape"] = shape.encode()
             for i, row in enumerate(stored):
@@ -112,9 +121,18 @@ def shard_paths(folder: Path) -> list[Path]:
 
 def _open(path: Path) -> lmdb.Environment:
     try:
-        return lmdb.open(str(path), readonly=True, lock=False, readahead=False, subdir=True)
+        env = lmdb.open(str(path), readonly=True, lock=False, readahead=False, subdir=True)
     except lmdb.Error as error:
         raise ValueError(f"{path}: not readable as LMDB: {error}") from error
+    # LMDB maps the file into memory: reading past the end of a cut one kills the process.
+    size, whole = (path / "data.mdb").stat().st_size, _used_bytes(env)
+    if size < whole:
+        raise ValueError(f"{path}: cut off, data.mdb has {size} of {whole} bytes; copy it again")
+    return env
+
+
+def _used_bytes(env: lmdb.Environment) -> int:
+    return (env.info()["last_pgno"] + 1) * env.stat()["psize"]
 
 
 def _shape(env: lmdb.Environment, name: str) -> tuple[int, ...]:

@@ -45,10 +45,10 @@ class SampleRNG:
 
 
 def sample_rng(
-    seed: int, purpose: str, indices: Sequence[int], device: torch.device | str
+    seed: int, purpose: str, samples: Sequence[int | str], device: torch.device | str
 ) -> SampleRNG:
-    """Streams keyed by (seed, purpose, global sample index); `indices` are global."""
-    return SampleRNG([generator(seed, purpose, i, device=device) for i in indices])
+    """Streams keyed by (seed, purpose, sample); a sample's key is the same on any rank."""
+    return SampleRNG([generator(seed, purpose, key, device=device) for key in samples])
 
 
 @dataclass(frozen=True, eq=False)

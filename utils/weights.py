@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -63,7 +64,9 @@ class CheckpointWeights:
         """Rows of one tensor along its first dimension."""
         stored = self._tensors[name]
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        dcp.load({self._prefix + name: tensor}, checkpoint_id=self.path, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load({self._prefix + name: tensor}, checkpoint_id=self.path, no_dist=True)
         return tensor[rows]
 
 

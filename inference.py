@@ -1,0 +1,190 @@
+"""Prompts to mp4 files, on one process or many with the same result; an interrupted call continues."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import imageio.v3 as iio
+import torch
+from tqdm import tqdm
+
+from trainer.config import Config, load
+from trainer.serving import Request, VideoGenerator, check_source, load_generator
+from utils.cli import USER_ERRORS, fail, start_logging
+from utils.config import ConfigError
+from utils.dataset import open_dataset, read_prompt_file
+from utils.distributed import Session, distributed_session
+from utils.files import write_text
+from utils.video import contact_sheet, save_mp4, save_png
+
+log = logging.getLogger(__name__)
+
+SHEET_CLIPS = 12  # on the contact sheet
+
+
+@dataclass(frozen=True)
+class Job:
+    """One clip and the file that it goes to."""
+
+    request: Request
+    title: str  # the prompt as its user wrote it
+    file: Path
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of inference.py."""
+    result = argparse.ArgumentParser(description=__doc__)
+    result.add_argument("--config_path", type=Path, required=True, help="the run's YAML file")
+    result.add_argument(
+        "--checkpoint_path", type=Path, required=True,
+        help="log directory, training checkpoint, weight file or model folder",
+    )  # fmt: skip
+    result.add_argument(
+        "--data_path", type=Path, required=True,
+        help="a file with one prompt per line, or a folder of .txt files",
+    )  # fmt: skip
+    result.add_argument("--extended_prompt_path", type=Path, help="line by line for --data_path")
+    result.add_argument("--output_folder", type=Path, required=True)
+    result.add_argument("--use_ema", action="store_true", help="the averaged weights")
+    result.add_argument("--num_samples", type=int, default=1, help="clips per prompt")
+    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--save_with_index", action="store_true", help="name files by number")
+    result.add_argument("--num_output_frames", type=int, default=None, help="latent frames")
+    result.add_argument("--batch_size", type=int, default=1, help="clips at a time on each process")
+    result.add_argument("--fps", type=float, default=16.0)
+    result.add_argument("overrides", nargs="*", metavar="key=value", help="settings to override")
+    return result
+
+
+def plan(args: argparse.Namespace) -> list[Job]:
+    """All clips to make, in order. Raises ValueError or FileNotFoundError for bad prompts."""
+    for flag in ("num_samples", "batch_size", "num_output_frames"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{flag}: must be at least 1, got {value}")
+    dataset = open_dataset(args.data_path)
+    titles = [dataset[i].prompt for i in range(len(dataset))]
+    prompts = titles
+    if args.extended_prompt_path is not None:
+        prompts = read_prompt_file(args.extended_prompt_path)
+        if len(prompts) != len(titles):
+            raise ConfigError(
+                f"--extended_prompt_path: {args.extended_prompt_path} has {len(prompts)} prompts, "
+                f"{args.data_path} has {len(titles)}; they must match line by line"
+            )
+    jobs, used = [], set()
+    for index, (title, prompt) in enumerate(zip(titles, prompts, strict=True)):
+        stem = str(index) if args.save_with_index else file_stem(title)
+        if stem in used:
+            stem = f"{stem}-{index}"
+        used.add(stem)
+        kind = ("_ema" if args.use_ema else "_regular") if args.save_with_index else ""
+        for sample in range(args.num_samples):
+            file = args.output_folder / f"{stem}-{sample}{kind}.mp4"
+            jobs.append(Job(Request(prompt, args.seed, sample), title, file))
+    return jobs
+
+
+def file_stem(prompt: str) -> str:
+    """The first 100 characters of a prompt, without those that file systems refuse."""
+    return re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", prompt[:100]).strip(" .") or "_"
+
+
+def claim_folder(args: argparse.Namespace, session: Session) -> None:
+    """Write the folder's manifest. Raises ConfigError if it holds clips of other settings."""
+    keys = (
+        "config_path", "checkpoint_path", "data_path", "extended_prompt_path", "use_ema",
+        "seed", "save_with_index", "num_output_frames", "batch_size", "fps", "overrides",
+    )  # fmt: skip
+    wanted = {key: getattr(args, key) for key in keys}
+    text = json.dumps(wanted, indent=1, default=str)
+    path = args.output_folder / "settings.json"
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        here = json.loads(text)
+        changed = [f"{k} was {there.get(k)}, is {here[k]}" for k in keys if there.get(k) != here[k]]
+        raise ConfigError(
+            f"--output_folder {args.output_folder}: holds clips of other settings "
+            f"({'; '.join(changed)}); use another folder"
+        )
+    session.barrier()
+    if session.is_main:
+        write_text(path, text)
+
+
+def run(args: argparse.Namespace, config: Config, jobs: list[Job], session: Session) -> None:
+    """Make what is missing. Batches are cut before ranks, so a clip's neighbours never change."""
+    batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
+    mine = [
+        batch
+        for batch in batches[session.rank :: session.world_size]
+        if not all(job.file.is_file() for job in batch)
+    ]
+    if mine:
+        model = load_generator(
+            config,
+            args.checkpoint_path,
+            session.device,
+            use_ema=args.use_ema,
+            latent_frames=args.num_output_frames,
+        )
+        log.info("%d network evaluations per clip", model.pipeline.network_evaluations)
+        with tqdm(
+            total=sum(map(len, mine)), desc="clips", disable=not session.is_main
+        ) as bar:
+            for batch in mine:
+                make(batch, model, args.fps)
+                bar.update(len(batch))
+    session.barrier()
+    if session.is_main:
+        shown = jobs[:SHEET_CLIPS]
+        clips = [read_clip(job.file) for job in shown]
+        sheet = contact_sheet(clips, [job.title for job in shown])
+        save_png(sheet, args.output_folder / "contact_sheet.png")
+        log.info("%d clips in %s", len(jobs), args.output_folder)
+
+
+def make(batch: Sequence[Job], model: VideoGenerator, fps: float) -> None:
+    """Sample one batch and write its files."""
+    for job, clip in zip(batch, model.clips([job.request for job in batch]), strict=True):
+        save_mp4(clip, job.file, fps=fps)
+
+
+def read_clip(path: Path) -> torch.Tensor:
+    """An mp4 as [3, P, H, W] in [0, 1]."""
+    frames = torch.from_numpy(iio.imread(path))
+    return frames.permute(3, 0, 1, 2).float() / 255.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make all clips; returns the exit status."""
+    args = parser().parse_intermixed_args(arguments)
+    try:
+        config = load(args.config_path, args.overrides)
+        jobs = plan(args)
+        check_source(config, args.checkpoint_path, use_ema=args.use_ema)
+    except USER_ERRORS as error:
+        return fail(error)
+    with distributed_session(timeout_s=config.timeout_s) as session:
+        start_logging(main_rank=session.is_main)
+        try:
+            claim_folder(args, session)
+        except USER_ERRORS as error:
+            return fail(error, quiet=not session.is_main)
+        try:
+            run(args, config, jobs, session)
+        except KeyboardInterrupt:
+            log.warning("stopped; run the same command again to continue")
+            return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

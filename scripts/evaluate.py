@@ -1,0 +1,246 @@
+"""Measure a tiny-world teacher and student: one table, a contact sheet, plots of their runs.
+
+Every figure comes from clips that are sampled here and judged in closed form. Writes
+rows.json (a row is kept as soon as it is measured, so an interrupted call continues), table.md,
+contact_sheet.png, comparison clips under clips/, and plots of each run's metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tqdm import tqdm
+
+from pipeline.bidirectional import BidirectionalInferencePipeline
+from pipeline.protocol import InferencePipeline
+from pipeline.teacher import SamplingConfig, TeacherInferencePipeline
+from trainer.config import Config, load
+from trainer.serving import Request, VideoGenerator, load_generator
+from utils.cli import USER_ERRORS, fail, start_logging
+from utils.files import write_text
+from utils.plots import plot_run
+from utils.seeding import generator
+from utils.shapes_metrics import Reference, quality
+from utils.shapes_world import FPS, Caption, draw_captions, draw_scenes, render
+from utils.video import contact_sheet, save_mp4, save_png, to_unit
+
+BATCH = 64
+REFERENCE_CLIPS = 1024
+SHOWN = 6  # captions on the contact sheet and in the report
+COLUMNS = (
+    "sampler", "steps", "cfg_scale", "network_evaluations", "adherence", "validity", "both",
+    "both_stderr", "psnr_db", "contrast", "diversity", "frechet_features", "frechet_latents",
+    "seconds_per_clip",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of sampling one of the two models."""
+
+    sampler: str  # teacher_euler, teacher_solver2 or student
+    steps: int
+    cfg_scale: float
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of evaluate.py."""
+    result = argparse.ArgumentParser(description=__doc__)
+    for role in ("teacher", "student"):
+        result.add_argument(f"--{role}_config", type=Path, required=True)
+        result.add_argument(f"--{role}_path", type=Path, required=True, help="log directory")
+    result.add_argument("--output_folder", type=Path, required=True)
+    result.add_argument("--clips", type=int, default=192, help="per row")
+    result.add_argument("--seed", type=int, default=1)
+    result.add_argument("--solver2_shift", type=float, default=2.0, help="of teacher_solver2")
+    result.add_argument("overrides", nargs="*", metavar="key=value", help="for both configs")
+    return result
+
+
+def table_rows(config: Config) -> list[Row]:
+    """What is measured: the teacher from many steps to few, with and without guidance; the student."""
+    guided = config.sampling.cfg_scale
+    teacher = [
+        Row(f"teacher_{solver}", steps, scale)
+        for solver in ("euler", "solver2")
+        for scale in (guided, 1.0)
+        for steps in (50, 8, 4, 2)
+    ]
+    return [*teacher, *(Row("student", steps, 1.0) for steps in (4, 2, 1))]
+
+
+def pipeline_for(
+    row: Row, config: Config, generator_: VideoGenerator, solver2_shift: float
+) -> InferencePipeline:
+    """The sampler that a row names."""
+    if row.sampler == "student":
+        full = generator_.pipeline
+        assert isinstance(full, BidirectionalInferencePipeline)
+        # Fewer steps take the leading noise levels that the student was trained at, evenly.
+        stride = len(full.sigmas) // row.steps
+        return BidirectionalInferencePipeline(generator_.network, full.sigmas[::stride])
+    second = row.sampler == "teacher_solver2"
+    sampling = SamplingConfig(
+        steps=row.steps,
+        cfg_scale=row.cfg_scale,
+        timestep_shift=solver2_shift if second else config.sampling.timestep_shift,
+        solver="unipc" if second else "euler",
+    )
+    return TeacherInferencePipeline(generator_.network, sampling)
+
+
+def sample(
+    source: VideoGenerator, captions: Sequence[Caption], seed: int
+) -> tuple[Tensor, Tensor, float]:
+    """Clips [N, 3, P, S, S] in [0, 1], latents [N, C, F, H, W], and seconds per clip."""
+    requests = [Request(str(caption), seed, i) for i, caption in enumerate(captions)]
+    clips, latents = [], []
+    start = time.perf_counter()
+    for first in range(0, len(requests), BATCH):
+        made = source.latents(requests[first : first + BATCH])
+        clips.append(to_unit(source.vae.decode_to_pixel(made)))
+        latents.append(made)
+    seconds = (time.perf_counter() - start) / len(requests)
+    return torch.cat(clips), torch.cat(latents), seconds
+
+
+def fingerprint(source: VideoGenerator) -> str:
+    """A hash of a network's weights: rows of other weights are not reused."""
+    digest = hashlib.blake2b(digest_size=8)
+    for _, value in sorted(source.network.state_dict().items()):
+        digest.update(value.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def measure(args: argparse.Namespace, configs: dict[str, Config]) -> list[dict[str, Any]]:
+    """All rows, each written as soon as it is known."""
+    device = torch.device("cpu")
+    models = {
+        role: load_generator(config, getattr(args, f"{role}_path"), device, use_ema=True)
+        for role, config in configs.items()
+    }
+    rng = generator(args.seed, "evaluation")
+    captions = draw_captions(args.clips, rng)
+    reference_captions = draw_captions(REFERENCE_CLIPS, rng)
+    real = render(draw_scenes([*captions, *reference_captions], rng))
+    vae = models["teacher"].vae
+    real_latents = vae.encode_to_latent(2.0 * real - 1.0)
+    reference = Reference.of(real[len(captions) :], real_latents[len(captions) :])
+    for model in models.values():  # the first call pays for slow imports and warm-up
+        model.latents([Request(str(captions[0]), args.seed)])
+
+    path = args.output_folder / "rows.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    prints = {role: fingerprint(model) for role, model in models.items()}
+    decoded = to_unit(vae.decode_to_pixel(real_latents[: len(captions)]))
+    ceiling = quality(decoded, real_latents[: len(captions)], captions, reference)
+    rows: list[dict[str, Any]] = [{"sampler": "real_codec", "clips": args.clips, **ceiling}]
+    sheets = {"real": decoded[:SHOWN]}
+    for row in tqdm(table_rows(configs["teacher"]), desc="rows"):
+        role = "student" if row.sampler == "student" else "teacher"
+        source = models[role]
+        pipeline = pipeline_for(row, configs[role], source, args.solver2_shift)
+        facts = {
+            "sampler": row.sampler,
+            "steps": row.steps,
+            "cfg_scale": row.cfg_scale,
+            "network_evaluations": pipeline.network_evaluations,
+            "clips": args.clips,
+            "seed": args.seed,
+            "weights": prints[role],
+        }
+        found = [old for old in known if all(old.get(k) == v for k, v in facts.items())]
+        shown = row in shown_rows(configs["teacher"])
+        if found:
+            rows.append(found[0])
+        if shown or not found:
+            source = replace(source, pipeline=pipeline)
+            wanted = captions if not found else captions[:SHOWN]
+            clips, latents, seconds = sample(source, wanted, args.seed)
+            if shown:
+                sheets[f"{role} {row.steps} steps"] = clips[:SHOWN]
+            if not found:
+                figures = quality(clips, latents, captions, reference)
+                rows.append({**facts, **figures, "seconds_per_clip": seconds})
+        write_text(path, json.dumps(rows, indent=1))
+    show(args.output_folder, sheets, captions[:SHOWN])
+    return rows
+
+
+def shown_rows(config: Config) -> list[Row]:
+    """The rows whose clips are shown side by side."""
+    guided = config.sampling.cfg_scale
+    return [
+        Row("teacher_euler", 50, guided),
+        Row("teacher_euler", 4, guided),
+        Row("student", 4, 1.0),
+    ]
+
+
+def show(folder: Path, sheets: dict[str, Tensor], captions: Sequence[Caption]) -> None:
+    """Write the same captions by each sampler: one PNG, and one mp4 per clip."""
+    clips = [sheet[i] for i in range(len(captions)) for sheet in sheets.values()]
+    labels = [f"{name}: {caption}" for caption in captions for name in sheets]
+    save_png(contact_sheet(clips, labels), folder / "contact_sheet.png")
+    for name, sheet in sheets.items():
+        for i, clip in enumerate(sheet):
+            save_mp4(clip, folder / "clips" / f"{name.replace(' ', '_')}-{i}.mp4", fps=FPS)
+    names = {"captions": [str(caption) for caption in captions], "samplers": list(sheets)}
+    write_text(folder / "clips" / "index.json", json.dumps(names, indent=1))
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a Markdown table: shares in percent."""
+    shares = {"adherence", "validity", "both", "both_stderr"}
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        value = row.get(name)
+        if value is None:
+            return ""
+        if name in shares:
+            return f"{100.0 * value:.1f}"
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(cell(row, name) for name in COLUMNS) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, write, print the table."""
+    args = parser().parse_intermixed_args(arguments)
+    start_logging()
+    try:
+        configs = {
+            "teacher": load(args.teacher_config, args.overrides),
+            "student": load(args.student_config, args.overrides),
+        }
+        args.output_folder.mkdir(parents=True, exist_ok=True)
+        rows = measure(args, configs)
+    except USER_ERRORS as error:
+        return fail(error)
+    table = markdown(rows)
+    write_text(args.output_folder / "table.md", table)
+    for role in configs:
+        metrics = getattr(args, f"{role}_path") / "metrics.jsonl"
+        if metrics.is_file():
+            plot_run(metrics, args.output_folder / f"{role}_run.png", title=f"{role} run")
+    print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

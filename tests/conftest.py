@@ -1,0 +1,79 @@
+"""Miniatures that tests share: a whole tiny model folder with data, and tiny transformers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.folder import CONFIG, WEIGHTS
+from model.wan.config import WanConfig, write_wan_config
+from model.wan.transformer import WanTransformer
+from scripts.make_tiny_world import NAME, make_data, make_folder
+from utils.seeding import generator
+from utils.weights import fill_weights, write_weights
+
+torch.set_num_threads(1)
+
+WanFactory = Callable[..., WanTransformer]
+
+# Half the layers and a quarter of the width of the embedded tiny world's transformer.
+MINIATURE = WanConfig(
+    dim=32,
+    ffn_dim=64,
+    num_heads=2,
+    num_layers=2,
+    in_dim=26,
+    freq_dim=32,
+    text_len=12,
+    text_dim=64,
+    absolute_positions=True,
+)
+
+
+def random_value(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """Any weight, of the size that keeps activations near 1; no bias, gate or head is zero."""
+    noise = torch.randn(shape, generator=generator(seed, name))
+    if "norm" in name and name.endswith("weight"):
+        return 1.0 + 0.1 * noise
+    fan_in = shape[1:].numel() if len(shape) > 1 else 1
+    return 0.1 * noise if len(shape) == 1 else noise / math.sqrt(fan_in)
+
+
+def build_wan(config: WanConfig = MINIATURE, *, seed: int = 0) -> WanTransformer:
+    """A transformer of `config` with weights drawn from `seed`."""
+    model = WanTransformer(config)
+    fill_weights(model, lambda name, shape: random_value(name, shape, seed))
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> WanConfig:
+    """Sizes of the miniature transformer."""
+    return MINIATURE
+
+
+@pytest.fixture(scope="session")
+def tiny_wan() -> WanFactory:
+    """`tiny_wan(config=MINIATURE, *, seed=0)` builds a transformer with random weights."""
+    return build_wan
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with wan_models/Wan2.1-T2V-Tiny (miniature, random weights) and data/tiny.
+
+    data/tiny/latents holds one LMDB shard of 64 captioned clips, data/tiny/prompts.txt all
+    captions. Shared by the whole session: do not write into it.
+    """
+    root = tmp_path_factory.mktemp("tiny")
+    folder = root / "wan_models" / NAME
+    codec = make_folder(folder)
+    write_wan_config(MINIATURE, folder / CONFIG)
+    write_weights(build_wan().state_dict(), folder / WEIGHTS[1], {})
+    make_data(root / "data" / "tiny", codec, 64)
+    return root
