@@ -1,4 +1,4 @@
-"""Prompts to mp4 files, on one process or many with the same result; an interrupted call continues."""
+"""Prompts to mp4 files, on any number of processes with one result; interrupted calls continue."""
 
 from __future__ import annotations
 
@@ -136,9 +136,7 @@ def run(args: argparse.Namespace, config: Config, jobs: list[Job], session: Sess
             latent_frames=args.num_output_frames,
         )
         log.info("%d network evaluations per clip", model.pipeline.network_evaluations)
-        with tqdm(
-            total=sum(map(len, mine)), desc="clips", disable=not session.is_main
-        ) as bar:
+        with tqdm(total=sum(map(len, mine)), desc="clips", disable=not session.is_main) as bar:
             for batch in mine:
                 make(batch, model, args.fps)
                 bar.update(len(batch))

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.base import Interrupted, RunFailed
+from trainer.base import Interrupted, RunFailedError
 from trainer.build import RunOptions, build_trainer
 from trainer.config import load
 from utils.cli import USER_ERRORS, fail, start_logging
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return fail(error, quiet=not session.is_main)
         try:
             trainer.train()
-        except RunFailed as error:
+        except RunFailedError as error:
             return fail(error, quiet=not session.is_main)
         except Interrupted as stop:
             log.warning("%s; run the same command again to continue", stop)

@@ -39,11 +39,7 @@ class Diffusion(Method):
         sigma = shift(rng.samples.rand((1,)), self.config.timestep_shift).to(x0.device)
         noise = rng.samples.randn(x0.shape[1:])
         dropped = rng.samples.rand((1, 1)) < self.config.caption_dropout
-        text = torch.where(
-            dropped.to(x0.device), batch.unconditional.text, batch.conditioning.text
-        )
-        conditioning = Conditioning(
-            text, batch.conditioning.clip, batch.conditioning.first_frame
-        )
+        text = torch.where(dropped.to(x0.device), batch.unconditional.text, batch.conditioning.text)
+        conditioning = Conditioning(text, batch.conditioning.clip, batch.conditioning.first_frame)
         velocity = self.generator(add_noise(x0, noise, sigma), sigma, conditioning).velocity
         return LossOutput(F.mse_loss(velocity, noise - x0))

@@ -1,4 +1,4 @@
-"""A model folder in the layout of an official Wan2.1 release: what lies where, and what is missing."""
+"""A model folder in the layout of an official Wan2.1 release: what lies where, what is missing."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ModelFolder:
 
     def missing(self, *, weights: bool = True, encoders: bool = True) -> list[str]:
         """What is absent, each with the alternatives that would do."""
-        wanted = [(CONFIG,)]
+        wanted: list[tuple[str, ...]] = [(CONFIG,)]
         if weights:
             wanted.append(WEIGHTS)
         if encoders:

@@ -84,9 +84,8 @@ class Sample:
 class Rollout(Protocol):
     """Makes samples from the generator the way that inference will."""
 
-    def __call__(
-        self, generator: Denoiser, batch: Batch, rng: StepRNG, *, grad: bool
-    ) -> Sample: ...
+    def __call__(self, generator: Denoiser, batch: Batch, rng: StepRNG, *, grad: bool) -> Sample:
+        """Samples of `batch.conditioning`; `grad`: whether they carry the generator's gradient."""
 
 
 @dataclass(frozen=True, eq=False)

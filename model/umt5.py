@@ -35,16 +35,19 @@ def to_transformers(name: str) -> str:
 
 def to_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A UMT5EncoderModel's weights under official names; the tied second embedding is dropped."""
-    result = {}
-    for name, value in state.items():
-        if name == "encoder.embed_tokens.weight":
-            continue
-        if name == "encoder.final_layer_norm.weight":
-            name = "norm.weight"
-        for ours, theirs in reversed(_RULES):
-            name = name.replace(theirs, ours)
-        result[name] = value
-    return result
+    return {
+        _official(name): value
+        for name, value in state.items()
+        if name != "encoder.embed_tokens.weight"
+    }
+
+
+def _official(name: str) -> str:
+    if name == "encoder.final_layer_norm.weight":
+        return "norm.weight"
+    for ours, theirs in reversed(_RULES):
+        name = name.replace(theirs, ours)
+    return name
 
 
 def load_umt5(path: Path, dtype: torch.dtype) -> Any:

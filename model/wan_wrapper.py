@@ -96,17 +96,21 @@ def clean_prompt(prompt: str) -> str:
 class VideoVAE(Protocol):
     """Pixels [B, 3, P, H, W] in [-1, 1] to normalised latents [B, C, F, h, w] and back."""
 
-    def encode_to_latent(self, pixels: Tensor) -> Tensor: ...
+    def encode_to_latent(self, pixels: Tensor) -> Tensor:
+        """Pixels to latents; P = 1 + 4 (F - 1)."""
 
-    def decode_to_pixel(self, latents: Tensor) -> Tensor: ...
+    def decode_to_pixel(self, latents: Tensor) -> Tensor:
+        """Latents to pixels, all at once."""
 
-    def stream_decoder(self) -> StreamDecoder: ...
+    def stream_decoder(self) -> StreamDecoder:
+        """A decoder for one video that arrives in pieces."""
 
 
 class StreamDecoder(Protocol):
     """Decodes successive latent frames of one video."""
 
-    def decode(self, latents: Tensor) -> Tensor: ...
+    def decode(self, latents: Tensor) -> Tensor:
+        """The next latent frames to their pixels, 1 for the very first and 4 for each other."""
 
 
 class WanVAEWrapper(nn.Module):
@@ -116,12 +120,16 @@ class WanVAEWrapper(nn.Module):
     frame at a time in either use, so a stream equals the whole bit for bit.
     """
 
+    vae: Any
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
-        self.vae: Any = vae
-        self.vae.requires_grad_(False)
-        mean = torch.tensor(self.vae.config.latents_mean).view(1, -1, 1, 1, 1)
-        std = torch.tensor(self.vae.config.latents_std).view(1, -1, 1, 1, 1)
+        self.vae = vae.requires_grad_(False)
+        config: Any = vae.config
+        mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1)
+        std = torch.tensor(config.latents_std).view(1, -1, 1, 1, 1)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
@@ -141,7 +149,7 @@ class WanVAEWrapper(nn.Module):
 
     @torch.no_grad()
     def encode_to_latent(self, pixels: Tensor) -> Tensor:
-        """pixels [B, 3, P, 8 h, 8 w] in [-1, 1] to latents [B, C, F, h, w]: the posterior's mean."""
+        """pixels [B, 3, P, 8 h, 8 w] in [-1, 1] to the posterior's mean [B, C, F, h, w]."""
         if (pixels.shape[2] - 1) % 4:
             raise ValueError(f"a clip must have 1 + 4 k frames, got {pixels.shape[2]}")
         mode = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()

@@ -29,9 +29,7 @@ class BidirectionalTrainingPipeline:
         x = rng.samples.randn(batch.latent_shape)
         with torch.no_grad():
             if exit_step:
-                x = few_step(
-                    generator, x, batch.conditioning, self.sigmas[:exit_step], rng.samples
-                )
+                x = few_step(generator, x, batch.conditioning, self.sigmas[:exit_step], rng.samples)
                 x = renoise(x, self.sigmas[exit_step], rng.samples)
         sigma = constant_sigma(self.sigmas[exit_step], x)
         with torch.set_grad_enabled(grad):
@@ -63,6 +61,4 @@ class BidirectionalInferencePipeline:
         """Latents [B, C, F, H, W] for `conditioning`; latent_shape: [C, F, H, W]."""
         del unconditional  # a distilled generator needs none
         noise = rng.randn(latent_shape)
-        return few_step(
-            self.generator, noise, conditioning, self.sigmas, rng, on_step=on_step
-        )
+        return few_step(self.generator, noise, conditioning, self.sigmas, rng, on_step=on_step)

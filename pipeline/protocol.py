@@ -1,4 +1,4 @@
-"""What every inference pipeline offers, so that training, the command line and the demo share them."""
+"""What every inference pipeline offers to training, the command line and the demo."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def table_rows(config: Config) -> list[Row]:
-    """What is measured: the teacher from many steps to few, with and without guidance; the student."""
+    """What is measured: the teacher from many steps to few, guided and not, and the student."""
     guided = config.sampling.cfg_scale
     teacher = [
         Row(f"teacher_{solver}", steps, scale)

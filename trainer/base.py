@@ -42,7 +42,7 @@ class Interrupted(KeyboardInterrupt):
     """A signal asked the run to stop; its state is saved and it can be resumed."""
 
 
-class RunFailed(RuntimeError):
+class RunFailedError(RuntimeError):
     """The run cannot go on, and says why."""
 
 
@@ -220,7 +220,7 @@ class Trainer(ABC):
         bad = not_finite(values)
         if bad:
             good = checkpoint.latest(self.checkpoints)
-            raise RunFailed(
+            raise RunFailedError(
                 f"step {self.state.step}: {', '.join(bad)} not finite; the last good checkpoint is "
                 f"{good or 'none'}. Lower the learning rate or max_grad_norm and start again."
             )
@@ -295,4 +295,3 @@ class Trainer(ABC):
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-

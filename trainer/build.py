@@ -81,9 +81,7 @@ def build_trainer(config: Config, session: Session, options: RunOptions) -> Trai
     inputs = check_inputs(config, session)
     claim_logdir(config, session, options.logdir)
     encoder = _build_encoder(config, session, inputs.folders["generator"])
-    networks = {
-        role: _build_network(config, session, inputs, role) for role in inputs.method.roles
-    }
+    networks = {role: _build_network(config, session, inputs, role) for role in inputs.method.roles}
     roles = {}
     for name in inputs.method.trainable:
         settings = cast(TrainedNetworkConfig, getattr(config, name))
@@ -114,8 +112,8 @@ def check_inputs(config: Config, session: Session) -> Inputs:
     share = config.accumulation * session.world_size
     if config.batch_size % share:
         raise ConfigError(
-            f"batch_size: {config.batch_size} samples do not divide over {session.world_size} ranks "
-            f"x {config.accumulation} micro-batches; use a multiple of {share}"
+            f"batch_size: {config.batch_size} samples do not divide over {session.world_size} "
+            f"ranks x {config.accumulation} micro-batches; use a multiple of {share}"
         )
     root = Path(config.model_root)
     folders = {role: find_model(root, role_model(config, role)) for role in method.roles}
@@ -199,15 +197,11 @@ def _build_network(
     if isinstance(settings, TrainedNetworkConfig) and settings.random_init:
         return random_network(folder.wan_config(), config.seed, place)
     weights = find_weights(Path(settings.weights) if settings.weights else folder.path)
-    network = load_network(
-        folder.wan_config(), weights, place, what=f"{role} {folder.path}"
-    )
+    network = load_network(folder.wan_config(), weights, place, what=f"{role} {folder.path}")
     return network.requires_grad_(trained)
 
 
-def _build_encoder(
-    config: Config, session: Session, folder: ModelFolder
-) -> ConditioningEncoder:
+def _build_encoder(config: Config, session: Session, folder: ModelFolder) -> ConditioningEncoder:
     dtype = torch.bfloat16 if config.mixed_precision else torch.float32
     text_encoder = WanTextEncoder(folder, folder.wan_config().text_len, dtype).to(session.device)
     return ConditioningEncoder(
@@ -248,9 +242,7 @@ def _build_trackers(config: Config, session: Session, options: RunOptions) -> li
         return []
     newest = checkpoint.latest(options.logdir / "checkpoints")
     resumed_at = checkpoint.step_of(newest) if newest else 0
-    trackers: list[Tracker] = [
-        JsonLines(options.logdir / "metrics.jsonl", resumed_at=resumed_at)
-    ]
+    trackers: list[Tracker] = [JsonLines(options.logdir / "metrics.jsonl", resumed_at=resumed_at)]
     if options.wandb and config.logging.wandb:
         folder = options.wandb_folder or options.logdir
         folder.mkdir(parents=True, exist_ok=True)
@@ -279,9 +271,7 @@ def _build_method_trainer(
     return DiffusionTrainer(parts, Diffusion(config.loss, networks))
 
 
-def _announce(
-    config: Config, session: Session, networks: dict[str, WanDiffusionWrapper]
-) -> None:
+def _announce(config: Config, session: Session, networks: dict[str, WanDiffusionWrapper]) -> None:
     if not session.is_main:
         return
     for role, network in networks.items():
@@ -300,4 +290,3 @@ def _announce(
         config.batch_size,
         config.accumulation,
     )
-

@@ -10,7 +10,7 @@ from typing import Literal, cast
 from omegaconf import MISSING, OmegaConf
 
 import model
-from model.base import Method, MethodConfig
+from model.base import DistributionMatchingConfig, Method, MethodConfig
 from model.dmd import DMDConfig
 from pipeline.teacher import SamplingConfig
 from utils.config import ConfigError, Layer, load_config, read_overrides, read_yaml
@@ -173,8 +173,9 @@ def load(config_path: Path, overrides: Sequence[str] = ()) -> Config:
 def _schema(layers: Sequence[Layer]) -> Config:
     """The root schema, its `loss` typed by the method that the layers select."""
     selected = OmegaConf.merge(*(layer.values for layer in layers))
-    trainer = selected.get("trainer", "score_distillation")
-    name = method_name(str(trainer), str(selected.get("distribution_loss", "dmd")))
+    trainer = OmegaConf.select(selected, "trainer", default="score_distillation")
+    loss = OmegaConf.select(selected, "distribution_loss", default="dmd")
+    name = method_name(str(trainer), str(loss))
     try:
         method = cast(type[Method], member_of(model, name, Method, key="distribution_loss"))
     except ValueError as error:
@@ -201,9 +202,7 @@ def problems(config: Config) -> Iterator[str]:
         )
     steps = config.denoising_step_list
     if not steps or any(not 0 < step <= 1000 for step in steps) or steps != _descending(steps):
-        yield (
-            f"denoising_step_list: must fall strictly within (0, 1000] and begin at 1000, got {steps}"
-        )
+        yield (f"denoising_step_list: must fall strictly within (0, 1000], got {steps}")
     elif steps[0] != 1000:
         yield f"denoising_step_list: must begin at 1000, pure noise, got {steps}"
     if len(config.latent_shape) != 4 or min(config.latent_shape) < 1:
@@ -214,9 +213,9 @@ def problems(config: Config) -> Iterator[str]:
         yield f"ema.decay: must lie in [0, 1), got {config.ema.decay}"
     if config.sampling.steps < 1:
         yield f"sampling.steps: must be at least 1, got {config.sampling.steps}"
-    generator_every = getattr(config.loss, "generator_every", 1)
-    if generator_every < 1:
-        yield f"loss.generator_every: must be at least 1, got {generator_every}"
+    loss = config.loss
+    if isinstance(loss, DistributionMatchingConfig) and loss.generator_every < 1:
+        yield f"loss.generator_every: must be at least 1, got {loss.generator_every}"
     if config.generator.model is None and config.teacher.model is None:
         yield "generator.model: must name a model folder (or teacher.model must)"
 

@@ -1,4 +1,4 @@
-"""Layered configuration: merge mappings into a frozen dataclass, and say which key is wrong where."""
+"""Layered configuration: merge mappings into a frozen dataclass, and say which key is wrong."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ class Layer:
 def read_yaml(path: Path) -> Layer:
     """Read one YAML file as a layer. Raises ConfigError if it is missing or not a mapping."""
     if not path.is_file():
-        siblings = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        siblings = (
+            sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        )
         near = difflib.get_close_matches(path.name, siblings, n=1)
         hint = f" (did you mean {path.parent / near[0]}?)" if near else ""
         raise ConfigError(f"{path}: no such config file{hint}")
@@ -76,11 +78,15 @@ def load_config(schema: T, layers: Sequence[Layer], renamed: Mapping[str, str] |
         except OmegaConfBaseException as error:
             key = f"{error.full_key}: " if error.full_key else ""
             raise ConfigError(f"{layer.source}: {key}{_one_line(error)}") from error
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        sources = ", ".join(layer.source for layer in layers)
-        raise ConfigError("\n".join(f"{key}: must be set, by one of: {sources}" for key in missing))
-    result = OmegaConf.to_object(config)
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            sources = ", ".join(layer.source for layer in layers)
+            lines = [f"{key}: must be set, by one of: {sources}" for key in missing]
+            raise ConfigError("\n".join(lines))
+        result = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise ConfigError(f"{error.full_key}: {_one_line(error)}") from error
     assert isinstance(result, type(schema))
     return result
 
@@ -99,7 +105,7 @@ def differences(old: DictConfig, new: DictConfig) -> dict[str, tuple[Any, Any]]:
 
 
 def _paths(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in node:
+    for key in map(str, node):
         path = f"{prefix}{key}"
         yield path
         child = node._get_node(key)

@@ -35,7 +35,7 @@ class Dataset(Protocol):
 class Prompts:
     """Captions alone, in memory."""
 
-    latent_shape = None
+    latent_shape: tuple[int, int, int, int] | None = None
 
     def __init__(self, prompts: list[str]) -> None:
         self.prompts = prompts

@@ -1,4 +1,4 @@
-"""The process group's lifetime and the facts about ranks; collectives that everyone else borrows."""
+"""The process group's lifetime, the facts about ranks, and the collectives others borrow."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Session:
         return total / self.world_size
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank raised `flag`. Collective, over the CPU group: no device is waited for."""
+        """Whether any rank raised `flag`. Collective on the CPU: no device is waited for."""
         if self.world_size == 1:
             return flag
         raised = torch.tensor(int(flag))

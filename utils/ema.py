@@ -25,7 +25,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 class EMA:
-    """Shadow weights by parameter name. Costs no communication: each rank averages what it holds."""
+    """Shadow weights by name. Costs no communication: each rank averages what it holds."""
 
     def __init__(self, module: nn.Module, config: EMAConfig) -> None:
         self.config = config

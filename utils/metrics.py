@@ -1,4 +1,4 @@
-"""What a run reports: metrics gathered on the device, read once per interval, written to trackers."""
+"""What a run reports: metrics kept on the device, read once per interval, sent to trackers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from utils.files import write_text
 class Tracker(Protocol):
     """Where numbers and pictures go."""
 
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the metrics of one step."""
 
-    def picture(self, step: int, name: str, path: Path) -> None: ...
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Record an image file."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Send what is left."""
 
 
 class JsonLines:

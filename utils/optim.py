@@ -24,6 +24,7 @@ class OptimizerConfig:
     weight_decay: float = 0.01  # of matrices; norms, biases and modulation are never decayed
     muon_lr: float | None = None  # learning rate of the blocks' matrices under Muon; None = AdamW
     muon_momentum: float = 0.95
+    muon_weight_decay: float = 0.1
     warmup_updates: int = 0  # the rate grows linearly from 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     decay_from: float = 0.0  # fraction of all updates at which linear or cosine decay begins
@@ -48,7 +49,8 @@ def build_optimizers(
     """AdamW over all weights, or Muon over the matrices in `blocks` and AdamW over the rest."""
     trained = [p for p in module.parameters() if p.requires_grad]
     inside = {id(p) for p in blocks.parameters()}
-    matrices = [p for p in trained if config.muon_lr is not None and p.ndim == 2 and id(p) in inside]
+    matrices = [p for p in trained if p.ndim == 2 and id(p) in inside]
+    matrices = matrices if config.muon_lr is not None else []
     chosen = {id(p) for p in matrices}
     rest = [p for p in trained if id(p) not in chosen]
     decayed = [p for p in rest if p.ndim in (2, 5)]  # linear layers and the patch convolution
@@ -68,7 +70,7 @@ def build_optimizers(
         matrices,
         lr=config.muon_lr,
         momentum=config.muon_momentum,
-        weight_decay=config.weight_decay,
+        weight_decay=config.muon_weight_decay,
     )
     return [adamw, muon]
 

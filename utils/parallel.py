@@ -31,9 +31,7 @@ def build_mesh(session: Session, sharding_strategy: str) -> DeviceMesh:
     inside = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if world % inside:
         raise ValueError(f"hybrid_full needs nodes of equal size: {world} ranks, {inside} here")
-    return init_device_mesh(
-        kind, (world // inside, inside), mesh_dim_names=("replicate", "shard")
-    )
+    return init_device_mesh(kind, (world // inside, inside), mesh_dim_names=("replicate", "shard"))
 
 
 def parallelize(
@@ -59,6 +57,6 @@ def parallelize(
 
 
 def sync_gradients(module: nn.Module, enabled: bool) -> None:
-    """Whether the next backward pass reduces gradients over ranks; off until the last micro-batch."""
+    """Whether the next backward pass reduces gradients over ranks: only the last micro-batch's."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(enabled)

@@ -13,9 +13,7 @@ def member_of(package: ModuleType, name: str, base: type, *, key: str) -> type:
 
     `key` is the configuration key that carried `name`; a ValueError quotes it with what is allowed.
     """
-    choices = [
-        module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg
-    ]
+    choices = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg]
     found = _members(package, name, base) if name in choices else []
     if len(found) == 1:
         return found[0]

@@ -40,7 +40,7 @@ class SampleRNG:
         return SampleRNG([self.generators[i] for i in indices])
 
     def _draw(self, function: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
-        rows = [function(*shape, generator=g, device=g.device) for g in self.generators]
+        rows = [function(tuple(shape), generator=g, device=g.device) for g in self.generators]
         return torch.stack(rows)
 
 
@@ -66,7 +66,8 @@ def step_rng(
     """The randomness of `phase` at `step`.
 
     `first`: draws taken from the data before this batch, over all ranks; `indices`: positions of
-    this rank's samples in the global batch. Ranks, micro-batches and restarts draw the same numbers.
+    this rank's samples in the global batch. Ranks, micro-batches and restarts draw
+    the same numbers.
     """
     keys = [first + i for i in indices]
     shared = generator(seed, phase, "shared", step)

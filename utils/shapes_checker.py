@@ -20,6 +20,7 @@ from utils.shapes_world import (
     DIRECTIONS,
     FLOOR,
     FLOOR_DEVIATION,
+    FLOORS,
     FRAMES,
     SHAPES,
     SIDE,
@@ -27,10 +28,12 @@ from utils.shapes_world import (
     Caption,
     compose,
     coverage,
+    floor_of_frame,
 )
 
-MIN_PSNR_DB = 20.0
-CONTRAST_RANGE = (0.75, 1.3)
+MIN_PSNR_DB = 20.0  # real clips through the codec lie above 25
+CONTRAST_RANGE = (0.85, 1.25)  # real clips lie in 0.91 to 1.20
+MIN_SEEN = 4.0  # uncovered pixels over all frames that a floor cell needs to be read
 MIN_AREA = 0.02  # of the frame; a shape smaller than this on average is absent
 
 
@@ -80,18 +83,20 @@ def read_clips(pixels: Tensor) -> Reading:
     start, travel, half_size, present = _track(alpha)
     shape, template = _fit_shape(alpha, start, travel, half_size)
     rgb = torch.tensor(list(COLOURS.values()))[colour]
-    floor = _fit_floor(pixels, template, rgb)
+    floor, seen = _fit_floor(pixels, template, rgb)
     error = (compose(template, rgb, floor) - pixels).square().mean(dim=(1, 2, 3, 4))
-    deviation = floor - floor.mean(dim=(1, 2), keepdim=True)
+    cells = seen.sum(dim=(1, 2, 3)).clamp(min=1)
+    base = (floor * seen).sum(dim=(1, 2, 3)) / cells
+    deviation = (floor - base[:, None, None, None]) * seen
     direction = _nearest_direction(travel)
     fast = travel.abs().amax(dim=1) >= (TRAVEL["slowly"] * TRAVEL["quickly"]) ** 0.5
-    light = floor.mean(dim=(1, 2)) >= sum(FLOOR.values()) / 2
+    light = base >= sum(FLOOR.values()) / 2
     return Reading(
         attributes=torch.stack([colour, shape, direction, fast.long(), light.long()], dim=1),
         start=start,
         travel=travel,
         half_size=half_size,
-        contrast=deviation.square().mean(dim=(1, 2)).sqrt() / FLOOR_DEVIATION,
+        contrast=(deviation.square().sum(dim=(1, 2, 3)) / cells).sqrt() / FLOOR_DEVIATION,
         psnr=-10.0 * error.clamp(min=1e-10).log10(),
         present=present,
     )
@@ -154,20 +159,25 @@ def _fit_shape(
     return shape, templates[shape, torch.arange(len(shape))]
 
 
-def _fit_floor(pixels: Tensor, alpha: Tensor, rgb: Tensor) -> Tensor:
-    """Least-squares grey of each floor cell [B, CELLS, CELLS], given what covers it."""
+def _fit_floor(pixels: Tensor, alpha: Tensor, rgb: Tensor) -> tuple[Tensor, Tensor]:
+    """Least-squares grey of each floor cell, given what covers it, and which cells were seen.
+
+    Both [B, G, CELLS, CELLS]; a cell that the shape hides gets its clip's mean grey.
+    """
     cell = SIDE // CELLS
     through = 1.0 - alpha
     behind = (pixels - alpha[:, None] * rgb[:, :, None, None, None]).mean(dim=1)
 
     def per_cell(values: Tensor) -> Tensor:
-        return values.sum(dim=1).unflatten(2, (CELLS, cell)).unflatten(1, (CELLS, cell)).sum((2, 4))
+        cells = values.unflatten(3, (CELLS, cell)).unflatten(2, (CELLS, cell)).sum((3, 5))
+        floors = torch.zeros(len(cells), FLOORS, CELLS, CELLS)
+        return floors.index_add_(1, floor_of_frame(), cells)
 
-    seen = per_cell(through.square())
-    floor = per_cell(through * behind) / seen.clamp(min=1e-6)
-    hidden = seen < 1.0
-    visible_mean = (floor * ~hidden).sum(dim=(1, 2)) / (~hidden).sum(dim=(1, 2)).clamp(min=1)
-    return torch.where(hidden, visible_mean[:, None, None], floor)
+    weight = per_cell(through.square())
+    floor = per_cell(through * behind) / weight.clamp(min=1e-6)
+    seen = weight >= MIN_SEEN
+    mean = (floor * seen).sum(dim=(1, 2, 3)) / seen.sum(dim=(1, 2, 3)).clamp(min=1)
+    return torch.where(seen, floor, mean[:, None, None, None]), seen
 
 
 def _nearest_direction(travel: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def _frechets(reading: Reading, latents: Tensor, reference: Reference) -> dict[s
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Squared Frechet distance between Gaussians fitted to rows [N, K] and [M, K] (FID's formula)."""
+    """Squared Frechet distance of Gaussians fitted to rows [N, K] and [M, K] (FID's formula)."""
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0.0).sqrt() @ vectors.T

@@ -1,8 +1,10 @@
-"""The embedded tiny world: captioned clips of a coloured shape that moves over a mosaic floor.
+"""The embedded tiny world: captioned clips of a coloured shape that moves over a twinkling floor.
 
 Clips are 17 frames of 32 x 32 RGB. A caption fixes colour, shape, direction, speed and
-background; start, size and the floor's grey mosaic are free, and the mosaic is what few Euler
-steps get wrong. Letters: B clips, P pixel frames, S = 32 pixels a side. Lengths are in sides.
+background; start, size and the floor's grey mosaic are free. The mosaic is drawn afresh for frame
+0 and for each group of four frames; its cells are normal, and few Euler steps shrink a normal
+variable in closed form, which is what makes this world hard for a teacher in few steps.
+Letters: B clips, P pixel frames, G floors of a clip, S = 32 pixels a side. Lengths are in sides.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor
 
 FRAMES, SIDE, CELLS, FPS = 17, 32, 8, 8
+FLOOR_FRAMES = 4  # frames that share one floor, after frame 0, which has its own
+FLOORS = 1 + (FRAMES - 1) // FLOOR_FRAMES
 COLOURS = {
     "red": (0.90, 0.15, 0.15),
     "green": (0.15, 0.75, 0.20),
@@ -30,7 +34,7 @@ TRAVEL = {"slowly": 0.12, "quickly": 0.35}  # sides, over the whole clip
 FLOOR = {"dark": 0.22, "light": 0.72}  # mean grey
 FLOOR_DEVIATION = 0.12  # the unit in which floor contrast is measured
 FLOOR_SPREAD = 1.13  # undoes the loss of spread when deviations are clamped at 2
-HALF_SIZE = (0.15, 0.22)  # of the square that has the shape's area
+HALF_SIZE = (0.17, 0.23)  # of the square that has the shape's area
 MARGIN = 0.26  # centres keep this far from the borders
 EDGE = 3.0 / SIDE  # width over which a shape's edge fades
 ATTRIBUTES = ("colour", "shape", "direction", "speed", "background")
@@ -81,7 +85,8 @@ def captions() -> list[Caption]:
 
 def draw_captions(count: int, generator: torch.Generator) -> list[Caption]:
     """`count` captions: whole shuffled rounds of all 288, so that each appears equally often."""
-    every, drawn = captions(), []
+    every = captions()
+    drawn: list[Caption] = []
     while len(drawn) < count:
         order = torch.randperm(len(every), generator=generator).tolist()
         drawn += [every[i] for i in order]
@@ -96,7 +101,7 @@ class Scenes:
     start: Tensor  # [B, 2] centre at the first frame, (x, y)
     travel: Tensor  # [B, 2] way of the centre over the clip, (x, y)
     half_size: Tensor  # [B]
-    floor: Tensor  # [B, CELLS, CELLS] grey values
+    floor: Tensor  # [B, G, CELLS, CELLS] grey values
 
     def shapes(self) -> Tensor:
         """[B] index of each clip's shape."""
@@ -118,9 +123,9 @@ def draw_scenes(chosen: Sequence[Caption], generator: torch.Generator) -> Scenes
     start = low + (high - low) * torch.rand(count, 2, generator=generator)
     smallest, largest = HALF_SIZE
     half_size = smallest + (largest - smallest) * torch.rand(count, generator=generator)
-    deviation = torch.randn(count, CELLS, CELLS, generator=generator).clamp(-2.0, 2.0)
+    deviation = torch.randn(count, FLOORS, CELLS, CELLS, generator=generator).clamp(-2.0, 2.0)
     base = torch.tensor([FLOOR[c.background] for c in chosen])
-    floor = base[:, None, None] + FLOOR_DEVIATION * FLOOR_SPREAD * deviation
+    floor = base[:, None, None, None] + FLOOR_DEVIATION * FLOOR_SPREAD * deviation
     return Scenes(chosen, start, travel, half_size, floor)
 
 
@@ -131,11 +136,16 @@ def render(scenes: Scenes) -> Tensor:
 
 
 def compose(alpha: Tensor, colours: Tensor, floor: Tensor) -> Tensor:
-    """Shapes over floors: alpha [B, P, S, S], colours [B, 3], floor [B, CELLS, CELLS] grey."""
+    """Shapes over floors: alpha [B, P, S, S], colours [B, 3], floor [B, G, CELLS, CELLS] grey."""
     cell = SIDE // CELLS
-    grey = floor.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, None, None]
+    grey = floor[:, floor_of_frame()].repeat_interleave(cell, 2).repeat_interleave(cell, 3)[:, None]
     over = alpha[:, None]
     return (1.0 - over) * grey + over * colours[:, :, None, None, None]
+
+
+def floor_of_frame() -> Tensor:
+    """[P] which of the G floors each frame shows."""
+    return (torch.arange(FRAMES) + FLOOR_FRAMES - 1) // FLOOR_FRAMES
 
 
 def coverage(shape: Tensor, start: Tensor, travel: Tensor, half_size: Tensor) -> Tensor:

@@ -91,7 +91,9 @@ class WeightFile:
                     self._lazy = dict.fromkeys(file.keys(), path)
             else:
                 self._tensors = dict(_flat_tensors(path))
-        except (SafetensorError, json.JSONDecodeError, KeyError, OSError) as error:
+        except WeightsError:
+            raise
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise WeightsError(f"{path}: not readable as weights: {error}") from error
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -115,13 +117,16 @@ def _flat_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises many types; all mean: not a file of tensors
-        raise WeightsError(f"{path}: not a file of plain tensors: {error}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(f"{path}: not a file of plain tensors: {reason}") from error
     for key in ("generator_ema", "generator", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path}: holds no named tensors but a {type(content).__name__}")
     for name, value in content.items():
-        if isinstance(value, Tensor):
+        if isinstance(name, str) and isinstance(value, Tensor):
             yield official_name(name), value
 
 

@@ -17,9 +17,7 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return pairs - 2 * side, side, side
 
 
-def rotary_table(
-    frame_index: Tensor, height: int, width: int, head_dim: int
-) -> Tensor:
+def rotary_table(frame_index: Tensor, height: int, width: int, head_dim: int) -> Tensor:
     """Unit complex rotations [F height width, 1, head_dim / 2], complex64.
 
     frame_index: [F] time positions. Angles are taken in fp64 and rounded once. Source: the

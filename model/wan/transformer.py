@@ -98,9 +98,7 @@ class WanTransformer(nn.Module):
             coordinates = coordinate_channels(frame_index, *x.shape[3:]).to(x.dtype)
             x = torch.cat([x, coordinates.expand(x.shape[0], -1, -1, -1, -1)], dim=1)
         _, patch_h, patch_w = self.config.patch_size
-        patches = rearrange(
-            x, "b c f (h p) (w q) -> b (f h w) (c p q)", p=patch_h, q=patch_w
-        )
+        patches = rearrange(x, "b c f (h p) (w q) -> b (f h w) (c p q)", p=patch_h, q=patch_w)
         return F.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +115,7 @@ class WanTransformer(nn.Module):
 
     def embed_text(self, text: Tensor, clip: Tensor | None) -> Tensor:
         """Text states [B, L, text_dim] to memory [B, L, D], behind 257 image tokens for i2v."""
-        memory = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
+        memory = self.text_embedding(text.to(_dtype(self.text_embedding)))
         if self.config.model_type == "t2v":
             return memory
         if clip is None:
@@ -221,7 +219,7 @@ class CrossAttention(nn.Module):
             self.norm_k_img = nn.RMSNorm(config.dim, config.eps)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        """x: [B, N, D]; memory: [B, L, D], image tokens first. Padding is attended to, as in Wan."""
+        """x: [B, N, D]; memory: [B, L, D], image tokens first. Padding counts, as in Wan."""
         heads = (self.num_heads, -1)
         q = self.norm_q(self.q(x)).unflatten(-1, heads)
         image = memory[:, : self.IMAGE_TOKENS] if self.sees_image else None
@@ -250,7 +248,7 @@ class ImageEmbedding(nn.Module):
 
     def forward(self, clip: Tensor) -> Tensor:
         """clip: [B, 257, image_dim]. Returns [B, 257, D]."""
-        return self.proj(clip.to(self.proj[1].weight.dtype))
+        return self.proj(clip.to(_dtype(self.proj)))
 
 
 class Head(nn.Module):
@@ -283,6 +281,10 @@ def add_gated(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
         x.float().unflatten(1, frames), h.float().unflatten(1, frames), gate[:, :, None]
     )
     return sum_.flatten(1, 2).to(x.dtype)
+
+
+def _dtype(layers: nn.Module) -> torch.dtype:
+    return next(layers.parameters()).dtype
 
 
 def float32_mlp(layers: nn.Sequential, x: Tensor) -> Tensor:

@@ -1,0 +1,203 @@
+"""Turn a finished quickstart into summary.json and report.html: clips, table and plots."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from utils.cli import USER_ERRORS, fail
+from utils.config import ConfigError
+from utils.files import write_text
+
+ROW_KEYS = (
+    "sampler", "steps", "cfg_scale", "network_evaluations", "adherence", "validity", "both",
+    "both_stderr", "frechet_features", "frechet_latents", "seconds_per_clip", "colour", "shape",
+    "direction", "speed", "background", "psnr_db", "psnr_db_stderr", "contrast",
+    "contrast_stderr", "diversity", "adherence_stderr", "validity_stderr", "clips",
+)  # fmt: skip
+TITLES = {
+    "sampler": "sampler", "steps": "steps", "cfg_scale": "CFG", "network_evaluations": "NFE",
+    "adherence": "adherence %", "validity": "valid %", "both": "both %", "both_stderr": "&plusmn;",
+    "psnr_db": "PSNR dB", "contrast": "contrast", "diversity": "diversity",
+    "frechet_features": "FD features", "frechet_latents": "FD latents",
+    "seconds_per_clip": "s / clip",
+}  # fmt: skip
+PERCENT = ("adherence", "validity", "both", "both_stderr")
+# Frozen before the first figures of this world were quoted; shares of clips.
+TARGETS = {"teacher_adherence": 0.9, "teacher_both": 0.8, "few_step_both": 0.2, "ratio": 0.9}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of report.py."""
+    result = argparse.ArgumentParser(description=__doc__)
+    result.add_argument("--run_folder", type=Path, required=True, help="what quickstart.sh made")
+    return result
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON file. Raises ConfigError if the stage that writes it did not run."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: missing; let scripts/quickstart.sh finish first")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def find(rows: Sequence[dict[str, Any]], sampler: str, steps: int) -> dict[str, Any]:
+    """The row of a sampler; a teacher's with guidance."""
+    return next(
+        row
+        for row in rows
+        if row["sampler"] == sampler
+        and row.get("steps") == steps
+        and (sampler == "student" or row["cfg_scale"] != 1.0)
+    )
+
+
+def summarise(folder: Path) -> dict[str, Any]:
+    """All figures of a run, and whether they reach the targets."""
+    rows = read_json(folder / "evaluation" / "rows.json")
+    teacher, few = find(rows, "teacher_euler", 50), find(rows, "teacher_euler", 4)
+    student = find(rows, "student", 4)
+    ratio = student["both"] / teacher["both"] if teacher["both"] else 0.0
+    stages: dict[str, float] = {}
+    timings = folder / "timings.jsonl"
+    if timings.is_file():
+        for line in timings.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            stages[entry["stage"]] = stages.get(entry["stage"], 0.0) + entry["seconds"]
+    return {
+        "rows": [{key: row[key] for key in ROW_KEYS if key in row} for row in rows],
+        "ratio_student_teacher": ratio,
+        "targets_reached": {
+            "teacher_adherence": teacher["adherence"] >= TARGETS["teacher_adherence"],
+            "teacher_both": teacher["both"] >= TARGETS["teacher_both"],
+            "few_step_both": few["both"] <= TARGETS["few_step_both"],
+            "ratio": ratio >= TARGETS["ratio"],
+        },
+        "targets": TARGETS,
+        "stage_seconds": stages,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
+        f"Python {platform.python_version()}, torch {torch.__version__}",
+    }
+
+
+def inline(path: Path, kind: str) -> str:
+    """A file as a data URL, so that the report is one file."""
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as an HTML table."""
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        value = row.get(name)
+        if value is None:
+            return "<td></td>"
+        if name in PERCENT:
+            return f"<td>{100.0 * value:.1f}</td>"
+        return f"<td>{value:.3g}</td>" if isinstance(value, float) else f"<td>{value}</td>"
+
+    head = "".join(f"<th>{title}</th>" for title in TITLES.values())
+    body = "".join(
+        f'<tr class="{row["sampler"]}">{"".join(cell(row, name) for name in TITLES)}</tr>'
+        for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def clips(folder: Path) -> str:
+    """The same captions by each sampler, as videos side by side."""
+    index = read_json(folder / "index.json")
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in index["samplers"])
+    lines = []
+    for i, caption in enumerate(index["captions"]):
+        files = [folder / f"{name.replace(' ', '_')}-{i}.mp4" for name in index["samplers"]]
+        cells = "".join(
+            f'<td><video autoplay loop muted playsinline src="{inline(file, "video/mp4")}">'
+            "</video></td>"
+            for file in files
+        )
+        lines.append(f"<tr><td>{html.escape(caption)}</td>{cells}</tr>")
+    return f'<table class="clips"><tr><th></th>{head}</tr>{"".join(lines)}</table>'
+
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --mark: #2a78d624; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px }
+td, th { padding: .3rem .55rem; border-bottom: 1px solid var(--line); text-align: right }
+td:first-child, th:first-child { text-align: left }
+tr.student td { background: var(--mark); font-weight: 600 }
+.clips td, .clips th { text-align: center; border: 0 } .clips td:first-child { max-width: 14rem }
+video { width: 176px; image-rendering: pixelated; border-radius: 6px }
+img { max-width: 100%; background: #fff; border-radius: 6px }
+.scroll { overflow-x: auto } .big { font-size: 1.15rem } code { font-size: 13px }
+"""
+
+
+def page(folder: Path, summary: dict[str, Any]) -> str:
+    """The whole report as one HTML file."""
+    rows = summary["rows"]
+    teacher, student = find(rows, "teacher_euler", 50), find(rows, "student", 4)
+    few = find(rows, "teacher_euler", 4)
+    reached = "".join(
+        f"<li>{html.escape(name).replace('_', ' ')}: {'reached' if ok else 'NOT reached'} "
+        f"(target {summary['targets'][name]:.0%})</li>"
+        for name, ok in summary["targets_reached"].items()
+    )
+    stages = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{seconds:.0f}</td></tr>"
+        for name, seconds in summary["stage_seconds"].items()
+    )
+    plots = "".join(
+        f'<h3>{role}</h3><img alt="metrics of the {role} run" src="{inline(path, "image/png")}">'
+        for role in ("teacher", "student")
+        if (path := folder / "evaluation" / f"{role}_run.png").is_file()
+    )
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>Fewstep quickstart</title><style>{STYLE}</style>
+<h1>From {teacher["network_evaluations"]} network evaluations to 4</h1>
+<p class="big">Clips that follow their caption and are valid: teacher, {teacher["steps"]} steps with
+guidance <b>{teacher["both"]:.1%}</b>; the same teacher in 4 Euler steps <b>{few["both"]:.1%}</b>;
+student, 4 steps without guidance <b>{student["both"]:.1%}</b>
+({summary["ratio_student_teacher"]:.2f} of its teacher).</p>
+<ul>{reached}</ul>
+<h2>Side by side</h2><div class="scroll">{clips(folder / "evaluation" / "clips")}</div>
+<h2>Every sampler</h2><div class="scroll">{table(rows)}</div>
+<p>NFE: network evaluations per clip. Shares are of {student["clips"]} clips, with their standard
+error. FD: Frechet distance to real clips, lower is nearer; diversity: spread of the free start
+position. Judged in closed form by utils/shapes_checker.py.</p>
+<h2>The runs</h2>{plots}
+<h2>Time</h2><table><tr><th>stage</th><th>seconds</th></tr>{stages}</table>
+<p>{html.escape(summary["machine"])}</p></html>
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write both files and print the headline."""
+    args = parser().parse_args(arguments)
+    try:
+        summary = summarise(args.run_folder)
+        write_text(args.run_folder / "summary.json", json.dumps(summary, indent=1))
+        write_text(args.run_folder / "report.html", page(args.run_folder, summary))
+    except USER_ERRORS as error:
+        return fail(error)
+    for name, ok in summary["targets_reached"].items():
+        print(f"{name}: {'reached' if ok else 'NOT reached'}")
+    print(f"student / teacher: {summary['ratio_student_teacher']:.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
