@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from trainer.config import Config, load
-from trainer.serving import Request, VideoGenerator, check_source, load_generator
+from trainer.serving import Request, Source, VideoGenerator, check_source, load_generator
 from utils.cli import USER_ERRORS, fail, start_logging
 from utils.config import ConfigError
 from utils.dataset import open_dataset, read_prompt_file
@@ -97,19 +97,20 @@ def file_stem(prompt: str) -> str:
     return re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", prompt[:100]).strip(" .") or "_"
 
 
-def claim_folder(args: argparse.Namespace, session: Session) -> None:
+def claim_folder(args: argparse.Namespace, source: Source, session: Session) -> None:
     """Write the folder's manifest. Raises ConfigError if it holds clips of other settings."""
     keys = (
         "config_path", "checkpoint_path", "data_path", "extended_prompt_path", "use_ema",
         "seed", "save_with_index", "num_output_frames", "batch_size", "fps", "overrides",
     )  # fmt: skip
     wanted = {key: getattr(args, key) for key in keys}
+    wanted["weights"] = source.weights.path  # a log directory's newest checkpoint moves on
     text = json.dumps(wanted, indent=1, default=str)
     path = args.output_folder / "settings.json"
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         there = json.loads(path.read_text(encoding="utf-8"))
         here = json.loads(text)
-        changed = [f"{k} was {there.get(k)}, is {here[k]}" for k in keys if there.get(k) != here[k]]
+        changed = [f"{k} was {there.get(k)}, is {here[k]}" for k in here if there.get(k) != here[k]]
         raise ConfigError(
             f"--output_folder {args.output_folder}: holds clips of other settings "
             f"({'; '.join(changed)}); use another folder"
@@ -167,15 +168,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load(args.config_path, args.overrides)
         jobs = plan(args)
-        check_source(config, args.checkpoint_path, use_ema=args.use_ema)
+        source = check_source(config, args.checkpoint_path, use_ema=args.use_ema)
     except USER_ERRORS as error:
         return fail(error)
     with distributed_session(timeout_s=config.timeout_s) as session:
         start_logging(main_rank=session.is_main)
         try:
-            claim_folder(args, session)
+            claim_folder(args, source, session)
         except USER_ERRORS as error:
-            return fail(error, quiet=not session.is_main)
+            return fail(error)
         try:
             run(args, config, jobs, session)
         except KeyboardInterrupt:

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.base import Interrupted, RunFailedError
+from trainer.base import RunFailedError
 from trainer.build import RunOptions, build_trainer
-from trainer.config import load
+from trainer.config import Config, load
 from utils.cli import USER_ERRORS, fail, start_logging
 from utils.distributed import distributed_session
 
@@ -45,19 +45,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wandb=not args.disable_wandb,
         wandb_folder=args.wandb_save_dir,
     )
+    try:
+        return run(config, options)
+    except KeyboardInterrupt as stop:
+        log.warning("%s; run the same command again to continue", stop or "interrupted")
+        return 130
+
+
+def run(config: Config, options: RunOptions) -> int:
+    """Build and train within one process group; returns the exit status."""
     with distributed_session(timeout_s=config.timeout_s) as session:
         start_logging(main_rank=session.is_main)
         try:
             trainer = build_trainer(config, session, options)
         except USER_ERRORS as error:
-            return fail(error, quiet=not session.is_main)
+            return fail(error)
         try:
             trainer.train()
         except RunFailedError as error:
-            return fail(error, quiet=not session.is_main)
-        except Interrupted as stop:
-            log.warning("%s; run the same command again to continue", stop)
-            return 130
+            return fail(error)
     return 0
 
 

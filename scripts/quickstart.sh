@@ -62,7 +62,7 @@ stage "sample" python inference.py --config_path configs/tiny/dmd.yaml \
 stage "evaluate" python scripts/evaluate.py --output_folder "$out/evaluation" \
     --teacher_config configs/tiny/diffusion.yaml --teacher_path "$out/teacher" \
     --student_config configs/tiny/dmd.yaml --student_path "$out/student" \
-    --clips "$judged" --seed "$seed" "${shared[@]}" "data.path=$out/data/latents"
+    --clips "$judged" --seed "$seed" "${shared[@]}"
 stage "report" python scripts/report.py --run_folder "$out"
 
 cat <<MESSAGE

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.profiler import record_function
 from tqdm import tqdm
 
 from model.conditioning import ConditioningEncoder
@@ -36,6 +37,8 @@ from utils.parallel import sync_gradients
 from utils.seeding import StepRNG, step_rng
 
 log = logging.getLogger(__name__)
+
+ECHO_S = 2.0  # a second Ctrl-C within this time is the first one, passed on
 
 
 class Interrupted(KeyboardInterrupt):
@@ -136,42 +139,50 @@ class Trainer(ABC):
             tracker.close()
 
     def optimise(self, phase: Phase) -> None:
-        """One update of one role: micro-batches, clipping, step, averaging."""
+        """One update of one role: micro-batches, clipping, step, averaging.
+
+        The labels are what a profiler (scripts/benchmark.py) shows.
+        """
         role = self.roles[phase.role]
         micro = self.config.accumulation
         for part in range(micro):
             indices = self.micro_batch(part)
-            batch = self.load_batch(indices)
-            rng = step_rng(
-                self.config.seed,
-                phase.role,
-                step=self.state.step,
-                first=self.state.draws,
-                indices=indices,
-                device=self.session.device,
-            )
+            with record_function("data"):
+                batch = self.load_batch(indices)
+                rng = step_rng(
+                    self.config.seed,
+                    phase.role,
+                    step=self.state.step,
+                    first=self.state.draws,
+                    indices=indices,
+                    device=self.session.device,
+                )
             sync_gradients(role.network.model, part == micro - 1)
-            output = phase.loss(batch, rng)
-            (output.loss / micro).backward()
-            values = {"loss": output.loss.detach(), **output.metrics}
-            self.metrics.add(phase.role, values)
+            with record_function(f"{phase.role} loss"):
+                output = phase.loss(batch, rng)
+            with record_function(f"{phase.role} backward"):
+                (output.loss / micro).backward()
+            self.metrics.add(phase.role, {"loss": output.loss.detach(), **output.metrics})
         self.state.draws += self.config.batch_size
         self.apply_gradients(phase.role)
 
     def apply_gradients(self, name: str) -> None:
         """Clip, step the role's optimizers, clear gradients, move the average."""
         role = self.roles[name]
-        norm = clip_gradients(role.network.model, role.config.max_grad_norm)
+        with record_function("clip"):
+            norm = clip_gradients(role.network.model, role.config.max_grad_norm)
         update = self.state.updates[name]
         factor = lr_factor(role.config, update, self.total_updates(name))
         set_lr_factor(role.optimizers, role.config, factor)
-        for optimizer in role.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        with record_function("optimizer"):
+            for optimizer in role.optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         self.state.updates[name] = update + 1
         self.metrics.add(name, {"grad_norm": norm})
         if name == "generator":
-            self.ema.update(role.network.model, step=self.state.step)
+            with record_function("average"):
+                self.ema.update(role.network.model, step=self.state.step)
 
     def micro_batch(self, part: int) -> list[int]:
         """Positions in the global batch of this rank's samples of micro-batch `part`."""
@@ -280,14 +291,21 @@ class Trainer(ABC):
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Turn the first Ctrl-C or SIGTERM into a stop after the current step."""
+        """Turn Ctrl-C or SIGTERM into a stop after the current step; a later Ctrl-C stops at once.
+
+        A launcher passes Ctrl-C on, so that the same one arrives twice: echoes are ignored.
+        """
+        first = 0.0
 
         def request(signum: int, frame: FrameType | None) -> None:
+            nonlocal first
             del frame
-            if self._stop:
+            now = time.monotonic()
+            if not self._stop:
+                self._stop, first = True, now
+                log.warning("%s: stopping after this step", signal.Signals(signum).name)
+            elif signum == signal.SIGINT and now - first > ECHO_S:
                 raise KeyboardInterrupt
-            self._stop = True
-            log.warning("%s: stopping after this step", signal.Signals(signum).name)
 
         previous = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from utils.config import ConfigError
@@ -24,9 +25,9 @@ def start_logging(*, main_rank: bool = True) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def fail(error: Exception, *, quiet: bool = False) -> int:
-    """Print one line per problem; returns the exit status 2."""
-    if not quiet:
+def fail(error: Exception) -> int:
+    """Print one line per problem, once for all ranks; returns the exit status 2."""
+    if os.environ.get("RANK", "0") == "0":
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
     return 2

@@ -24,7 +24,7 @@ class OptimizerConfig:
     weight_decay: float = 0.01  # of matrices; norms, biases and modulation are never decayed
     muon_lr: float | None = None  # learning rate of the blocks' matrices under Muon; None = AdamW
     muon_momentum: float = 0.95
-    muon_weight_decay: float = 0.1
+    muon_weight_decay: float = 0.01
     warmup_updates: int = 0  # the rate grows linearly from 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     decay_from: float = 0.0  # fraction of all updates at which linear or cosine decay begins

@@ -30,12 +30,12 @@ COLOURS = {
 }
 SHAPES = ("bar", "circle", "triangle")
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
-TRAVEL = {"slowly": 0.12, "quickly": 0.35}  # sides, over the whole clip
+TRAVEL = {"slowly": 0.16, "quickly": 0.44}  # sides, over the whole clip
 FLOOR = {"dark": 0.22, "light": 0.72}  # mean grey
 FLOOR_DEVIATION = 0.12  # the unit in which floor contrast is measured
 FLOOR_SPREAD = 1.13  # undoes the loss of spread when deviations are clamped at 2
 HALF_SIZE = (0.17, 0.23)  # of the square that has the shape's area
-MARGIN = 0.26  # centres keep this far from the borders
+MARGIN = 0.25  # centres keep this far from the borders
 EDGE = 3.0 / SIDE  # width over which a shape's edge fades
 ATTRIBUTES = ("colour", "shape", "direction", "speed", "background")
 _VOCABULARIES = (tuple(COLOURS), SHAPES, tuple(DIRECTIONS), tuple(TRAVEL), tuple(FLOOR))
