@@ -194,7 +194,8 @@ def show(folder: Path, sheets: dict[str, Tensor], captions: Sequence[Caption]) -
     """Write the same captions by each sampler: one PNG, and one mp4 per clip."""
     clips = [sheet[i] for i in range(len(captions)) for sheet in sheets.values()]
     labels = [f"{name}: {caption}" for caption in captions for name in sheets]
-    save_png(contact_sheet(clips, labels), folder / "contact_sheet.png")
+    page = contact_sheet(clips, labels, columns=len(sheets), frames=4, side=64)
+    save_png(page, folder / "contact_sheet.png")
     for name, sheet in sheets.items():
         for i, clip in enumerate(sheet):
             save_mp4(clip, folder / "clips" / f"{name.replace(' ', '_')}-{i}.mp4", fps=FPS)

@@ -102,8 +102,11 @@ def prune(folder: Path, keep: int, session: Session) -> None:
     if session.is_main and folder.is_dir():
         for torn in folder.glob("step_*.tmp"):
             shutil.rmtree(torn, ignore_errors=True)
+        for part in folder.glob(".*.part*"):  # of utils.files, killed before its rename
+            part.unlink(missing_ok=True)
         for path in list(complete(folder))[keep:]:
-            shutil.rmtree(path, ignore_errors=True)
+            # Renamed first: killed between two files, it would look damaged and stay for ever.
+            shutil.rmtree(path.rename(f"{path}.tmp"), ignore_errors=True)
     session.barrier()
 
 

@@ -10,7 +10,7 @@ from utils.config import ConfigError
 from utils.weights import WeightsError
 
 # What a user can mend. Everything else is a bug and keeps its traceback.
-USER_ERRORS = (ConfigError, WeightsError, FileNotFoundError, ValueError)
+USER_ERRORS = (ConfigError, WeightsError, OSError, ValueError)
 
 
 def start_logging(*, main_rank: bool = True) -> None:

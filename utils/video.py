@@ -51,28 +51,42 @@ def save_mp4(clip: Tensor, path: Path, *, fps: float) -> None:
 
 
 def contact_sheet(
-    clips: Sequence[Tensor], labels: Sequence[str], *, frames: int = 6, side: int = 96
+    clips: Sequence[Tensor],
+    labels: Sequence[str],
+    *,
+    columns: int = 1,
+    frames: int = 6,
+    side: int = 96,
 ) -> Image.Image:
-    """One row per clip: `frames` evenly spaced frames, under the clip's label."""
-    row_height, margin = side + 16, 4
-    width = max(1, frames) * (side + margin) + margin
-    sheet = Image.new("RGB", (width, row_height * len(clips) + margin), "white")
+    """Clips as labelled strips of `frames` evenly spaced frames, `columns` strips to a row.
+
+    A frame's longer side becomes `side` pixels; smaller frames are enlarged by a whole factor.
+    """
+    gap, text = 4, 14
+    strips = [_strip(clip, frames, side, gap) for clip in clips]
+    width = max(strip.width for strip in strips) + 3 * gap
+    height = max(strip.height for strip in strips) + text + gap
+    rows = -(-len(strips) // columns)
+    sheet = Image.new("RGB", (width * columns, height * rows + gap), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, (clip, label) in enumerate(zip(clips, labels, strict=True)):
-        pixels = to_bytes(clip)
-        top = row * row_height + margin
-        draw.text((margin, top), label[: width // 6], fill="black")
-        chosen = np.linspace(0, len(pixels) - 1, frames).round().astype(int)
-        for column, index in enumerate(chosen):
-            image = Image.fromarray(pixels[index])
-            image.thumbnail((side, side)) if max(image.size) > side else None
-            if max(image.size) < side:
-                factor = side // max(image.size)
-                image = image.resize(
-                    (image.width * factor, image.height * factor), Image.Resampling.NEAREST
-                )
-            sheet.paste(image, (margin + column * (side + margin), top + 12))
+    for number, (strip, label) in enumerate(zip(strips, labels, strict=True)):
+        left, top = number % columns * width + gap, number // columns * height + gap
+        draw.text((left, top), label[: strip.width // 6], fill="black")
+        sheet.paste(strip, (left, top + text))
     return sheet
+
+
+def _strip(clip: Tensor, frames: int, side: int, gap: int) -> Image.Image:
+    pixels = to_bytes(clip)
+    longer = max(pixels.shape[1:3])
+    scale = side // longer if longer <= side else side / longer
+    size = (round(pixels.shape[2] * scale), round(pixels.shape[1] * scale))
+    kind = Image.Resampling.NEAREST if longer <= side else Image.Resampling.LANCZOS
+    strip = Image.new("RGB", (frames * (size[0] + gap) - gap, size[1]), "white")
+    for column, index in enumerate(np.linspace(0, len(pixels) - 1, frames).round().astype(int)):
+        frame = Image.fromarray(pixels[index]).resize(size, kind)
+        strip.paste(frame, (column * (size[0] + gap), 0))
+    return strip
 
 
 def save_png(image: Image.Image, path: Path) -> None:

@@ -1,0 +1,299 @@
+"""The Wan2.1 transformer: parity with diffusers, and one network for every mode of use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.types import Conditioning
+from model.wan.cache import KVCache
+from model.wan.config import PRESETS, WanConfig
+from model.wan.context import FULL_ATTENTION, Context
+from model.wan.masks import block_causal
+from model.wan.transformer import WanTransformer
+from model.wan.weights import to_diffusers
+from model.wan_wrapper import WanDiffusionWrapper
+
+WanFactory = Callable[..., WanTransformer]
+
+T2V = WanConfig(
+    dim=48, ffn_dim=96, num_heads=2, num_layers=2, freq_dim=32, text_len=12, text_dim=20
+)
+I2V = replace(T2V, model_type="i2v", in_dim=36, text_len=512, image_dim=24)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def diffusers_twin(model: WanTransformer) -> Any:
+    """diffusers' own transformer with the weights of `model`."""
+    from diffusers import WanTransformer3DModel
+
+    config = model.config
+    i2v = config.model_type == "i2v"
+    twin = WanTransformer3DModel(
+        patch_size=config.patch_size,
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_dim,
+        in_channels=config.in_dim,
+        out_channels=config.out_dim,
+        text_dim=config.text_dim,
+        freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers,
+        eps=config.eps,
+        image_dim=config.image_dim if i2v else None,
+        added_kv_proj_dim=config.dim if i2v else None,
+    )
+    twin.load_state_dict({to_diffusers(name): v for name, v in model.state_dict().items()})
+    return twin.eval()
+
+
+@torch.no_grad()
+def largest_difference(model: WanTransformer, x: Tensor, timestep: Tensor) -> float:
+    """Between `model` and diffusers' transformer, on noise levels [B] and random conditions."""
+    config, batch = model.config, len(x)
+    text = random(batch, config.text_len, config.text_dim, seed=1)
+    clip = random(batch, 257, config.image_dim, seed=2) if config.model_type == "i2v" else None
+    theirs = diffusers_twin(model)(x, timestep, text, clip, return_dict=False)[0]
+    return float((model(x, timestep[:, None], text, clip) - theirs).abs().max())
+
+
+@pytest.mark.parametrize("size", [(1, 2, 2), (3, 4, 6), (2, 8, 2)])
+def test_text_to_video_equals_diffusers(tiny_wan: WanFactory, size: tuple[int, int, int]) -> None:
+    x, timestep = random(2, 16, *size), torch.tensor([999.0, 17.25])
+    assert largest_difference(tiny_wan(T2V), x, timestep) < 2e-5
+
+
+def test_image_to_video_equals_diffusers(tiny_wan: WanFactory) -> None:
+    x, timestep = random(2, 36, 3, 4, 6), torch.tensor([500.0, 833.3])
+    assert largest_difference(tiny_wan(I2V), x, timestep) < 2e-5
+
+
+@pytest.mark.parametrize("config", [T2V, I2V], ids=["t2v", "i2v"])
+def test_official_names_and_diffusers_names_correspond_one_to_one(
+    tiny_wan: WanFactory, config: WanConfig
+) -> None:
+    model = tiny_wan(config)
+    theirs = set(diffusers_twin(model).state_dict())
+    ours = [to_diffusers(name) for name in model.state_dict()]
+    assert len(set(ours)) == len(ours)
+    assert set(ours) == theirs
+
+
+def test_names_are_those_of_the_official_release(tiny_wan: WanFactory) -> None:
+    names = {name.replace("blocks.1.", "blocks.0.") for name in tiny_wan(I2V).state_dict()}
+    linear = [
+        *(f"{part}.{i}" for part in ("text_embedding", "time_embedding") for i in (0, 2)),
+        *("time_projection.1", "head.head", "patch_embedding", "blocks.0.norm3"),
+        *(f"img_emb.proj.{i}" for i in (0, 1, 3, 4)),
+        *(f"blocks.0.{kind}_attn.{x}" for kind in ("self", "cross") for x in "qkvo"),
+        *(f"blocks.0.cross_attn.{x}_img" for x in "kv"),
+        *(f"blocks.0.ffn.{i}" for i in (0, 2)),
+    ]
+    norms = [f"blocks.0.{kind}_attn.norm_{x}" for kind in ("self", "cross") for x in "qk"]
+    assert names == {
+        *(f"{name}.{kind}" for name in linear for kind in ("weight", "bias")),
+        *(f"{name}.weight" for name in (*norms, "blocks.0.cross_attn.norm_k_img")),
+        *("blocks.0.modulation", "head.modulation"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("Wan2.1-T2V-1.3B", 1_418_996_800),
+        ("Wan2.1-T2V-14B", 14_288_491_584),
+        ("Wan2.1-I2V-14B", 16_394_878_784),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(name: str, count: int) -> None:
+    with torch.device("meta"):
+        model = WanTransformer(PRESETS[name])
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@torch.no_grad()
+def run(
+    model: WanTransformer, x: Tensor, timestep: Tensor, context: Context = FULL_ATTENTION
+) -> Tensor:
+    text = random(len(x), model.config.text_len, model.config.text_dim, seed=1)
+    return model(x, timestep, text, context=context)
+
+
+def test_one_noise_level_per_frame_equals_one_per_sample_if_all_are_the_same(
+    tiny_wan: WanFactory,
+) -> None:
+    model, x = tiny_wan(), random(2, 16, 3, 4, 4)
+    timestep = torch.tensor([[700.0], [20.0]])
+    per_frame = run(model, x, timestep.expand(2, 3))
+    torch.testing.assert_close(run(model, x, timestep), per_frame, atol=1e-6, rtol=0.0)
+
+
+def test_a_frames_noise_level_matters_to_it_most(tiny_wan: WanFactory) -> None:
+    model, x = tiny_wan(), random(1, 16, 3, 4, 4)
+    low = run(model, x, torch.tensor([[500.0, 500.0, 500.0]]))
+    high = run(model, x, torch.tensor([[500.0, 900.0, 500.0]]))
+    change = (high - low).abs().mean(dim=(0, 1, 3, 4))
+    assert change[1] > 3.0 * change[0]
+    assert change[1] > 3.0 * change[2]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_the_block_causal_mask_equals_block_by_block_with_a_cache(
+    tiny_wan: WanFactory, block: int
+) -> None:
+    model, x = tiny_wan(), random(2, 16, 6, 4, 6)
+    timestep = 1000.0 * torch.rand(2, 6, generator=torch.Generator().manual_seed(3))
+    masked = run(model, x, timestep, Context(mask=block_causal(6, block)))
+    cache = KVCache(model.config.num_layers)
+    parts = []
+    for first in range(0, 6, block):
+        frames = torch.arange(first, first + block)
+        context = Context(cache=cache, commit=True, frame_index=frames)
+        parts.append(run(model, x[:, :, frames], timestep[:, frames], context))
+    assert cache.tokens == 6 * 2 * 3
+    torch.testing.assert_close(torch.cat(parts, dim=2), masked, atol=1e-5, rtol=0.0)
+
+
+def test_a_cache_that_is_only_read_stays_as_it_is(tiny_wan: WanFactory) -> None:
+    model, x, timestep = tiny_wan(), random(1, 16, 2, 4, 4), torch.tensor([[500.0]])
+    cache = KVCache(model.config.num_layers)
+    first, second = (torch.tensor([i]) for i in range(2))
+    run(model, x[:, :, :1], timestep, Context(cache=cache, commit=True, frame_index=first))
+    reading = Context(cache=cache, frame_index=second)
+    outputs = [run(model, x[:, :, 1:], timestep, reading) for _ in range(2)]
+    assert cache.tokens == 4
+    assert torch.equal(*outputs)
+
+
+def test_committing_under_autograd_is_refused(tiny_wan: WanFactory) -> None:
+    model = tiny_wan()
+    context = Context(cache=KVCache(model.config.num_layers), commit=True)
+    with pytest.raises(RuntimeError, match="written only under"):
+        model(random(1, 16, 1, 4, 4), torch.ones(1, 1), random(1, 12, 64), context=context)
+
+
+def test_under_a_causal_mask_later_frames_do_not_matter(tiny_wan: WanFactory) -> None:
+    model, x = tiny_wan(), random(1, 16, 4, 4, 4)
+    changed = torch.cat([x[:, :, :2], x[:, :, 2:] + 1.0], dim=2)
+    context = Context(mask=block_causal(4, 2))
+    before, after = (run(model, v, torch.tensor([[500.0]]), context) for v in (x, changed))
+    torch.testing.assert_close(before[:, :, :2], after[:, :, :2], atol=1e-6, rtol=0.0)
+    assert (before[:, :, 2:] - after[:, :, 2:]).abs().max() > 1e-2
+
+
+def gradients(model: WanTransformer) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(
+        random(2, 16, 2, 4, 4), torch.full((2, 1), 300.0), random(2, 12, 64)
+    ).square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_recomputing_blocks_gives_the_same_gradients_bit_for_bit(tiny_wan: WanFactory) -> None:
+    model = tiny_wan()
+    kept = gradients(model)
+    model.checkpoint_blocks = True
+    recomputed = gradients(model)
+    assert kept.keys() == recomputed.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+
+
+def test_recomputing_blocks_beside_a_cache_is_exact(tiny_wan: WanFactory) -> None:
+    model, x, timestep = tiny_wan(), random(1, 16, 2, 4, 4), torch.tensor([[500.0]])
+    cache = KVCache(model.config.num_layers)
+    first, second = (torch.tensor([i]) for i in range(2))
+    run(model, x[:, :, :1], timestep, Context(cache=cache, commit=True, frame_index=first))
+    found = []
+    for recompute in (False, True):
+        model.checkpoint_blocks = recompute
+        model.zero_grad()
+        context = Context(cache=cache, frame_index=second)
+        model(x[:, :, 1:], timestep, random(1, 12, 64), context=context).sum().backward()
+        found.append(model.blocks[0].self_attn.q.weight.grad.clone())
+    assert torch.equal(*found)
+
+
+def test_a_sample_does_not_depend_on_its_batch(tiny_wan: WanFactory) -> None:
+    model, x, timestep = tiny_wan(), random(3, 16, 2, 4, 4), torch.tensor([[1.0], [500.0], [999.0]])
+    text = random(3, 12, 64, seed=1)
+    with torch.no_grad():
+        together = model(x, timestep, text)[1]
+        alone = model(x[1:2], timestep[1:2], text[1:2])[0]
+    torch.testing.assert_close(together, alone, atol=5e-6, rtol=0.0)
+
+
+@pytest.mark.parametrize("size", [(1, 2, 2), (1, 30, 52), (9, 2, 8)])
+def test_any_even_size_keeps_its_shape(tiny_wan: WanFactory, size: tuple[int, int, int]) -> None:
+    output = run(tiny_wan(), random(1, 16, *size), torch.ones(1, 1))
+    assert output.shape == (1, 16, *size)
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(2, 3, 4), (2, 4, 5)])
+def test_an_odd_size_is_refused(tiny_wan: WanFactory, size: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError) as caught:
+        run(tiny_wan(), random(1, 16, *size), torch.ones(1, 1))
+    _, height, width = size
+    assert str(caught.value) == (f"latents of {height} x {width} do not divide into 2 x 2 patches")
+
+
+def test_an_image_model_without_its_image_is_refused(tiny_wan: WanFactory) -> None:
+    with pytest.raises(ValueError, match="needs the first frame's CLIP states"):
+        run(tiny_wan(I2V), random(1, 36, 1, 2, 2), torch.ones(1, 1))
+
+
+def test_the_wrapper_predicts_x0_and_velocity_that_agree(tiny_wan: WanFactory) -> None:
+    wrapper, x = WanDiffusionWrapper(tiny_wan()), random(2, 16, 2, 4, 4)
+    sigma = torch.tensor([[0.25], [0.75]])
+    with torch.no_grad():
+        prediction = wrapper(x, sigma, Conditioning(random(2, 12, 64)))
+    expected = x - sigma[:, :, None, None, None] * prediction.velocity
+    torch.testing.assert_close(prediction.x0, expected)
+
+
+def test_the_wrapper_feeds_a_thousand_times_the_noise_level(tiny_wan: WanFactory) -> None:
+    model, x = tiny_wan(), random(2, 16, 2, 4, 4)
+    text = random(2, 12, 64, seed=1)
+    with torch.no_grad():
+        velocity = WanDiffusionWrapper(model)(
+            x, torch.tensor([[0.25], [0.75]]), Conditioning(text)
+        ).velocity
+        assert torch.equal(velocity, model(x, torch.tensor([[250.0], [750.0]]), text))
+
+
+def test_the_wrapper_puts_the_first_frame_behind_the_latents(tiny_wan: WanFactory) -> None:
+    model, x, first = tiny_wan(I2V), random(1, 16, 2, 2, 2), random(1, 20, 2, 2, 2, seed=1)
+    text, clip = random(1, 512, 20, seed=2), random(1, 257, 24, seed=3)
+    with torch.no_grad():
+        velocity = WanDiffusionWrapper(model)(
+            x, torch.tensor([[0.5]]), Conditioning(text, clip, first)
+        ).velocity
+        direct = model(torch.cat([x, first], dim=1), torch.tensor([[500.0]]), text, clip)
+    assert torch.equal(velocity, direct)
+
+
+def test_half_precision_weights_give_single_precision_predictions(tiny_wan: WanFactory) -> None:
+    model, x = tiny_wan(), random(1, 16, 2, 4, 4)
+    text, sigma = Conditioning(random(1, 12, 64)), torch.tensor([[0.5]])
+    with torch.no_grad():
+        exact = WanDiffusionWrapper(model)(x, sigma, text).velocity
+        rough = WanDiffusionWrapper(model.bfloat16())(x, sigma, text).velocity
+    assert rough.dtype == torch.float32
+    assert 0.0 < (rough - exact).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.parametrize("sigma", [torch.ones(2), torch.ones(2, 5), torch.ones(2, 1, 1)])
+def test_the_wrapper_refuses_noise_levels_of_another_shape(
+    tiny_wan: WanFactory, sigma: Tensor
+) -> None:
+    wrapper = WanDiffusionWrapper(tiny_wan())
+    with pytest.raises(ValueError, match=r"expected latents \[B, C, F, H, W\] and sigma \[B, 1\]"):
+        wrapper(random(2, 16, 3, 4, 4), sigma, Conditioning(random(2, 12, 64)))

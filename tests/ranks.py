@@ -1,0 +1,134 @@
+"""Run a function on several ranks: real processes under gloo, one thread each, none left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+from torch.distributed import TCPStore
+
+# Imported once by the server that ranks are forked from; each would cost a rank seconds.
+PRELOAD = [
+    "tests.conftest",
+    "trainer.build",
+    "inference",
+    "transformers.models.umt5.modeling_umt5",
+    "transformers.models.auto.tokenization_auto",
+    "diffusers.schedulers",
+]
+HOST = "127.0.0.1"
+EXIT_S = 10.0  # what a rank that is done may take to leave
+
+
+class RankFailed(RuntimeError):
+    """A rank raised, died or hung; the message holds its traceback."""
+
+    def __init__(self, rank: int, message: str, exitcode: int | None = None) -> None:
+        super().__init__(f"rank {rank}: {message}")
+        self.exitcode = exitcode  # negative signal number if a signal killed it
+
+
+@dataclass(frozen=True)
+class Place:
+    """What torchrun would tell a rank through its environment."""
+
+    rank: int
+    world: int
+    local_world: int
+    port: int
+
+    def environment(self) -> dict[str, str]:
+        """The variables, all text. No GPU: these tests are about processes."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world),
+            "LOCAL_RANK": str(self.rank % self.local_world),
+            "LOCAL_WORLD_SIZE": str(self.local_world),
+            "MASTER_ADDR": HOST,
+            "MASTER_PORT": str(self.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is the parent's, as under torchrun
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+
+
+def run_on_ranks(
+    world: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    local_world: int | None = None,
+    timeout_s: float = 120.0,
+) -> list[Any]:
+    """Call `function(*arguments)` on `world` ranks; returns what it returned, in rank order.
+
+    `function` must be importable and opens the process group itself, once. `local_world`: ranks
+    per node, None = all on one. Raises RankFailed with the traceback of the first rank that fails.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    processes, connections = [], []
+    for rank in range(world):
+        here, there = context.Pipe(duplex=False)
+        place = Place(rank, world, local_world or world, store.port)
+        process = context.Process(
+            target=_work, args=(place, there, function, arguments), daemon=True
+        )
+        process.start()
+        there.close()
+        processes.append(process)
+        connections.append(here)
+    try:
+        results = _collect(processes, connections, time.monotonic() + timeout_s)
+        for process in processes:
+            process.join(EXIT_S)
+        return results
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _collect(
+    processes: Sequence[BaseProcess], connections: Sequence[Connection], deadline: float
+) -> list[Any]:
+    results: dict[int, Any] = {}
+    waiting: dict[Connection, int] = {connection: i for i, connection in enumerate(connections)}
+    while waiting:
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RankFailed(min(waiting.values()), f"hung, and so did {len(waiting) - 1} others")
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            rank = waiting.pop(connection)
+            try:
+                failure, results[rank] = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                processes[rank].join()
+                code = processes[rank].exitcode
+                raise RankFailed(rank, f"died with exit status {code}", code) from None
+            if failure:
+                raise RankFailed(rank, failure)
+    return [results[rank] for rank in range(len(processes))]
+
+
+def _work(
+    place: Place, connection: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(place.environment())
+    try:
+        outcome = (None, function(*arguments))
+    except Exception:
+        outcome = (traceback.format_exc(), None)
+    connection.send_bytes(pickle.dumps(outcome))
+    connection.close()

@@ -1,0 +1,374 @@
+"""The demo: its API on a generator in miniature, its page in a browser, its command line."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import imageio.v3 as iio
+import pytest
+import torch
+from flask.testing import FlaskClient
+from torch import Tensor
+from werkzeug.serving import make_server
+
+import demo
+import utils.jobs
+from demo import WEB, About, create_app, make_clip
+from trainer.config import load
+from trainer.serving import Request, VideoGenerator, load_generator
+from utils.jobs import JobQueue
+from utils.seeding import generator
+
+ROOT = Path(demo.__file__).resolve().parent
+CONFIG = ROOT / "configs" / "tiny" / "dmd.yaml"
+STEPS, FRAMES = 4, 5
+ABOUT = About("Miniature", STEPS, 2 * STEPS, ["a red circle", "a green bar"])
+BROWSER = shutil.which("chromium")
+
+
+class Miniature:
+    """Stands in for a VideoGenerator: it does a step only when the test allows one.
+
+    Order, progress and cancelling are about what happens between two steps of a model; a real one
+    takes them when it likes. The prompt "fail" raises after the first step.
+    """
+
+    def __init__(self) -> None:
+        self.allowed = threading.Semaphore(0)
+        self.steps_of: dict[str, int] = {}  # prompt -> steps done, in order of arrival here
+
+    def allow(self, steps: int = 1000) -> None:
+        self.allowed.release(steps)
+
+    def clips(self, requests: Sequence[Request], *, on_step: Callable[[int, int], None]) -> Tensor:
+        (request,) = requests
+        for step in range(1, STEPS + 1):
+            self.allowed.acquire()
+            self.steps_of[request.prompt] = step
+            if request.prompt == "fail":
+                raise RuntimeError("out of memory\nand much more")
+            on_step(step, STEPS)
+        rng = generator(request.prompt, request.seed)
+        return torch.rand(1, 3, FRAMES, 16, 16, generator=rng)
+
+
+@dataclass
+class Demo:
+    """A demo on a miniature, and what tests ask of it."""
+
+    miniature: Miniature
+    queue: JobQueue
+    client: FlaskClient
+    folder: Path
+
+    def submit(self, prompt: str, seed: int = 0) -> str:
+        reply = self.client.post("/api/jobs", json={"prompt": prompt, "seed": seed})
+        assert reply.status_code == 202, reply.json
+        return str(reply.get_json()["id"])
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        reply = self.client.get(f"/api/jobs/{job_id}")
+        assert reply.status_code == 200, reply.json
+        return dict(reply.get_json())
+
+    def until(self, job_id: str, **wanted: object) -> dict[str, Any]:
+        deadline = time.monotonic() + 10.0
+        while time.monotonic() < deadline:
+            job = self.job(job_id)
+            if all(job[key] == value for key, value in wanted.items()):
+                return job
+            time.sleep(0.005)
+        raise AssertionError(f"never {wanted}: {job}")
+
+
+@pytest.fixture
+def tried(tmp_path: Path) -> Iterator[Demo]:
+    miniature = Miniature()
+    work = partial(make_clip, cast(VideoGenerator, miniature), 8.0)
+    with closing(JobQueue(work, tmp_path)) as queue:
+        client = create_app(queue, ABOUT).test_client()
+        yield Demo(miniature, queue, client, tmp_path)
+        miniature.allow()
+
+
+def test_a_prompt_becomes_a_video_that_plays(tried: Demo) -> None:
+    tried.miniature.allow()
+    job = tried.until(tried.submit("a red circle", 7), state="done")
+    assert (job["step"], job["steps"], job["error"]) == (STEPS, STEPS, None)
+    reply = tried.client.get(job["video"])
+    assert reply.content_type == "video/mp4"
+    frames = iio.imread(reply.data, extension=".mp4")
+    assert frames.shape == (FRAMES, 256, 256, 3)
+
+
+def test_a_download_is_named_after_its_prompt_and_seed(tried: Demo) -> None:
+    tried.miniature.allow()
+    job_id = tried.submit("A red circle,\n../left!", 7)
+    tried.until(job_id, state="done")
+    reply = tried.client.get(f"/api/jobs/{job_id}/video?download=1")
+    expected = "attachment; filename=a-red-circle-left-seed7.mp4"
+    assert reply.headers["Content-Disposition"] == expected
+
+
+def test_status_tells_of_the_model(tried: Demo) -> None:
+    assert tried.client.get("/api/status").json == {
+        "model": "Miniature",
+        "steps": STEPS,
+        "network_evaluations": 2 * STEPS,
+        "examples": ["a red circle", "a green bar"],
+        "queue": 0,
+    }
+
+
+def test_progress_is_told_step_by_step(tried: Demo) -> None:
+    job_id = tried.submit("a red circle")
+    tried.until(job_id, state="running", step=0, steps=STEPS)
+    for step in range(1, STEPS):
+        tried.miniature.allow(1)
+        tried.until(job_id, state="running", step=step)
+
+
+def test_jobs_wait_in_order_of_arrival(tried: Demo) -> None:
+    first, second, third = (tried.submit(prompt) for prompt in ("one", "two", "three"))
+    tried.until(first, state="running", position=0)
+    assert [tried.job(x)["position"] for x in (second, third)] == [1, 2]
+    assert tried.client.get("/api/status").get_json()["queue"] == 2
+    tried.miniature.allow()
+    tried.until(third, state="done")
+    assert list(tried.miniature.steps_of) == ["one", "two", "three"]
+
+
+def test_a_cancelled_job_in_the_queue_never_runs(tried: Demo) -> None:
+    first, second, third = (tried.submit(prompt) for prompt in ("one", "two", "three"))
+    assert tried.client.delete(f"/api/jobs/{second}").get_json()["state"] == "cancelled"
+    assert tried.job(third)["position"] == 1
+    tried.miniature.allow()
+    tried.until(third, state="done")
+    tried.until(first, state="done")
+    assert list(tried.miniature.steps_of) == ["one", "three"]
+
+
+def test_a_cancelled_running_job_stops_at_its_next_step(tried: Demo) -> None:
+    first, second = tried.submit("one"), tried.submit("two")
+    tried.miniature.allow(1)
+    tried.until(first, step=1)
+    assert tried.client.delete(f"/api/jobs/{first}").get_json()["state"] == "cancelled"
+    tried.miniature.allow()
+    tried.until(second, state="done")
+    assert tried.miniature.steps_of == {"one": 2, "two": STEPS}
+    assert tried.job(first)["state"] == "cancelled"
+    assert [path.stem for path in tried.folder.iterdir()] == [second]
+
+
+def test_a_failure_fails_its_own_job_with_a_line_and_the_next_one_runs(tried: Demo) -> None:
+    tried.miniature.allow()
+    failed, following = tried.submit("fail"), tried.submit("two")
+    tried.until(following, state="done")
+    job = tried.job(failed)
+    assert (job["state"], job["error"]) == ("failed", "RuntimeError: out of memory")
+
+
+def test_closing_stops_the_worker_at_its_next_step(tried: Demo) -> None:
+    job_id = tried.submit("one")
+    tried.miniature.allow(1)
+    tried.until(job_id, step=1)
+    threading.Timer(0.05, tried.miniature.allow).start()
+    tried.queue.close()
+    assert tried.miniature.steps_of == {"one": 2}
+
+
+def test_the_oldest_ended_jobs_are_forgotten_with_their_clips(
+    tried: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(utils.jobs, "KEPT", 2)
+    tried.miniature.allow()
+    jobs = [tried.submit(prompt) for prompt in ("one", "two", "three")]
+    tried.until(jobs[-1], state="done")
+    assert tried.client.get(f"/api/jobs/{jobs[0]}").status_code == 404
+    assert {path.stem for path in tried.folder.iterdir()} == set(jobs[1:])
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (None, "application/json"),
+        ([], "application/json"),
+        ({"prompt": "a"}, '"seed"'),
+        ({"prompt": "a", "seed": 0, "sede": 1}, '"seed"'),
+        ({"prompt": " \n", "seed": 0}, "prompt: must be a text that is not empty"),
+        ({"prompt": 5, "seed": 0}, "prompt: must be a text"),
+        ({"prompt": "a" * 2001, "seed": 0}, "prompt: at most 2000 characters, this one has 2001"),
+        ({"prompt": "a", "seed": -1}, "got -1"),
+        ({"prompt": "a", "seed": 2**53}, "got 9007199254740992"),
+        ({"prompt": "a", "seed": 1.0}, "got 1.0"),
+        ({"prompt": "a", "seed": True}, "got True"),
+        ({"prompt": "a", "seed": "7"}, "got '7'"),
+        ({"prompt": "a", "seed": None}, "got None"),
+    ],
+)
+def test_a_bad_request_is_told_what_is_wrong(tried: Demo, body: object, reason: str) -> None:
+    reply = tried.client.post("/api/jobs", json=body)
+    assert reply.status_code == 400
+    assert reason in reply.get_json()["error"]
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded"])
+def test_what_a_foreign_page_could_send_is_refused(tried: Demo, content_type: str) -> None:
+    body = '{"prompt": "a", "seed": 0}'
+    reply = tried.client.post("/api/jobs", data=body, content_type=content_type)
+    assert reply.status_code == 400
+    assert "Access-Control-Allow-Origin" not in reply.headers
+
+
+def test_every_error_is_json_with_its_status(tried: Demo) -> None:
+    running = tried.submit("one")
+    cancelled = tried.submit("two")
+    call = tried.client.open
+    call(f"/api/jobs/{cancelled}", method="DELETE")
+    replies = {
+        404: [call("/api/jobs/none"), call("/api/jobs/none", method="DELETE"), call("/nothing")],
+        405: [call("/api/jobs", method="PUT")],
+        409: [call(f"/api/jobs/{running}/video"), call(f"/api/jobs/{cancelled}", method="DELETE")],
+        413: [call("/api/jobs", method="POST", json={"prompt": "a" * 2**17, "seed": 0})],
+    }
+    for status, answers in replies.items():
+        for answer in answers:
+            assert (answer.status_code, list(answer.get_json())) == (status, ["error"])
+    assert "POST" in replies[405][0].headers["Allow"]
+
+
+def test_a_full_queue_refuses_more(tried: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utils.jobs, "MAX_QUEUED", 2)
+    tried.until(tried.submit("running"), state="running")
+    tried.submit("one")
+    tried.submit("two")
+    reply = tried.client.post("/api/jobs", json={"prompt": "three", "seed": 0})
+    assert reply.status_code == 429
+    assert reply.json == {"error": "the queue is full (2 jobs); try again later"}
+
+
+def test_the_page_fetches_nothing_from_outside(tried: Demo) -> None:
+    page = tried.client.get("/").text
+    names = re.findall(r'(?:href|src)="(static/[^"]+)"', page)
+    assert {Path(name).name for name in names} == {path.name for path in WEB.glob("*.*")} - {
+        "index.html"
+    }
+    for name in names:
+        text = tried.client.get(f"/{name}").text
+        assert not re.search(r"(?<!xmlns=\")https?://|url\(|@import", text), name
+
+
+def test_equal_requests_to_a_real_model_give_equal_files(tiny_root: Path, tmp_path: Path) -> None:
+    config = load(CONFIG, [f"model_root={tiny_root / 'wan_models'}"])
+    folder = tiny_root / "wan_models" / "Wan2.1-T2V-Tiny"
+    model = load_generator(config, folder, torch.device("cpu"))
+    with closing(JobQueue(partial(make_clip, model, 8.0), tmp_path)) as queue:
+        tried = Demo(Miniature(), queue, create_app(queue, ABOUT).test_client(), tmp_path)
+        jobs = [tried.submit("a red circle", seed) for seed in (1, 2, 1)]
+        done = [tried.until(job, state="done") for job in jobs]
+    first, other, again = ((tmp_path / f"{job}.mp4").read_bytes() for job in jobs)
+    assert [job["steps"] for job in done] == [4, 4, 4]
+    assert first == again
+    assert first != other
+
+
+def arguments(tiny_root: Path, *more: str) -> list[str]:
+    """A command line for the miniature model folder."""
+    models = tiny_root / "wan_models"
+    return [
+        "--config_path", str(CONFIG), "--checkpoint_path", str(models / "Wan2.1-T2V-Tiny"),
+        "--port", "0", *more, f"model_root={models}",
+    ]  # fmt: skip
+
+
+def test_startup_errors_are_one_line_and_come_before_the_weights(
+    tiny_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "load_generator", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        wrong = {
+            "denoising_steps": ["denoising_steps=3"],
+            "no/such/weights": ["--checkpoint_path", "no/such/weights"],
+            "no/such.yaml": ["--config_path", "no/such.yaml"],
+            f"--port {port}": ["--port", port],
+            "--port 70000": ["--port", "70000"],
+            "--fps": ["--fps", "0"],
+        }
+        for named, more in wrong.items():
+            assert demo.main(arguments(tiny_root, *more)) == 2
+            error = capsys.readouterr().err
+            assert error.startswith("error: ")
+            assert error.count("\n") == 1
+            assert named in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_without_a_traceback(
+    tiny_root: Path, tmp_path: Path, stop: signal.Signals
+) -> None:
+    command = [sys.executable, str(ROOT / "demo.py"), *arguments(tiny_root)]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            assert re.match(r"Fewstep demo: http://127\.0\.0\.1:\d+ ", process.stdout.readline())
+            assert len(list(tmp_path.glob("*-demo"))) == 1
+            process.send_signal(stop)
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode in (0, 130)
+    assert errors == ""
+    assert list(tmp_path.glob("*-demo")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no `chromium` on the PATH to show the page in")
+def test_a_link_with_go_makes_its_clip_in_a_browser(tried: Demo, tmp_path: Path) -> None:
+    tried.miniature.allow()
+    server = make_server("127.0.0.1", 0, create_app(tried.queue, ABOUT), threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        link = f"http://127.0.0.1:{server.port}/?prompt=a+red+circle&seed=3&go=1"
+        dom = read_page(link, tmp_path / "profile")
+    finally:
+        server.shutdown()
+        thread.join()
+    assert 'data-state="done"' in dom
+    assert re.search(r'<video id="video"[^>]* src="api/jobs/\w+/video"', dom)
+    # The page learns the size from the video itself: the browser could decode it.
+    assert re.search(
+        r"seed 3 \S+ 4 steps \S+ \d+\.\d s \S+ 256(\xa0|&nbsp;)\S+(\xa0|&nbsp;)256", dom
+    )
+    assert 'title="a green bar"' in dom
+
+
+def read_page(link: str, profile: Path) -> str:
+    """The document after a minute of the page's own time, which does not wait for the clock."""
+    quiet = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+        "--disable-background-networking --disable-component-update --virtual-time-budget=60000"
+    )
+    command = [str(BROWSER), *quiet.split(), f"--user-data-dir={profile}", "--dump-dom", link]
+    result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    return result.stdout

@@ -1,0 +1,383 @@
+"""inference.py as its user meets it: which files, equal to the byte however they were made."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import imageio.v3 as iio
+import pytest
+
+import convert_checkpoint
+import inference
+from model.wan.config import WanConfig
+from tests.commands import main_and_stderr, no_weights, own_logging, refusal
+from tests.conftest import build_wan
+from tests.ranks import run_on_ranks
+from tests.runs import run, step_folder, write_config
+from utils.files import replaced_atomically
+from utils.weights import write_weights
+
+__all__ = ["no_weights", "own_logging"]
+
+PROMPTS = (
+    "a red circle moves right quickly on a dark floor",
+    "a green bar moves up/down slowly",
+    "a blue triangle moves left slowly on a light floor",
+)
+
+
+@dataclass(frozen=True)
+class Student:
+    """A trained model, prompts, and the clips of one plain call."""
+
+    config: Path
+    logdir: Path
+    prompts: Path
+    clips: Path  # of PROMPTS, batch size 2, one process
+
+    def words(self, output: Path, *more: str, weights: Path | None = None) -> list[str]:
+        """The command line of the plain call into another folder, with changes."""
+        return [
+            "--config_path", str(self.config), "--checkpoint_path", str(weights or self.logdir),
+            "--data_path", str(self.prompts), "--output_folder", str(output),
+            "--batch_size", "2", *more,
+        ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory, tiny_root: Path) -> Student:
+    """A DMD student of two steps, whose average lags far behind, and its clips."""
+    folder = tmp_path_factory.mktemp("student")
+    config = write_config(folder, tiny_root, "dmd")
+    settings = ("steps=2", "save_every=1", "generator.lr=0.05", "ema.start_step=0", "ema.decay=0.9")
+    logdir = run(config, folder / "run", *settings)
+    prompts = folder / "prompts.txt"
+    prompts.write_text("".join(f"{prompt}\n" for prompt in PROMPTS), encoding="utf-8")
+    made = Student(config, logdir, prompts, folder / "clips")
+    assert inference.main(made.words(made.clips)) == 0
+    return made
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The content of each clip of a folder, by file name."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.glob("*.mp4"))
+    }
+
+
+def infer(line: list[str]) -> tuple[int, str]:
+    return main_and_stderr(inference.main, line)
+
+
+def planned(student: Student, output: Path, *more: str) -> list[inference.Job]:
+    """The jobs of a command line, without making them."""
+    return inference.plan(inference.parser().parse_intermixed_args(student.words(output, *more)))
+
+
+def test_one_playable_clip_per_prompt_is_written_under_its_words(student: Student) -> None:
+    assert sorted(digests(student.clips)) == [
+        "a blue triangle moves left slowly on a light floor-0.mp4",
+        "a green bar moves up_down slowly-0.mp4",
+        "a red circle moves right quickly on a dark floor-0.mp4",
+    ]
+    assert len(set(digests(student.clips).values())) == 3
+    for path in student.clips.glob("*.mp4"):
+        frames = iio.imread(path)
+        assert frames.shape == (17, 256, 256, 3)
+        assert iio.immeta(path)["fps"] == 16.0
+    assert (student.clips / "contact_sheet.png").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes_byte_for_byte(
+    student: Student, tmp_path: Path
+) -> None:
+    results = run_on_ranks(2, infer, student.words(tmp_path / "two"))
+    assert [status for status, _ in results] == [0, 0], results
+    assert digests(tmp_path / "two") == digests(student.clips)
+
+
+def test_a_second_call_makes_nothing(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.stat().st_mtime_ns for path in student.clips.glob("*.mp4")}
+    monkeypatch.setattr(inference, "load_generator", lambda *_, **__: pytest.fail("loaded"))
+    assert inference.main(student.words(student.clips)) == 0
+    assert {path: path.stat().st_mtime_ns for path in student.clips.glob("*.mp4")} == before
+
+
+def test_lost_clips_are_made_again_byte_for_byte(student: Student, tmp_path: Path) -> None:
+    folder = shutil.copytree(student.clips, tmp_path / "clips")
+    paths = sorted(folder.glob("*.mp4"))
+    for path in paths[::2]:
+        path.unlink()
+    assert inference.main(student.words(folder)) == 0
+    assert digests(folder) == digests(student.clips)
+
+
+def test_another_seed_gives_other_clips_and_samples_of_a_prompt_differ(
+    student: Student, tmp_path: Path
+) -> None:
+    line = student.words(tmp_path / "clips", "--seed", "1", "--num_samples", "2")
+    assert inference.main(line) == 0
+    made = digests(tmp_path / "clips")
+    assert len(made) == len(set(made.values())) == 2 * len(PROMPTS)
+    assert set(made.values()).isdisjoint(digests(student.clips).values())
+
+
+def test_fewer_latent_frames_give_shorter_clips(student: Student, tmp_path: Path) -> None:
+    line = student.words(tmp_path, "--num_output_frames", "2", "--fps", "8", "--save_with_index")
+    assert inference.main(line) == 0
+    assert iio.imread(tmp_path / "0-0_regular.mp4").shape == (5, 256, 256, 3)
+    assert iio.immeta(tmp_path / "0-0_regular.mp4")["fps"] == 8.0
+
+
+# ---- which weights
+
+
+@pytest.fixture(scope="module")
+def averaged(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The clips of the averaged weights."""
+    folder = tmp_path_factory.mktemp("averaged")
+    assert inference.main(student.words(folder, "--use_ema")) == 0
+    return folder
+
+
+def test_averaged_weights_give_other_clips(student: Student, averaged: Path) -> None:
+    regular, ema = digests(student.clips), digests(averaged)
+    assert regular.keys() == ema.keys()
+    assert all(regular[name] != ema[name] for name in regular)
+
+
+@pytest.mark.parametrize("kind", ["step", ".safetensors", ".pt", "folder"])
+def test_every_kind_of_source_gives_the_clips_of_the_log_directory(
+    kind: str, student: Student, tiny_root: Path, tmp_path: Path
+) -> None:
+    weights = source_of(kind, student, tiny_root, tmp_path)
+    assert inference.main(student.words(tmp_path / "clips", weights=weights)) == 0
+    assert digests(tmp_path / "clips") == digests(student.clips)
+
+
+def source_of(kind: str, student: Student, tiny_root: Path, folder: Path) -> Path:
+    """The student's weights as a step folder, a converted file or a whole model folder."""
+    if kind == "step":
+        return step_folder(student.logdir, 2)
+    if kind != "folder":
+        return converted(student, folder / f"converted{kind}")
+    model = shutil.copytree(tiny_root / "wan_models" / "Wan2.1-T2V-Tiny", folder / "model")
+    converted(student, model / "diffusion_pytorch_model.safetensors")
+    return model
+
+
+def converted(student: Student, path: Path, *more: str) -> Path:
+    words = ["--input_path", str(student.logdir), "--output_path", str(path), *more]
+    assert convert_checkpoint.main(words) == 0
+    return path
+
+
+def test_a_converted_average_gives_the_clips_of_use_ema(
+    student: Student, averaged: Path, tmp_path: Path
+) -> None:
+    weights = converted(student, tmp_path / "ema.safetensors", "--use_ema")
+    assert inference.main(student.words(tmp_path / "clips", weights=weights)) == 0
+    assert digests(tmp_path / "clips") == digests(averaged)
+
+
+def test_an_earlier_step_gives_other_clips(student: Student, tmp_path: Path) -> None:
+    weights = step_folder(student.logdir, 1)
+    shutil.copytree(student.logdir, tmp_path / "run")
+    assert inference.main(student.words(tmp_path / "clips", weights=weights)) == 0
+    # The generator moved at the first of the two steps only.
+    assert digests(tmp_path / "clips") == digests(student.clips)
+
+
+# ---- file names
+
+
+def test_prompts_that_share_their_first_100_characters_get_files_of_their_own(
+    student: Student, tmp_path: Path
+) -> None:
+    words = "very " * 25
+    assert len(words) > 100
+    lines = [f"{words} red", f"{words} green", f"{words} blue"]
+    path = prompt_file(tmp_path, lines)
+    files = [job.file for job in planned(student, tmp_path, "--data_path", str(path))]
+    assert len(set(files)) == 3
+    assert all(file.name.startswith(words[:99]) for file in files)
+
+
+def prompt_file(folder: Path, lines: list[str]) -> Path:
+    path = folder / "prompts.txt"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["a", "a", "a"],
+        ["a-2", "a", "a"],
+        ["a?", "a*", "a_"],
+        ["../up", "/etc/passwd", "..", "."],
+        ["\N{CJK UNIFIED IDEOGRAPH-732B}" * 120, "\N{GRINNING FACE}" * 120],
+    ],
+    ids=["equal", "numbered", "forbidden", "paths", "wide"],
+)
+def test_any_prompts_get_distinct_files_inside_the_folder_that_can_be_written(
+    lines: list[str], student: Student, tmp_path: Path
+) -> None:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    path = prompt_file(tmp_path, lines)
+    jobs = planned(student, folder, "--data_path", str(path), "--num_samples", "2")
+    files = [job.file for job in jobs]
+    assert len(set(files)) == 2 * len(lines)
+    for file in files:
+        with replaced_atomically(file) as part:
+            part.touch()
+        assert file.resolve().parent == folder.resolve()
+
+
+def test_clips_of_wide_prompts_reach_the_contact_sheet(student: Student, tmp_path: Path) -> None:
+    path = prompt_file(tmp_path, ["\N{CJK UNIFIED IDEOGRAPH-732B} caf\N{LATIN SMALL LETTER E WITH ACUTE}"])
+    line = student.words(tmp_path / "clips", "--data_path", str(path))
+    assert inference.main(line) == 0
+    assert len(digests(tmp_path / "clips")) == 1
+    assert (tmp_path / "clips" / "contact_sheet.png").is_file()
+
+
+def test_extended_prompts_are_what_is_made_and_short_ones_what_is_named(
+    student: Student, tmp_path: Path
+) -> None:
+    short = prompt_file(tmp_path, ["one", "two", "three"])
+    line = student.words(tmp_path / "clips", "--data_path", str(short))
+    assert inference.main([*line, "--extended_prompt_path", str(student.prompts)]) == 0
+    made, plain = digests(tmp_path / "clips"), digests(student.clips)
+    assert sorted(made) == ["one-0.mp4", "three-0.mp4", "two-0.mp4"]
+    assert set(made.values()) == set(plain.values())
+
+
+def test_a_prompt_longer_than_the_encoder_reads_is_cut_with_a_warning(
+    student: Student, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = " ".join(["red"] * 30)
+    path = prompt_file(tmp_path, [long])
+    line = student.words(tmp_path / "clips", "--data_path", str(path))
+    assert inference.main(line) == 0
+    warning = f"prompt of 31 tokens cut to the 12 that this model reads: '{long[:60]}...'"
+    assert warning in capsys.readouterr().err
+    assert len(digests(tmp_path / "clips")) == 1
+
+
+# ---- bad input
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--num_samples", "-1"), "--num_samples: must be at least 1, got -1"),
+        (("--batch_size", "0"), "--batch_size: must be at least 1, got 0"),
+        (("--num_output_frames", "0"), "--num_output_frames: must be at least 1, got 0"),
+        (("--fps", "0"), "--fps: must be positive, got 0.0"),
+        (
+            ("--data_path", "nowhere"),
+            "nowhere: no such data; give a .txt file with one prompt per line, a folder of .txt "
+            "files with one prompt each, or a folder of LMDB shards",
+        ),
+        (
+            ("--checkpoint_path", "nowhere"),
+            "nowhere: no weights here; give a model folder, a .safetensors or .pt file, a "
+            "training checkpoint (checkpoints/step_N), or the log directory of a run",
+        ),
+        (
+            ("stepps=3",),
+            "command line: unknown key 'stepps' (did you mean 'steps'?)",
+        ),
+    ],
+)
+def test_a_bad_argument_gives_one_line_and_no_folder(
+    more: tuple[str, ...],
+    message: str,
+    student: Student,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = student.words(tmp_path / "clips", *more)
+    assert refusal(inference.main, line, capsys) == message
+    assert not (tmp_path / "clips").exists()
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_an_empty_prompt_file_is_refused(
+    student: Student, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = prompt_file(tmp_path, [" "])
+    line = student.words(tmp_path / "clips", "--data_path", str(path))
+    assert refusal(inference.main, line, capsys) == f"{path}: holds no prompt; write one per line"
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_extended_prompts_of_another_length_are_refused(
+    student: Student, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = prompt_file(tmp_path, ["only one"])
+    line = student.words(tmp_path / "clips", "--extended_prompt_path", str(path))
+    assert refusal(inference.main, line, capsys) == (
+        f"--extended_prompt_path: {path} has 1 prompts, {student.prompts} has 3; "
+        "they must match line by line"
+    )
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_folder_with_clips_of_other_settings_is_refused_and_left_alone(
+    student: Student, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (student.clips / "settings.json").read_bytes()
+    line = student.words(student.clips, "--seed", "3", "--fps", "8")
+    assert refusal(inference.main, line, capsys) == (
+        f"--output_folder {student.clips}: holds clips of other settings "
+        "(seed was 0, is 3; fps was 16.0, is 8.0); use another folder"
+    )
+    assert (student.clips / "settings.json").read_bytes() == before
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_file_in_the_place_of_the_output_folder_is_refused(
+    student: Student, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = student.words(student.prompts)
+    assert str(student.prompts) in refusal(inference.main, line, capsys)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_weights_of_another_architecture_are_refused(
+    student: Student, tiny_config: WanConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "wide.safetensors"
+    write_weights(build_wan(replace(tiny_config, ffn_dim=96)).state_dict(), path, {})
+    message = refusal(inference.main, student.words(tmp_path / "clips", weights=path), capsys)
+    assert "0 weights missing [], 0 unexpected [], 6 of another shape" in message
+    assert "blocks.0.ffn.0.weight is (96, 32), expected (64, 32)" in message
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_log_directory_without_a_checkpoint_is_refused(
+    student: Student, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    line = student.words(tmp_path / "clips", weights=tmp_path / "run")
+    assert refusal(inference.main, line, capsys) == (
+        f"{tmp_path / 'run'}: a log directory without a whole checkpoint"
+    )
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_averaged_weights_of_a_file_that_holds_none_are_refused(
+    student: Student, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = converted(student, tmp_path / "regular.safetensors")
+    line = student.words(tmp_path / "clips", "--use_ema", weights=weights)
+    assert str(weights) in refusal(inference.main, line, capsys)

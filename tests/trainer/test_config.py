@@ -1,0 +1,254 @@
+"""The root configuration: shipped files, the list of all keys, and the rules between values."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.diffusion import DiffusionConfig
+from model.dmd import DMDConfig
+from tests.methods import methods
+from trainer.config import (
+    DEFAULT_CONFIG,
+    RENAMED,
+    Config,
+    TrainedNetworkConfig,
+    load,
+    problems,
+    role_model,
+)
+from utils.config import ConfigError
+
+CONFIGS = DEFAULT_CONFIG.parent
+GOLDEN = Path(__file__).parent / "config_keys.txt"
+SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path != DEFAULT_CONFIG)
+
+MINIMAL = """
+trainer: score_distillation
+steps: 10
+batch_size: 4
+generator: {model: a, lr: 1.0e-3}
+data: {path: prompts.txt}
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "minimal.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def error_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(path, overrides)
+    return str(caught.value)
+
+
+def keys(section: Any, prefix: str = "") -> Iterator[str]:
+    for item in fields(section):
+        value = getattr(section, item.name)
+        if is_dataclass(value):
+            yield from keys(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}"
+
+
+def all_keys() -> list[str]:
+    """Every key, those of `loss` once per method, as loss[method]."""
+    found = [key for key in keys(Config()) if not key.startswith("loss.")]
+    for method in methods():
+        name = method.__module__.removeprefix("model.")
+        found += [f"loss[{name}].{key}" for key in keys(method.config_class())]
+    return sorted(found)
+
+
+def test_every_key_is_on_the_list() -> None:
+    listed = GOLDEN.read_text().splitlines()
+    changes = difflib.unified_diff(listed, all_keys(), str(GOLDEN), "configuration", lineterm="")
+    assert listed == all_keys(), "\n".join(changes)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    load(path)
+
+
+@pytest.mark.parametrize(
+    "path", [DEFAULT_CONFIG, *SHIPPED], ids=lambda path: str(path.relative_to(CONFIGS))
+)
+def test_every_shipped_configuration_begins_with_a_comment(path: Path) -> None:
+    assert path.read_text().startswith("# ")
+
+
+def test_a_file_overrides_the_defaults_and_the_command_line_overrides_both(minimal: Path) -> None:
+    minimal.write_text(MINIMAL + "timestep_shift: 3.0\nseed: 1\n")
+    config = load(minimal, ["seed=2", "loss.cfg_scale=2.5"])
+    assert (config.timestep_shift, config.seed, config.loss) == (3.0, 2, DMDConfig(cfg_scale=2.5))
+
+
+def test_the_loss_section_is_that_of_the_selected_method(minimal: Path) -> None:
+    config = load(minimal, ["trainer=diffusion", "loss.caption_dropout=0.2"])
+    assert config.loss == DiffusionConfig(caption_dropout=0.2)
+
+
+def test_a_key_of_another_methods_loss_is_unknown(minimal: Path) -> None:
+    assert error_of(minimal, "loss.caption_dropout=0.2").startswith(
+        "command line: unknown key 'loss.caption_dropout'"
+    )
+
+
+def test_an_unknown_method_names_its_source_and_the_nearest(minimal: Path) -> None:
+    message = error_of(minimal, "distribution_loss=dmdd")
+    assert message.startswith("command line: distribution_loss: 'dmdd' is unknown, choose one of ")
+    assert message.endswith("; did you mean 'dmd'?")
+
+
+def test_an_unknown_trainer_lists_the_known_ones(minimal: Path) -> None:
+    assert error_of(minimal, "trainer=difusion") == (
+        "command line: trainer: Invalid value 'difusion', "
+        "expected one of ['score_distillation', 'diffusion']"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "advice"),
+    [
+        ("real_name", "teacher.model"),
+        ("fake_name", "critic.model"),
+        ("generator_name", "generator.model"),
+        ("generator_ckpt", "generator.weights"),
+        ("lr", "generator.lr"),
+        ("lr_critic", "critic.lr"),
+        ("dfake_gen_update_ratio", "loss.generator_every"),
+        ("guidance_scale", "loss.cfg_scale, which is guidance_scale + 1"),
+        ("image_or_video_shape", "latent_shape, [C, F, H, W] without the batch"),
+        ("data_path", "data.path"),
+        ("gradient_checkpointing", "parallel.activation_checkpoint=block"),
+        ("ema_weight", "ema.decay"),
+        ("max_iters", "steps"),
+    ],
+)
+def test_a_key_of_the_reference_is_answered_with_ours(minimal: Path, key: str, advice: str) -> None:
+    assert error_of(minimal, f"{key}=1") == f"command line: unknown key '{key}': write {advice}"
+
+
+def test_advice_names_keys_that_exist() -> None:
+    known = {part for key in all_keys() for part in (key, key.split(".")[0])}
+    known |= {key.replace("loss[dmd]", "loss") for key in known}
+    for key, advice in RENAMED.items():
+        if not advice.startswith("nothing"):
+            assert advice.split(" ")[0].split("=")[0].rstrip(",") in known, key
+
+
+def test_missing_values_are_listed_together(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("trainer: diffusion\n")
+    lines = error_of(path).splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "batch_size",
+        "data.path",
+        "generator.lr",
+        "steps",
+    ]
+    assert lines[0] == (
+        f"batch_size: must be set, by one of: {DEFAULT_CONFIG}, {path}, command line"
+    )
+
+
+def test_several_bad_values_are_reported_together(minimal: Path) -> None:
+    message = error_of(
+        minimal, "steps=0", "denoising_step_list=[250,500]", "generator.lr=-1", "ema.decay=2"
+    )
+    assert message.splitlines() == [
+        "steps: must be at least 1, got 0",
+        "denoising_step_list: must fall strictly within (0, 1000], got [250, 500]",
+        "generator.lr: must be positive, got -1.0",
+        "ema.decay: must lie in [0, 1), got 2.0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch_size=0", "batch_size: must be at least 1, got 0"),
+        ("save_every=0", "save_every: must be at least 1, got 0"),
+        ("keep_checkpoints=0", "keep_checkpoints: must be at least 1, got 0"),
+        ("accumulation=3", "accumulation: 3 micro-batches must divide batch_size=4"),
+        (
+            "denoising_step_list=[750,500]",
+            "denoising_step_list: must begin at 1000, pure noise, got [750, 500]",
+        ),
+        (
+            "denoising_step_list=[1000,500,500]",
+            "denoising_step_list: must fall strictly within (0, 1000], got [1000, 500, 500]",
+        ),
+        (
+            "denoising_step_list=[]",
+            "denoising_step_list: must fall strictly within (0, 1000], got []",
+        ),
+        (
+            "denoising_step_list=[1000,0]",
+            "denoising_step_list: must fall strictly within (0, 1000], got [1000, 0]",
+        ),
+        (
+            "latent_shape=[21,60,104]",
+            "latent_shape: must be [C, F, H, W], all positive, got [21, 60, 104]",
+        ),
+        ("critic.muon_lr=0", "critic.muon_lr: must be positive or null, got 0.0"),
+        ("critic.betas=[0.9]", "critic.betas: must be two numbers in [0, 1), got [0.9]"),
+        (
+            "generator.betas=[0.9,1.0]",
+            "generator.betas: must be two numbers in [0, 1), got [0.9, 1.0]",
+        ),
+        ("generator.max_grad_norm=0", "generator.max_grad_norm: must be positive, got 0.0"),
+        ("sampling.steps=0", "sampling.steps: must be at least 1, got 0"),
+        ("loss.generator_every=0", "loss.generator_every: must be at least 1, got 0"),
+        (
+            "generator.model=null",
+            "generator.model: must name a model folder (or teacher.model must)",
+        ),
+    ],
+)
+def test_an_impossible_value_is_told_with_what_is_allowed(
+    minimal: Path, override: str, message: str
+) -> None:
+    assert error_of(minimal, override) == message
+
+
+def test_random_weights_and_given_weights_exclude_each_other(minimal: Path) -> None:
+    assert error_of(minimal, "generator.random_init=true", "generator.weights=w.pt") == (
+        "generator.weights: cannot be given together with generator.random_init"
+    )
+
+
+def test_a_sound_configuration_has_no_problem(minimal: Path) -> None:
+    assert list(problems(load(minimal))) == []
+
+
+@pytest.mark.parametrize(
+    ("models", "expected"),
+    [
+        ({"generator": "g"}, ("g", "g", "g")),
+        ({"generator": "g", "teacher": "t"}, ("g", "t", "t")),
+        ({"teacher": "t"}, ("t", "t", "t")),
+        ({"generator": "g", "teacher": "t", "critic": "c"}, ("g", "c", "t")),
+    ],
+)
+def test_roles_without_a_model_take_the_nearest_one(
+    models: dict[str, str], expected: tuple[str, str, str]
+) -> None:
+    config = Config()
+    config = replace(
+        config,
+        generator=TrainedNetworkConfig(model=models.get("generator")),
+        critic=TrainedNetworkConfig(model=models.get("critic")),
+        teacher=replace(config.teacher, model=models.get("teacher")),
+    )
+    roles = ("generator", "critic", "teacher")
+    assert tuple(role_model(config, role) for role in roles) == expected

@@ -1,0 +1,101 @@
+"""Metrics of a run: means over steps, and the rows of metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from utils import metrics as module
+from utils.distributed import Session
+from utils.metrics import JsonLines, Metrics, not_finite, read_metrics
+
+ALONE = Session(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+def rows(path: Path) -> list[dict[str, float]]:
+    return list(read_metrics(path))
+
+
+def test_metrics_are_means_since_the_last_read() -> None:
+    metrics = Metrics(ALONE)
+    metrics.add("critic", {"loss": torch.tensor(1.0)})
+    metrics.add("critic", {"loss": torch.tensor(3.0)})
+    assert metrics.read()["critic/loss"] == 2.0
+
+
+def test_each_metric_is_averaged_over_its_own_count() -> None:
+    metrics = Metrics(ALONE)
+    for value in (1.0, 3.0):
+        metrics.add("critic", {"loss": torch.tensor(value)})
+    metrics.add("generator", {"loss": torch.tensor(7.0)})
+    values = metrics.read()
+    assert (values["critic/loss"], values["generator/loss"]) == (2.0, 7.0)
+
+
+def test_reading_starts_afresh() -> None:
+    metrics = Metrics(ALONE)
+    metrics.add("critic", {"loss": torch.tensor(1.0)})
+    metrics.read()
+    assert list(metrics.read()) == ["seconds_per_step"]
+
+
+def test_adding_does_not_change_the_tensor_that_was_given() -> None:
+    metrics, loss = Metrics(ALONE), torch.tensor(1.0)
+    metrics.add("critic", {"loss": loss})
+    metrics.add("critic", {"loss": loss})
+    assert loss == 1.0
+
+
+def test_half_precision_metrics_are_averaged_in_single_precision() -> None:
+    metrics = Metrics(ALONE)
+    for value in (1.0, 2.0, 2.0):
+        metrics.add("critic", {"loss": torch.tensor(value, dtype=torch.bfloat16)})
+    assert metrics.read()["critic/loss"] == pytest.approx(5.0 / 3.0, abs=1e-6)
+
+
+def test_time_is_divided_by_the_steps_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 130.0])
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    metrics = Metrics(ALONE)
+    for _ in range(10):
+        metrics.count_step()
+    assert metrics.read() == {"seconds_per_step": 3.0}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_are_named(value: float) -> None:
+    assert not_finite({"a": 1.0, "b": value}) == ["b"]
+
+
+def test_each_log_is_one_row(tmp_path: Path) -> None:
+    tracker = JsonLines(tmp_path / "metrics.jsonl", resumed_at=0)
+    tracker.log(1, {"critic/loss": 0.5})
+    tracker.log(2, {"critic/loss": 0.25})
+    assert rows(tracker.path) == [
+        {"step": 1, "critic/loss": 0.5},
+        {"step": 2, "critic/loss": 0.25},
+    ]
+
+
+def test_rows_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)))
+    JsonLines(path, resumed_at=2).log(3, {"again": 1.0})
+    assert rows(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": 1.0}]
+
+
+def test_a_last_line_cut_by_a_crash_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "cri')
+    assert rows(path) == [{"step": 1}]
+
+
+def test_after_a_cut_line_the_next_row_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "cri')
+    JsonLines(path, resumed_at=1).log(2, {"critic/loss": 1.0})
+    assert rows(path) == [{"step": 1}, {"step": 2, "critic/loss": 1.0}]
