@@ -140,11 +140,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 def describe(config: Config, generator: VideoGenerator) -> About:
     """What the page tells of a loaded model. Examples are the run's validation prompts, if any."""
-    distilled = config.trainer == "score_distillation"
     file = Path(config.validation.prompts or "")
     return About(
         model=Path(generator_model(config)).name,
-        steps=len(config.denoising_step_list) if distilled else config.sampling.steps,
+        steps=generator.pipeline.steps,
         network_evaluations=generator.pipeline.network_evaluations,
         examples=read_prompt_file(file)[:8] if file.is_file() else [],
     )

@@ -40,10 +40,11 @@ def find_weights(path: Path, *, averaged: bool = False) -> Weights:
     """The transformer weights at `path`.
 
     A model folder, a weight file, a training checkpoint (step_N), or a log directory, whose newest
-    checkpoint is meant. `averaged` asks for the EMA of a training checkpoint.
+    checkpoint is meant. `averaged` asks for the EMA of a training checkpoint, ours or a .pt file;
+    a WeightsError tells that there is none.
     """
     if path.is_file():
-        return WeightFile(path)
+        return WeightFile(path, averaged=averaged)
     if (path / "checkpoints").is_dir():
         newest = checkpoint.latest(path / "checkpoints")
         if newest is None:
@@ -57,7 +58,7 @@ def find_weights(path: Path, *, averaged: bool = False) -> Weights:
     if (path / CONFIG).is_file():
         found = ModelFolder(path).weights
         if found is not None:
-            return WeightFile(found)
+            return WeightFile(found, averaged=averaged)
     raise WeightsError(
         f"{path}: no weights here; give a model folder, a .safetensors or .pt file, a training "
         f"checkpoint (checkpoints/step_N), or the log directory of a run"

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from utils.weights import write_weights
+from utils.weights import WeightFile, load_weights, write_weights
 
 CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE = 16, 8, 4
 FILE_NAME = "patch_codec.safetensors"
@@ -50,9 +49,9 @@ class PatchCodec(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> PatchCodec:
-        """Read a codec that `save` wrote."""
+        """Read a codec that `save` wrote. Raises WeightsError if it is none."""
         codec = cls()
-        codec.load_state_dict(load_file(path))
+        load_weights(codec, WeightFile(path), what="the patch codec")
         return codec
 
     def save(self, path: Path) -> None:

@@ -77,5 +77,8 @@ def load_umt5(path: Path, dtype: torch.dtype) -> Any:
         encoder: nn.Module = UMT5EncoderModel(config)
     state = {to_transformers(name): weights.read(name).to(dtype) for name in shapes}
     state["encoder.embed_tokens.weight"] = state["shared.weight"]
-    encoder.load_state_dict(state, assign=True)
+    try:
+        encoder.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise WeightsError(f"{path}: not a UMT5 encoder: {error}") from error
     return encoder.requires_grad_(False).eval()

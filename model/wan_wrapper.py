@@ -16,6 +16,7 @@ from model.patch_codec import PatchCodec
 from model.types import FULL_ATTENTION, Conditioning, Context, Prediction
 from model.umt5 import load_umt5
 from model.wan.transformer import WanTransformer
+from utils.weights import WeightFile, WeightsError
 
 log = logging.getLogger(__name__)
 
@@ -135,16 +136,20 @@ class WanVAEWrapper(nn.Module):
 
     @classmethod
     def load(cls, path: Path, dtype: torch.dtype) -> WanVAEWrapper:
-        """Read a diffusers VAE folder, or an official Wan2.1_VAE.pth."""
+        """Read a diffusers VAE folder, or an official Wan2.1_VAE.pth. Raises WeightsError."""
         from diffusers import AutoencoderKLWan  # slow to import
 
         if path.is_dir():
             return cls(AutoencoderKLWan.from_pretrained(str(path), torch_dtype=dtype))
         from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        weights = WeightFile(path)
+        official = {name: weights.read(name) for name in weights.shapes()}
         vae = AutoencoderKLWan()
-        vae.load_state_dict(convert_wan_vae_to_diffusers(dict(weights)))
+        try:
+            vae.load_state_dict(convert_wan_vae_to_diffusers(official))
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise WeightsError(f"{path}: not Wan2.1's autoencoder: {error}") from error
         return cls(vae.to(dtype))
 
     @torch.no_grad()

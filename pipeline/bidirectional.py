@@ -44,6 +44,11 @@ class BidirectionalInferencePipeline:
         self.sigmas = list(sigmas)
 
     @property
+    def steps(self) -> int:
+        """How many noise levels are visited."""
+        return len(self.sigmas)
+
+    @property
     def network_evaluations(self) -> int:
         """How often the network runs per sample."""
         return len(self.sigmas)

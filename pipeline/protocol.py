@@ -15,6 +15,10 @@ class InferencePipeline(Protocol):
     """Turns conditioning into latents."""
 
     @property
+    def steps(self) -> int:
+        """How often `on_step` is called per batch."""
+
+    @property
     def network_evaluations(self) -> int:
         """How often the network runs per sample; a guided step counts twice."""
 

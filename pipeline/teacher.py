@@ -33,6 +33,11 @@ class TeacherInferencePipeline:
         self.config = config
 
     @property
+    def steps(self) -> int:
+        """How many noise levels are visited."""
+        return self.config.steps
+
+    @property
     def network_evaluations(self) -> int:
         """How often the network runs per sample; guidance counts twice."""
         return self.config.steps * (1 if self.config.cfg_scale == 1.0 else 2)

@@ -1,4 +1,4 @@
-"""Fixtures of the command-line tests: what a failing command may print, and what it must not load."""
+"""What the command-line tests share: what a failing command may print, and must not load."""
 
 from __future__ import annotations
 

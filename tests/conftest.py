@@ -38,10 +38,9 @@ MINIATURE = WanConfig(
 def random_value(name: str, shape: torch.Size, seed: int) -> Tensor:
     """Any weight, of the size that keeps activations near 1; no bias, gate or head is zero."""
     noise = torch.randn(shape, generator=generator(seed, name))
-    if "norm" in name and name.endswith("weight"):
-        return 1.0 + 0.1 * noise
-    fan_in = shape[1:].numel() if len(shape) > 1 else 1
-    return 0.1 * noise if len(shape) == 1 else noise / math.sqrt(fan_in)
+    if len(shape) == 1:
+        return 0.1 * noise if name.endswith("bias") else 1.0 + 0.1 * noise
+    return noise / math.sqrt(shape[1:].numel())
 
 
 def build_wan(config: WanConfig = MINIATURE, *, seed: int = 0) -> WanTransformer:

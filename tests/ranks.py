@@ -29,7 +29,7 @@ HOST = "127.0.0.1"
 EXIT_S = 10.0  # what a rank that is done may take to leave
 
 
-class RankFailed(RuntimeError):
+class RankFailedError(RuntimeError):
     """A rank raised, died or hung; the message holds its traceback."""
 
     def __init__(self, rank: int, message: str, exitcode: int | None = None) -> None:
@@ -71,7 +71,7 @@ def run_on_ranks(
     """Call `function(*arguments)` on `world` ranks; returns what it returned, in rank order.
 
     `function` must be importable and opens the process group itself, once. `local_world`: ranks
-    per node, None = all on one. Raises RankFailed with the traceback of the first rank that fails.
+    per node, None = all on one. Raises RankFailedError with the first failing traceback.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -106,7 +106,9 @@ def _collect(
     while waiting:
         ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise RankFailed(min(waiting.values()), f"hung, and so did {len(waiting) - 1} others")
+            raise RankFailedError(
+                min(waiting.values()), f"hung, and so did {len(waiting) - 1} others"
+            )
         for connection in ready:
             assert isinstance(connection, Connection)
             rank = waiting.pop(connection)
@@ -115,9 +117,9 @@ def _collect(
             except EOFError:
                 processes[rank].join()
                 code = processes[rank].exitcode
-                raise RankFailed(rank, f"died with exit status {code}", code) from None
+                raise RankFailedError(rank, f"died with exit status {code}", code) from None
             if failure:
-                raise RankFailed(rank, failure)
+                raise RankFailedError(rank, failure)
     return [results[rank] for rank in range(len(processes))]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import shutil
 import warnings
@@ -70,7 +69,6 @@ def write_config(folder: Path, root: Path, name: str) -> Path:
 
 def build(path: Path, logdir: Path, session: Session, *overrides: str) -> Trainer:
     """The trainer of a config file with `overrides`, as train.py builds it."""
-    gc.collect()  # LMDB opens a folder once per process, and an earlier trainer may still hold it
     config = load(path, overrides)
     return build_trainer(config, session, RunOptions(logdir, path.stem, wandb=False))
 

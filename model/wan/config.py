@@ -33,6 +33,13 @@ class WanConfig:
 
     def problems(self) -> list[str]:
         """What is impossible about these sizes, one sentence each."""
+        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int"}
+        wrong = [f"{name} must be a whole number above 0, got {value!r}"
+                 for name, value in sizes.items() if type(value) is not int or value < 1]
+        if len(self.patch_size) != 3 or any(type(p) is not int or p < 1 for p in self.patch_size):
+            wrong.append(f"patch_size must be three whole numbers, got {self.patch_size}")
+        if wrong:
+            return wrong
         found = []
         if self.model_type not in ("t2v", "i2v"):
             found.append(f"model_type must be t2v or i2v, got '{self.model_type}'")
@@ -42,6 +49,11 @@ class WanConfig:
             )
         if self.patch_size[0] != 1:
             found.append(f"patch_size must not span frames, got {self.patch_size}")
+        if self.freq_dim % 2:
+            found.append(f"freq_dim must be even, got {self.freq_dim}")
+        extra = 20 * (self.model_type == "i2v") + 10 * self.absolute_positions
+        if self.in_dim != self.out_dim + extra:
+            found.append(f"in_dim must be out_dim + {extra}, got {self.in_dim} and {self.out_dim}")
         return found
 
 
@@ -82,7 +94,7 @@ def read_wan_config(path: Path) -> WanConfig:
             f"{path}: not a Wan transformer's config: missing {missing}, unknown {unknown}; "
             f"known fields are {', '.join(sorted(known))}"
         )
-    if "patch_size" in values:
+    if isinstance(values.get("patch_size"), list):
         values["patch_size"] = tuple(values["patch_size"])
     config = WanConfig(**values)
     if config.problems():

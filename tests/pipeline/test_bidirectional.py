@@ -140,9 +140,11 @@ def test_inference_follows_the_prompt_and_not_the_negative_one() -> None:
     assert float(x0.mean()) == pytest.approx(2.0, abs=0.02)
 
 
-def test_inference_tells_its_progress() -> None:
+def test_inference_tells_its_progress_once_per_step() -> None:
     told: list[tuple[int, int]] = []
-    BidirectionalInferencePipeline(Exact(), SIGMAS).sample(
+    pipeline = BidirectionalInferencePipeline(Exact(), SIGMAS)
+    pipeline.sample(
         saying(2.0, 1), saying(0.0, 1), SHAPE, streams(1), on_step=lambda *s: told.append(s)
     )
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert pipeline.steps == 4

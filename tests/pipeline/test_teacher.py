@@ -98,12 +98,14 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     torch.testing.assert_close(sample(4)[:1], sample(1))
 
 
-def test_progress_is_told_after_each_step() -> None:
+def test_progress_is_told_once_per_step_however_guided() -> None:
     told: list[tuple[int, int]] = []
-    TeacherInferencePipeline(Exact(), SamplingConfig(3, 1.0, 5.0, "euler")).sample(
+    pipeline = TeacherInferencePipeline(Exact(), SamplingConfig(3, 2.0, 5.0, "euler"))
+    pipeline.sample(
         saying(0.0, 1), saying(0.0, 1), SHAPE, streams(1), on_step=lambda *s: told.append(s)
     )
     assert told == [(1, 3), (2, 3), (3, 3)]
+    assert pipeline.steps == 3
 
 
 @pytest.mark.parametrize(("distilled", "evaluations"), [(True, 3), (False, 14)])

@@ -225,6 +225,18 @@ def test_the_average_equals_the_weights_before_its_start_and_lags_from_it_on(
             assert all(torch.equal(trainer.ema.shadow[name], expected[name]) for name in now)
 
 
+def test_the_critic_does_not_move_the_average(dmd: ScoreDistillationTrainer) -> None:
+    one_phase(dmd, "generator", 1)  # before the average's start: equal
+    one_phase(dmd, "critic", 2)
+    weights = weights_of(dmd.roles["generator"].network.model)
+    assert all(torch.equal(dmd.ema.shadow[name], weights[name]) for name in weights)
+    one_phase(dmd, "generator", 2)  # one step of decay 0.5 from there
+    after = weights_of(dmd.roles["generator"].network.model)
+    expected = {name: torch.lerp(weights[name], after[name], 0.5) for name in after}
+    one_phase(dmd, "critic", 3)
+    assert all(torch.equal(dmd.ema.shadow[name], expected[name]) for name in after)
+
+
 def take(trainer: Trainer, phase: Phase, step: int) -> None:
     trainer.state.step = step
     trainer.optimise(phase)

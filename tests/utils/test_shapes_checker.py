@@ -13,13 +13,15 @@ from torch import Tensor
 
 from model.folder import ModelFolder
 from model.patch_codec import PatchCodec
-from utils.shapes_checker import CONTRAST_RANGE, Reading, read_clips
+from utils.shapes_checker import CONTRAST_RANGE, MIN_PSNR_DB, Reading, read_clips
 from utils.shapes_world import (
     ATTRIBUTES,
     COLOURS,
+    FRAMES,
     SIDE,
     Caption,
     Scenes,
+    compose,
     draw_captions,
     draw_scenes,
     render,
@@ -107,6 +109,14 @@ def test_a_grey_clip_holds_no_shape_and_is_invalid() -> None:
     assert not reading.present
     assert not reading.valid()
     assert not reading.matches([RED_BAR]).any()
+
+
+def test_a_floor_without_a_shape_is_invalid() -> None:
+    floor = draw_scenes(SOME[:4], torch.Generator().manual_seed(0)).floor
+    empty = compose(torch.zeros(4, FRAMES, SIDE, SIDE), torch.zeros(4, 3), floor)
+    reading = read_clips(empty.clamp(0.0, 1.0))
+    assert reading.psnr.min() > MIN_PSNR_DB
+    assert not reading.valid().any()
 
 
 def test_noise_is_invalid() -> None:

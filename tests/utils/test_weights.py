@@ -85,10 +85,29 @@ def test_checkpoints_of_other_trainers_load(tmp_path: Path, key: str, prefix: st
     assert_loads(tmp_path / "w.pt")
 
 
-def test_the_averaged_generator_is_preferred(tmp_path: Path) -> None:
+def two_kinds(path: Path) -> Path:
+    """A .pt file with a generator of zeros and its average, which has the values of `tensors`."""
     zeros = {name: torch.zeros_like(value) for name, value in tensors().items()}
-    torch.save({"generator": zeros, "generator_ema": tensors()}, tmp_path / "w.pt")
-    assert_loads(tmp_path / "w.pt")
+    torch.save({"generator": zeros, "generator_ema": tensors()}, path)
+    return path
+
+
+@pytest.mark.parametrize(("averaged", "found"), [(None, True), (True, True), (False, False)])
+def test_of_a_generator_and_its_average_the_asked_one_is_read(
+    tmp_path: Path, averaged: bool | None, found: bool
+) -> None:
+    weights = WeightFile(two_kinds(tmp_path / "w.pt"), averaged=averaged)
+    assert torch.equal(weights.read("0.bias"), tensors()["0.bias"]) is found
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
+def test_an_average_that_is_not_there_is_refused(tmp_path: Path, name: str) -> None:
+    write_weights(tensors(), tmp_path / name, {})
+    with pytest.raises(WeightsError) as caught:
+        WeightFile(tmp_path / name, averaged=True)
+    assert str(caught.value) == (
+        f"{tmp_path / name}: holds no averaged weights beside its own; ask for the regular ones"
+    )
 
 
 def test_wrappers_segments_are_removed_wherever_they_stand() -> None:
