@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +21,10 @@ from utils.seeding import SampleRNG, StepRNG
 @dataclass(frozen=True)
 class MethodConfig:
     """Settings of a method; each method's own class adds to it."""
+
+    def problems(self) -> Iterator[str]:
+        """What is impossible about these settings, one line each, keys with their section."""
+        yield from ()
 
 
 class Method(ABC):
@@ -44,6 +49,20 @@ class DistributionMatchingConfig(MethodConfig):
     min_sigma: float = 0.02
     max_sigma: float = 0.98
     generator_every: int = 5  # outer steps per generator update; the critic moves at each
+
+    def problems(self) -> Iterator[str]:
+        """See MethodConfig."""
+        if self.generator_every < 1:
+            yield f"loss.generator_every: must be at least 1, got {self.generator_every}"
+        if not self.timestep_shift > 0:
+            yield f"loss.timestep_shift: must be positive, got {self.timestep_shift}"
+        if not 0.0 < self.min_sigma <= self.max_sigma <= 1.0:
+            yield (
+                f"loss.min_sigma and loss.max_sigma: must satisfy 0 < min <= max <= 1, "
+                f"got {self.min_sigma} and {self.max_sigma}"
+            )
+        if not math.isfinite(self.cfg_scale):
+            yield f"loss.cfg_scale: must be finite, got {self.cfg_scale}"
 
 
 class DistributionMatching(Method):

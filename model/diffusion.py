@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,13 @@ class DiffusionConfig(MethodConfig):
 
     timestep_shift: float = 5.0  # of the uniform noise levels
     caption_dropout: float = 0.1  # share of samples trained on the negative prompt, for guidance
+
+    def problems(self) -> Iterator[str]:
+        """See MethodConfig."""
+        if not self.timestep_shift > 0:
+            yield f"loss.timestep_shift: must be positive, got {self.timestep_shift}"
+        if not 0.0 <= self.caption_dropout <= 1.0:
+            yield f"loss.caption_dropout: must lie in [0, 1], got {self.caption_dropout}"
 
 
 class Diffusion(Method):

@@ -40,7 +40,8 @@ class PatchCodec(nn.Module):
             mean = rows.mean(dim=0)
             values, vectors = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
             basis = vectors[:, -CHANNELS:].flip(1)
-            basis = basis * basis.sum(dim=0).sign()  # eigenvectors have no sign of their own
+            largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
+            basis = basis * largest.sign()  # eigenvectors have no sign of their own
             deviation = values[-CHANNELS:].flip(0).sqrt()
             codec.get_buffer(f"{name}_mean").copy_(mean)
             codec.get_buffer(f"{name}_encode").copy_(basis / deviation)

@@ -58,7 +58,13 @@ def environment() -> dict[str, str]:
 
 def run(words: list[str], folder: Path) -> None:
     done = subprocess.run(
-        words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=280
+        words,
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr[-3000:]}"
 

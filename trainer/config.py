@@ -10,7 +10,7 @@ from typing import Literal, cast
 from omegaconf import MISSING, OmegaConf
 
 import model
-from model.base import DistributionMatchingConfig, Method, MethodConfig
+from model.base import DistributionMatching, Method, MethodConfig
 from model.dmd import DMDConfig
 from pipeline.teacher import SamplingConfig
 from utils.config import ConfigError, Layer, load_config, read_overrides, read_yaml
@@ -153,8 +153,14 @@ def method_name(trainer: str, distribution_loss: str) -> str:
 
 def method_class(config: Config) -> type[Method]:
     """The class of the run's method."""
-    name = method_name(config.trainer, config.distribution_loss)
-    return cast(type[Method], member_of(model, name, Method, key="distribution_loss"))
+    return find_method(config.trainer, config.distribution_loss)
+
+
+def find_method(trainer: str, distribution_loss: str) -> type[Method]:
+    """The method that two selectors name. Raises ValueError with the choices."""
+    name = method_name(trainer, distribution_loss)
+    base = DistributionMatching if trainer == "score_distillation" else Method
+    return cast(type[Method], member_of(model, name, base, key="distribution_loss"))
 
 
 def load(config_path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -175,9 +181,8 @@ def _schema(layers: Sequence[Layer]) -> Config:
     selected = OmegaConf.merge(*(layer.values for layer in layers))
     trainer = OmegaConf.select(selected, "trainer", default="score_distillation")
     loss = OmegaConf.select(selected, "distribution_loss", default="dmd")
-    name = method_name(str(trainer), str(loss))
     try:
-        method = cast(type[Method], member_of(model, name, Method, key="distribution_loss"))
+        method = find_method(str(trainer), str(loss))
     except ValueError as error:
         if trainer != "score_distillation":
             return Config()  # the typed merge will name the wrong trainer
@@ -213,13 +218,19 @@ def problems(config: Config) -> Iterator[str]:
         yield f"denoising_step_list: must begin at 1000, pure noise, got {steps}"
     if len(config.latent_shape) != 4 or min(config.latent_shape) < 1:
         yield f"latent_shape: must be [C, F, H, W], all positive, got {config.latent_shape}"
+    shifts = {
+        "timestep_shift": config.timestep_shift,
+        "sampling.timestep_shift": config.sampling.timestep_shift,
+        "timeout_s": config.timeout_s,
+    }
+    yield from (f"{k}: must be positive, got {v}" for k, v in shifts.items() if not v > 0)
+    if config.validation.every < 0:
+        yield f"validation.every: must be at least 0 (0 = never), got {config.validation.every}"
     yield from _optimizer_problems("generator", config.generator)
     yield from _optimizer_problems("critic", config.critic)
     if not 0.0 <= config.ema.decay < 1.0:
         yield f"ema.decay: must lie in [0, 1), got {config.ema.decay}"
-    loss = config.loss
-    if isinstance(loss, DistributionMatchingConfig) and loss.generator_every < 1:
-        yield f"loss.generator_every: must be at least 1, got {loss.generator_every}"
+    yield from config.loss.problems()
     if config.generator.model is None and config.teacher.model is None:
         yield "generator.model: must name a model folder (or teacher.model must)"
 
@@ -229,7 +240,7 @@ def _descending(steps: Sequence[int]) -> list[int]:
 
 
 def _optimizer_problems(name: str, config: TrainedNetworkConfig) -> Iterator[str]:
-    if config.lr <= 0:
+    if not 0.0 < config.lr < float("inf"):
         yield f"{name}.lr: must be positive, got {config.lr}"
     if config.muon_lr is not None and config.muon_lr <= 0:
         yield f"{name}.muon_lr: must be positive or null, got {config.muon_lr}"
@@ -237,6 +248,13 @@ def _optimizer_problems(name: str, config: TrainedNetworkConfig) -> Iterator[str
         yield f"{name}.betas: must be two numbers in [0, 1), got {config.betas}"
     if config.max_grad_norm <= 0:
         yield f"{name}.max_grad_norm: must be positive, got {config.max_grad_norm}"
+    if config.warmup_updates < 0 or config.weight_decay < 0:
+        yield f"{name}: warmup_updates and weight_decay must be at least 0"
+    if not (0.0 <= config.decay_from <= 1.0 and 0.0 <= config.decay_to <= 1.0):
+        yield (
+            f"{name}: decay_from and decay_to must lie in [0, 1], "
+            f"got {config.decay_from} and {config.decay_to}"
+        )
     if config.random_init and config.weights is not None:
         yield f"{name}.weights: cannot be given together with {name}.random_init"
 

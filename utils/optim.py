@@ -150,7 +150,7 @@ def orthogonalise(matrices: Tensor, *, iterations: int = 5) -> Tensor:
     """Move the singular values of [K, rows, columns] matrices near 1, in fp32.
 
     A quintic Newton-Schulz iteration with the coefficients published for Muon, which trade
-    exactness (singular values end in about 0.7 to 1.2) for speed.
+    exactness for speed: all but the smallest singular values end between 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]

@@ -33,14 +33,9 @@ class WanConfig:
 
     def problems(self) -> list[str]:
         """What is impossible about these sizes, one sentence each."""
-        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int"}
-        wrong = [f"{name} must be a whole number above 0, got {value!r}"
-                 for name, value in sizes.items() if type(value) is not int or value < 1]
-        if len(self.patch_size) != 3 or any(type(p) is not int or p < 1 for p in self.patch_size):
-            wrong.append(f"patch_size must be three whole numbers, got {self.patch_size}")
-        if wrong:
-            return wrong
-        found = []
+        found = self._no_sizes()
+        if found:
+            return found
         if self.model_type not in ("t2v", "i2v"):
             found.append(f"model_type must be t2v or i2v, got '{self.model_type}'")
         if self.dim % self.num_heads or self.head_dim % 2:
@@ -56,6 +51,24 @@ class WanConfig:
             found.append(f"in_dim must be out_dim + {extra}, got {self.in_dim} and {self.out_dim}")
         return found
 
+    def _no_sizes(self) -> list[str]:
+        sizes: dict[str, object] = {name: getattr(self, name) for name in _SIZES}
+        patch = self.patch_size if isinstance(self.patch_size, tuple) else (self.patch_size,)
+        sizes |= {f"patch_size[{i}]": size for i, size in enumerate(patch)}
+        found = [
+            f"{name} must be a whole number above 0, got {size!r}"
+            for name, size in sizes.items()
+            if type(size) is not int or size < 1
+        ]
+        if len(patch) != 3:
+            found.append(f"patch_size must be three numbers, got {self.patch_size}")
+        return found
+
+
+_SIZES = (
+    "dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "freq_dim", "text_len",
+    "text_dim", "image_dim",
+)  # fmt: skip
 
 PRESETS = {
     "Wan2.1-T2V-1.3B": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),

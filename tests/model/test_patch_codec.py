@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.patch_codec import FILE_NAME, PatchCodec
 from utils.shapes_world import draw_captions, draw_scenes, render
+from utils.weights import WeightsError, write_weights
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +100,9 @@ def test_a_saved_codec_is_loaded_as_it_was(codec: PatchCodec, tmp_path: Path) ->
     codec.save(tmp_path / FILE_NAME)
     loaded = PatchCodec.load(tmp_path / FILE_NAME).state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in codec.state_dict().items())
+
+
+def test_a_file_of_another_model_is_no_codec(tmp_path: Path) -> None:
+    write_weights({"blocks.0.weight": torch.zeros(1)}, tmp_path / FILE_NAME, {})
+    with pytest.raises(WeightsError, match="does not fit the patch codec"):
+        PatchCodec.load(tmp_path / FILE_NAME)

@@ -108,6 +108,14 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     )
 
 
+def test_a_file_that_lacks_a_weight_is_refused(original: Any, tmp_path: Path) -> None:
+    state = to_official(original.state_dict())
+    del state["blocks.1.attn.k.weight"]
+    torch.save(state, tmp_path / "t5.pth")
+    with pytest.raises(WeightsError, match="not a UMT5 encoder"):
+        load_umt5(tmp_path / "t5.pth", torch.float32)
+
+
 def test_states_are_padded_to_the_text_length(encoder: WanTextEncoder) -> None:
     assert encoder(["a red bar", CAPTION]).shape == (2, 12, 64)
 

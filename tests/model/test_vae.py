@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model.wan_wrapper import WanVAEWrapper
+from utils.weights import WeightsError
 
 SIZES = {"base_dim": 8, "z_dim": 16, "num_res_blocks": 2}  # the official depth, a twelfth as wide
 
@@ -155,3 +156,17 @@ def test_an_official_file_is_loaded(
     loaded = WanVAEWrapper.load(tmp_path / "Wan2.1_VAE.pth", torch.float32)
     latents = random(1, 16, 2, 2, 3)
     assert torch.equal(loaded.decode_to_pixel(latents), wrapper.decode_to_pixel(latents))
+
+
+@pytest.mark.parametrize("content", [{"conv1.weight": torch.zeros(1)}, {}, torch.zeros(1)])
+def test_a_file_of_something_else_is_refused(
+    content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffusers
+
+    small = functools.partial(diffusers.AutoencoderKLWan, **SIZES)
+    monkeypatch.setattr(diffusers, "AutoencoderKLWan", small)
+    torch.save(content, tmp_path / "Wan2.1_VAE.pth")
+    with pytest.raises(WeightsError) as caught:
+        WanVAEWrapper.load(tmp_path / "Wan2.1_VAE.pth", torch.float32)
+    assert str(caught.value).startswith(f"{tmp_path}/Wan2.1_VAE.pth: ")

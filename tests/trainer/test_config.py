@@ -109,6 +109,11 @@ def test_an_unknown_method_names_its_source_and_the_nearest(minimal: Path) -> No
     assert message.endswith("; did you mean 'dmd'?")
 
 
+def test_a_method_of_another_trainer_is_no_distribution_loss(minimal: Path) -> None:
+    message = error_of(minimal, "distribution_loss=diffusion")
+    assert message == ("command line: distribution_loss: 'diffusion' is unknown, choose one of dmd")
+
+
 def test_an_unknown_trainer_lists_the_known_ones(minimal: Path) -> None:
     assert error_of(minimal, "trainer=difusion") == (
         "command line: trainer: Invalid value 'difusion', "
@@ -209,6 +214,20 @@ def test_several_bad_values_are_reported_together(minimal: Path) -> None:
         ("generator.max_grad_norm=0", "generator.max_grad_norm: must be positive, got 0.0"),
         ("sampling.steps=0", "sampling.steps: must be at least 1, got 0"),
         ("loss.generator_every=0", "loss.generator_every: must be at least 1, got 0"),
+        ("loss.timestep_shift=-1", "loss.timestep_shift: must be positive, got -1.0"),
+        (
+            "loss.max_sigma=0.01",
+            "loss.min_sigma and loss.max_sigma: must satisfy 0 < min <= max <= 1, "
+            "got 0.02 and 0.01",
+        ),
+        ("loss.cfg_scale=nan", "loss.cfg_scale: must be finite, got nan"),
+        ("timestep_shift=0", "timestep_shift: must be positive, got 0.0"),
+        ("validation.every=-1", "validation.every: must be at least 0 (0 = never), got -1"),
+        ("generator.lr=inf", "generator.lr: must be positive, got inf"),
+        (
+            "critic.decay_from=1.5",
+            "critic: decay_from and decay_to must lie in [0, 1], got 1.5 and 0.0",
+        ),
         (
             "generator.model=null",
             "generator.model: must name a model folder (or teacher.model must)",

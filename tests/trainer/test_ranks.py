@@ -289,7 +289,7 @@ def check_bf16_run(logdir: Path, found: Findings, fp32: Path) -> None:
     for low, full in zip(rows(logdir), rows(fp32), strict=True):
         losses = [key for key in full if key.endswith("/loss")]
         assert all(math.isfinite(value) for value in low.values())
-        assert [low[key] for key in losses] == pytest.approx([full[k] for k in losses], rel=0.05)
+        assert [low[key] for key in losses] == pytest.approx([full[k] for k in losses], rel=0.02)
         assert [low[key] for key in losses] != [full[key] for key in losses]
     every = {torch.float32}
     assert found.precisions == {"weights": every, "optimizers": every, "average": every}

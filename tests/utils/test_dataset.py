@@ -31,6 +31,12 @@ def test_blank_lines_and_outer_spaces_are_dropped(tmp_path: Path) -> None:
     assert read_prompt_file(path) == ["a cat", "a dog"]
 
 
+def test_only_line_feeds_and_carriage_returns_end_a_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_bytes("one\u2028prompt\x0chere\r\ntwo\rthree".encode())
+    assert read_prompt_file(path) == ["one\u2028prompt\x0chere", "two", "three"]
+
+
 def test_a_byte_order_mark_is_not_part_of_a_prompt(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_bytes(b"\xef\xbb\xbfa cat\n")
