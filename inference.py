@@ -8,14 +8,14 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import imageio.v3 as iio
 import torch
 from tqdm import tqdm
 
-from trainer.config import Config, load
+from trainer.config import Config, generator_model, load
 from trainer.serving import Request, Source, VideoGenerator, check_source, load_generator
 from utils.cli import USER_ERRORS, fail, start_logging
 from utils.config import ConfigError
@@ -27,6 +27,7 @@ from utils.video import contact_sheet, save_mp4, save_png
 log = logging.getLogger(__name__)
 
 SHEET_CLIPS = 12  # on the contact sheet
+MAX_STEM_BYTES = 200  # of a file name; most file systems take 255 with what is appended
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise ConfigError(f"--{flag}: must be at least 1, got {value}")
+    if not args.fps > 0:
+        raise ConfigError(f"--fps: must be positive, got {args.fps}")
     dataset = open_dataset(args.data_path)
     titles = [dataset[i].prompt for i in range(len(dataset))]
     prompts = titles
@@ -79,12 +82,9 @@ def plan(args: argparse.Namespace) -> list[Job]:
                 f"--extended_prompt_path: {args.extended_prompt_path} has {len(prompts)} prompts, "
                 f"{args.data_path} has {len(titles)}; they must match line by line"
             )
-    jobs, used = [], set()
-    for index, (title, prompt) in enumerate(zip(titles, prompts, strict=True)):
-        stem = str(index) if args.save_with_index else file_stem(title)
-        if stem in used:
-            stem = f"{stem}-{index}"
-        used.add(stem)
+    stems = [str(i) if args.save_with_index else file_stem(t) for i, t in enumerate(titles)]
+    jobs = []
+    for stem, title, prompt in zip(distinct(stems), titles, prompts, strict=True):
         kind = ("_ema" if args.use_ema else "_regular") if args.save_with_index else ""
         for sample in range(args.num_samples):
             file = args.output_folder / f"{stem}-{sample}{kind}.mp4"
@@ -93,17 +93,41 @@ def plan(args: argparse.Namespace) -> list[Job]:
 
 
 def file_stem(prompt: str) -> str:
-    """The first 100 characters of a prompt, without those that file systems refuse."""
-    return re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", prompt[:100]).strip(" .") or "_"
+    """The first 100 characters of a prompt, as far as file systems take them."""
+    allowed = re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", prompt[:100])
+    return allowed.encode()[:MAX_STEM_BYTES].decode(errors="ignore").strip(" .") or "_"
 
 
-def claim_folder(args: argparse.Namespace, source: Source, session: Session) -> None:
+def distinct(stems: Sequence[str]) -> list[str]:
+    """The same file stems, later ones of a kind with their number appended."""
+    used: set[str] = set()
+    result = []
+    for index, stem in enumerate(stems):
+        while stem in used:
+            stem = f"{stem}-{index}"  # noqa: PLW2901
+        used.add(stem)
+        result.append(stem)
+    return result
+
+
+def claim_folder(
+    args: argparse.Namespace, config: Config, source: Source, session: Session
+) -> None:
     """Write the folder's manifest. Raises ConfigError if it holds clips of other settings."""
     keys = (
-        "config_path", "checkpoint_path", "data_path", "extended_prompt_path", "use_ema",
-        "seed", "save_with_index", "num_output_frames", "batch_size", "fps", "overrides",
+        "data_path", "extended_prompt_path", "use_ema", "seed", "save_with_index",
+        "num_output_frames", "batch_size", "fps",
     )  # fmt: skip
     wanted = {key: getattr(args, key) for key in keys}
+    wanted["model"] = generator_model(config)
+    wanted["latent_shape"] = config.latent_shape
+    wanted["mixed_precision"] = config.mixed_precision
+    wanted["negative_prompt"] = config.data.negative_prompt
+    if config.trainer == "score_distillation":
+        wanted["denoising_step_list"] = config.denoising_step_list
+        wanted["timestep_shift"] = config.timestep_shift
+    else:
+        wanted["sampling"] = asdict(config.sampling)
     wanted["weights"] = source.weights.path  # a log directory's newest checkpoint moves on
     text = json.dumps(wanted, indent=1, default=str)
     path = args.output_folder / "settings.json"
@@ -174,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with distributed_session(timeout_s=config.timeout_s) as session:
         start_logging(main_rank=session.is_main)
         try:
-            claim_folder(args, source, session)
+            claim_folder(args, config, source, session)
         except USER_ERRORS as error:
             return fail(error)
         try:

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(config, options)
     except KeyboardInterrupt as stop:
-        log.warning("%s; run the same command again to continue", stop or "interrupted")
+        log.warning("%s; run the same command again to continue", str(stop) or "interrupted")
         return 130
 
 

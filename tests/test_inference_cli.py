@@ -29,8 +29,6 @@ from utils.weights import write_weights
 
 __all__ = ["no_weights", "own_logging"]
 
-NOT_YET = pytest.mark.xfail(strict=True, reason="inference.py does not do this yet")
-
 PROMPTS = (
     "a red circle moves right quickly on a dark floor",
     "a green bar moves up/down slowly",
@@ -231,12 +229,10 @@ def prompt_file(folder: Path, lines: list[str]) -> Path:
     "lines",
     [
         ["a", "a", "a"],
-        pytest.param(["a-2", "a", "a"], marks=NOT_YET),
+        ["a-2", "a", "a"],
         ["a?", "a*", "a_"],
         ["../up", "/etc/passwd", "..", "."],
-        pytest.param(
-            ["\N{CJK UNIFIED IDEOGRAPH-732B}" * 120, "\N{GRINNING FACE}" * 120], marks=NOT_YET
-        ),
+        ["\N{CJK UNIFIED IDEOGRAPH-732B}" * 120, "\N{GRINNING FACE}" * 120],
     ],
     ids=["equal", "numbered", "forbidden", "paths", "wide"],
 )
@@ -296,7 +292,7 @@ def test_a_prompt_longer_than_the_encoder_reads_is_cut_with_a_warning(
         (("--num_samples", "-1"), "--num_samples: must be at least 1, got -1"),
         (("--batch_size", "0"), "--batch_size: must be at least 1, got 0"),
         (("--num_output_frames", "0"), "--num_output_frames: must be at least 1, got 0"),
-        pytest.param(("--fps", "0"), "--fps: must be positive, got 0.0", marks=NOT_YET),
+        (("--fps", "0"), "--fps: must be positive, got 0.0"),
         (
             ("--data_path", "nowhere"),
             "nowhere: no such data; give a .txt file with one prompt per line, a folder of .txt "
@@ -357,6 +353,16 @@ def test_a_folder_with_clips_of_other_settings_is_refused_and_left_alone(
         "(seed was 0, is 3; fps was 16.0, is 8.0); use another folder"
     )
     assert (student.clips / "settings.json").read_bytes() == before
+
+
+def test_a_folder_with_clips_of_another_content_of_the_same_config_file_is_refused(
+    student: Student, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = shutil.copy(student.config, tmp_path / "own.yaml")
+    line = student.words(tmp_path / "clips", "--config_path", str(config), "--num_output_frames=1")
+    assert inference.main(line) == 0
+    config.write_text(f"{config.read_text()}denoising_step_list: [1000]\n", encoding="utf-8")
+    assert "holds clips of other settings" in refusal(inference.main, line, capsys)
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -137,10 +137,17 @@ def check_inputs(config: Config, session: Session) -> Inputs:
             f"latent_shape: is {list(shape)}, but the latents in {config.data.path} "
             f"are {list(dataset.latent_shape or ())}"
         )
-    channels = folders["generator"].wan_config().out_dim
-    if shape[0] != channels:
+    sizes = folders["generator"].wan_config()
+    if shape[0] != sizes.out_dim:
         raise ConfigError(
-            f"latent_shape: has {shape[0]} channels, {folders['generator'].path} makes {channels}"
+            f"latent_shape: has {shape[0]} channels, {folders['generator'].path} makes "
+            f"{sizes.out_dim}"
+        )
+    _, patch_h, patch_w = sizes.patch_size
+    if shape[2] % patch_h or shape[3] % patch_w:
+        raise ConfigError(
+            f"latent_shape: {shape[2]} x {shape[3]} does not divide into patches of "
+            f"{patch_h} x {patch_w}"
         )
     return Inputs(folders, dataset, _validation_prompts(config, dataset), method)
 

@@ -23,7 +23,7 @@ from utils.parallel import build_mesh
 
 TOLERANCE = 1e-5  # relative; measured: below 5e-7
 CASES = ("dmd-adamw", "dmd-muon", "diffusion-adamw", "diffusion-muon")
-WIDE_CASES = ("dmd-muon", "diffusion-adamw")  # on four ranks, which two cores run slowly
+WIDE_CASES = ("dmd-muon", "diffusion-adamw")  # on four ranks, slow where cores are few
 STEPS = "steps=3"  # generator_every is 2, so the generator moves twice
 HYBRID = "sharding_strategy=hybrid_full"
 MICRO = "accumulation=2"
