@@ -129,6 +129,13 @@ def _same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
+def assert_same_end(left: Path, right: Path, step: int) -> None:
+    """The checkpoints of `step` are equal in every bit, and so are all metrics."""
+    states = [read_state(step_folder(logdir, step)) for logdir in (left, right)]
+    assert unequal(*states) == []
+    assert rows(left) == rows(right)
+
+
 def cut_after(logdir: Path, copy: Path, step: int) -> Path:
     """Copy a finished run as if it had been killed after `step` was saved, its log running on."""
     shutil.copytree(logdir, copy)

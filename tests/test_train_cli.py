@@ -294,29 +294,17 @@ def test_a_diverging_run_returns_2_and_names_what_is_not_finite(
 # ---- stopped before the first step
 
 
-def test_ctrl_c_while_weights_load_exits_130(
-    configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    interrupt_loading(monkeypatch)
-    assert train.main(words(configs["dmd"], tmp_path)) == 130
-
-
-def test_ctrl_c_while_weights_load_is_called_an_interruption(
+def test_ctrl_c_while_weights_load_exits_130_and_says_so(
     configs: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    interrupt_loading(monkeypatch)
-    train.main(words(configs["dmd"], tmp_path))
-    assert "interrupted; run the same command again to continue" in capsys.readouterr().err
-
-
-def interrupt_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send this process Ctrl-C when it begins to load a network."""
     monkeypatch.setattr(
         trainer.build, "load_network", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
     )
+    assert train.main(words(configs["dmd"], tmp_path)) == 130
+    assert "interrupted; run the same command again to continue" in capsys.readouterr().err
 
 
 # ---- several processes

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model.types import Denoiser
-from tests.runs import build, built, rows, run, write_config
+from tests.runs import build, built, rows, run
 from trainer.base import Phase, Trainer
 from trainer.build import RunOptions, build_trainer
 from trainer.config import load
@@ -27,13 +27,6 @@ from utils.distributed import distributed_session
 from utils.seeding import generator
 
 Weights = dict[str, Tensor]
-
-
-@pytest.fixture(scope="module")
-def configs(tmp_path_factory: pytest.TempPathFactory, tiny_root: Path) -> dict[str, Path]:
-    """The config file of each method."""
-    folder = tmp_path_factory.mktemp("loop")
-    return {name: write_config(folder, tiny_root, name) for name in ("dmd", "diffusion")}
 
 
 @pytest.fixture
@@ -388,3 +381,13 @@ def test_two_trainings_in_one_process_do_not_touch_each_other(
         second.train()
         first.train()
     assert rows(tmp_path / "first") == alone
+
+
+@pytest.mark.parametrize("precision", ["mixed_precision=false", "mixed_precision=true"])
+def test_recomputing_blocks_changes_no_number(
+    configs: dict[str, Path], tmp_path: Path, precision: str
+) -> None:
+    run(configs["dmd"], tmp_path / "kept", "steps=2", precision)
+    recompute = "parallel.activation_checkpoint=block"
+    run(configs["dmd"], tmp_path / "recomputed", "steps=2", precision, recompute)
+    assert rows(tmp_path / "recomputed") == rows(tmp_path / "kept")

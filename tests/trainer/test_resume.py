@@ -1,17 +1,8 @@
-"""A run that stops, for whatever reason, ends where the unbroken run ends: bit for bit."""
+"""A resumed run ends where the unbroken run ends, bit for bit, on any number of ranks."""
 
 from __future__ import annotations
 
-import gc
-import logging
-import os
-import random
 import shutil
-import signal
-import sys
-import threading
-import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +11,10 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-import train
-from tests.ranks import RankFailedError, run_on_ranks
+from tests.ranks import run_on_ranks
 from tests.runs import (
     MUON,
+    assert_same_end,
     build,
     built,
     cut_after,
@@ -32,9 +23,8 @@ from tests.runs import (
     run,
     step_folder,
     unequal,
-    write_config,
 )
-from trainer.base import Phase, RunFailedError, Trainer
+from trainer.base import Trainer
 from utils import checkpoint
 from utils.config import ConfigError
 from utils.distributed import distributed_session
@@ -57,24 +47,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def configs(base: Path, tiny_root: Path) -> dict[str, Path]:
-    """The config file of each method."""
-    return {name: write_config(base, tiny_root, name) for name in ("dmd", "diffusion")}
-
-
-@pytest.fixture(scope="module")
 def straight(base: Path, configs: dict[str, Path]) -> Path:
     """Each case from start to end without a break, every step saved, and where."""
     for case, (method, overrides) in CASES.items():
         run(configs[method], base / "straight" / case, *SAVE_ALL, *overrides)
     return base / "straight"
-
-
-def assert_same_end(run_: Path, reference: Path, step: int = STEPS) -> None:
-    """The last checkpoints are equal in every bit, and so are all metrics."""
-    last = read_state(step_folder(run_, step))
-    assert unequal(last, read_state(step_folder(reference, step))) == []
-    assert rows(run_) == rows(reference)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +67,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_the_unbroken_one(
     method, overrides = CASES[case]
     resumed = cut_after(straight / case, tmp_path / "run", stop)
     run(configs[method], resumed, *SAVE_LAST, *overrides)
-    assert_same_end(resumed, straight / case)
+    assert_same_end(resumed, straight / case, STEPS)
 
 
 def test_a_checkpoint_holds_all_that_moves(straight: Path) -> None:
@@ -122,7 +99,7 @@ def test_metrics_rows_are_the_same_when_saves_fall_between_logs(
     assert [row["step"] for row in rows(whole)] == [2, 3, 4, 6]
     resumed = cut_after(whole, tmp_path / "resumed", 3)
     run(configs["diffusion"], resumed, *settings)
-    assert_same_end(resumed, whole, step=6)
+    assert_same_end(resumed, whole, 6)
 
 
 def test_a_second_start_of_a_finished_run_changes_no_checkpoint_and_no_metric(
@@ -252,217 +229,7 @@ def test_two_replicas_go_on_from_the_checkpoint_of_one_process_and_save_one_that
         assert unequal(read_again(trainer, tmp_path), saved) == []
 
 
-# ---- killed while saving
-
-
-class FileOperations:
-    """Calls `action(event, path)` before each change of a file below a folder, by audit hook.
-
-    Audit hooks cannot be removed, so this is for processes of their own.
-    """
-
-    EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = str(folder)
-        self.active = False
-        sys.addaudithook(self._audit)
-
-    def action(self, event: str, path: str) -> None:
-        raise NotImplementedError
-
-    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not self.active or event not in self.EVENTS or threading.current_thread().daemon:
-            return
-        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            return
-        path = str(arguments[1] if event == "os.rename" else arguments[0])
-        if not path.startswith("/"):  # shutil.rmtree names files relative to an open folder
-            path = os.path.join(os.readlink(f"/proc/self/fd/{arguments[-1]}"), path)
-        if path.startswith(self.folder):
-            self.active = False
-            self.action(event, path)
-            self.active = True
-
-
-class Snapshots(FileOperations):
-    """Copies the folder before each change: what a kill at that moment would leave."""
-
-    def __init__(self, folder: Path, target: Path) -> None:
-        super().__init__(folder)
-        self.target = target
-        self.taken: list[str] = []
-
-    def action(self, event: str, path: str) -> None:
-        shutil.copytree(self.folder, self.target / f"{len(self.taken):03d}")
-        self.taken.append(f"{event} {path.removeprefix(self.folder)}")
-
-
-class Killer(FileOperations):
-    """Kills its own process, as kill -9 does, just before one change."""
-
-    def __init__(self, folder: Path, event: str, ending: str) -> None:
-        super().__init__(folder)
-        self.event, self.ending = event, ending
-
-    def action(self, event: str, path: str) -> None:
-        if (event, path.endswith(self.ending)) == (self.event, True):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-KEEP_ONE = ("steps=3", "save_every=1", "keep_checkpoints=1")
-KEPT = ("steps=3", "save_every=1", "keep_checkpoints=9")
-
-
-def watch_save(trainer: Trainer, watcher: FileOperations, step: int) -> None:
-    """Activate `watcher` for the length of the save of `step`."""
-    save = trainer.save
-
-    def watched() -> None:
-        watcher.active = trainer.state.step == step
-        save()
-        watcher.active = False
-
-    trainer.save = watched  # type: ignore[method-assign]
-
-
-def train_with_snapshots(path: Path, logdir: Path, target: Path) -> list[str]:
-    with built(path, logdir, *KEEP_ONE) as trainer:
-        watcher = Snapshots(logdir / "checkpoints", target)
-        watch_save(trainer, watcher, step=2)
-        trainer.train()
-    return watcher.taken
-
-
-def train_until_killed(path: Path, logdir: Path, event: str, ending: str) -> None:
-    with built(path, logdir, *KEEP_ONE) as trainer:
-        watch_save(trainer, Killer(logdir / "checkpoints", event, ending), step=2)
-        trainer.train()
-
-
-@pytest.fixture(scope="module")
-def kept(base: Path, configs: dict[str, Path]) -> Path:
-    """A short DMD run that keeps all its checkpoints, unkilled."""
-    return run(configs["dmd"], base / "kept", *KEPT)
-
-
-def test_before_and_after_each_file_operation_of_a_save_a_whole_checkpoint_is_found(
-    kept: Path, configs: dict[str, Path], tmp_path: Path
-) -> None:
-    operations = run_on_ranks(
-        1, train_with_snapshots, configs["dmd"], tmp_path / "run", tmp_path / "snapshots"
-    )[0]
-    assert len(operations) > 10, operations
-    saved = {step: read_state(step_folder(kept, step)) for step in (1, 2)}
-    found, proven = [], set()
-    for number, operation in enumerate(operations):
-        path = checkpoint.latest(tmp_path / "snapshots" / f"{number:03d}")
-        assert path is not None, f"nothing to resume from before {operation}"
-        found.append(checkpoint.step_of(path))
-        content = b"".join(file.read_bytes() for file in sorted(path.iterdir()))
-        if content not in proven:
-            assert unequal(read_state(path), saved[found[-1]]) == [], f"torn before {operation}"
-            proven.add(content)
-    assert found == sorted(found), dict(zip(operations, found, strict=True))
-    assert set(found) == {1, 2}
-
-
-@pytest.mark.parametrize(
-    ("event", "ending"),
-    [
-        ("os.mkdir", "step_000002.tmp"),
-        ("open", ".distcp"),
-        ("open", ".part.json"),
-        ("os.rename", "step_000002"),
-        ("os.rename", "latest"),
-        ("os.rmdir", "step_000001.tmp"),
-    ],
-)
-def test_a_run_killed_within_a_save_resumes_and_ends_as_the_unkilled_run(
-    event: str, ending: str, kept: Path, configs: dict[str, Path], tmp_path: Path
-) -> None:
-    logdir = tmp_path / "run"
-    with pytest.raises(RankFailedError) as caught:
-        run_on_ranks(1, train_until_killed, configs["dmd"], logdir, event, ending)
-    assert caught.value.exitcode == -signal.SIGKILL, caught.value
-    run(configs["dmd"], logdir, "steps=3", "keep_checkpoints=1")
-    assert_same_end(logdir, kept, step=3)
-    assert sorted(path.name for path in (logdir / "checkpoints").iterdir()) == [
-        "latest",
-        "step_000003",
-    ]
-
-
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_resumed(
-    straight: Path, configs: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    logdir = cut_after(straight / "diffusion-muon", tmp_path / "run", 3)
-    shard = step_folder(logdir, 3) / "__0_0.distcp"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with caplog.at_level(logging.INFO):
-        run(configs["diffusion"], logdir, *SAVE_LAST, *MUON["diffusion"])
-    size = shard.stat().st_size
-    damage = f"{step_folder(logdir, 3)}: __0_0.distcp has {size} bytes, its manifest says"
-    assert any(damage in message for message in caplog.messages)
-    assert f"resumed {step_folder(logdir, 2)}" in caplog.messages
-    assert_same_end(logdir, straight / "diffusion-muon")
-
-
-# ---- stopped by a signal
-
-INTERRUPTIBLE = ("steps=30",)
-
-
-def main_with_signal(arguments: list[str], logdir: Path, sender: int, delay_s: float) -> int:
-    """train.main(arguments) on this rank; rank `sender` sends itself Ctrl-C in mid-run."""
-
-    def interrupt() -> None:
-        deadline = time.monotonic() + 60.0
-        while not (logdir / "metrics.jsonl").is_file() and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(delay_s)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    if int(os.environ["RANK"]) == sender:
-        threading.Thread(target=interrupt, daemon=True).start()
-    return train.main(arguments)
-
-
-def command(path: Path, logdir: Path, overrides: Iterable[str]) -> list[str]:
-    return ["--config_path", str(path), "--logdir", str(logdir), "--disable-wandb", *overrides]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(base: Path, configs: dict[str, Path]) -> Path:
-    """A longer run that nobody stops."""
-    return run(configs["dmd"], base / "uninterrupted", *INTERRUPTIBLE)
-
-
-@pytest.mark.parametrize("sample", range(2))
-def test_a_run_stopped_by_ctrl_c_exits_130_and_ends_as_the_unstopped_run(
-    sample: int, uninterrupted: Path, configs: dict[str, Path], tmp_path: Path
-) -> None:
-    logdir, delay = tmp_path / "run", random.Random(sample).uniform(0.0, 0.2)
-    words = command(configs["dmd"], logdir, INTERRUPTIBLE)
-    assert run_on_ranks(1, main_with_signal, words, logdir, 0, delay) == [130]
-    stopped_at = checkpoint.latest(logdir / "checkpoints")
-    assert stopped_at is not None
-    assert 0 < checkpoint.step_of(stopped_at) < 30
-    run(configs["dmd"], logdir, *INTERRUPTIBLE)
-    assert_same_end(logdir, uninterrupted, step=30)
-
-
-@pytest.mark.slow
-def test_ctrl_c_on_one_of_two_ranks_stops_both_after_the_same_step(
-    configs: dict[str, Path], tmp_path: Path
-) -> None:
-    logdir = tmp_path / "run"
-    words = command(configs["diffusion"], logdir, ["steps=400"])
-    assert run_on_ranks(2, main_with_signal, words, logdir, 1, 0.1) == [130, 130]
-    assert checkpoint.latest(logdir / "checkpoints") is not None
-
-
-# ---- another run, and a run gone wrong
+# ---- another run
 
 
 def test_the_log_directory_of_another_run_is_refused_with_the_keys_that_differ(
@@ -489,56 +256,6 @@ def test_a_run_goes_on_with_more_steps_and_another_save_interval(
     run(configs["diffusion"], tmp_path / "run", constant, "steps=2")
     run(configs["diffusion"], tmp_path / "run", constant, "steps=5", "save_every=2")
     run(configs["diffusion"], tmp_path / "whole", constant, "steps=5")
-    assert_same_end(tmp_path / "run", tmp_path / "whole")
+    assert_same_end(tmp_path / "run", tmp_path / "whole", 5)
     saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
     assert saved == ["step_000002", "step_000004", "step_000005"]
-
-
-def poison_before(trainer: Trainer, step: int) -> None:
-    """Make one weight NaN just before `step` trains, as a fault in memory would."""
-    phases = trainer.phases
-
-    def poisoned(at: int) -> Iterable[Phase]:
-        if at == step:
-            with torch.no_grad():
-                trainer.roles["generator"].network.model.head.head.weight[0, 0] = float("nan")
-        return phases(at)
-
-    trainer.phases = poisoned  # type: ignore[method-assign]
-
-
-def run_poisoned(path: Path, logdir: Path, step: int, *overrides: str) -> str:
-    """What a run says that is poisoned before `step`."""
-    with built(path, logdir, *overrides) as trainer:
-        poison_before(trainer, step)
-        with pytest.raises(RunFailedError) as caught:
-            trainer.train()
-    message = str(caught.value)
-    del trainer, caught
-    gc.collect()  # the traceback held the trainer in a cycle; LMDB opens a folder only once
-    return message
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_good_checkpoint(
-    straight: Path, configs: dict[str, Path], tmp_path: Path
-) -> None:
-    logdir = tmp_path / "run"
-    message = run_poisoned(configs["diffusion"], logdir, 3, *SAVE_ALL, *MUON["diffusion"])
-    assert message == (
-        "step 4: generator/grad_norm, generator/loss not finite; the last good checkpoint is "
-        f"{step_folder(logdir, 3)}. Lower the learning rate or max_grad_norm and start again."
-    )
-    run(configs["diffusion"], logdir, *SAVE_LAST, *MUON["diffusion"])
-    assert_same_end(logdir, straight / "diffusion-muon")
-
-
-def test_a_loss_that_is_not_finite_between_logs_stops_the_run_before_the_next_save(
-    configs: dict[str, Path], tmp_path: Path
-) -> None:
-    logdir = tmp_path / "run"
-    settings = ("steps=8", "log_every=100", "save_every=2")
-    assert run_poisoned(configs["diffusion"], logdir, 4, *settings).startswith("step 6: ")
-    assert checkpoint.latest(logdir / "checkpoints") == step_folder(logdir, 4)
-    state = read_state(step_folder(logdir, 4))
-    tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
-    assert all(bool(torch.isfinite(value).all()) for value in tensors)
