@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent: sharded save, published by rename, found again at start.
 
 Layout: <folder>/step_000300/ holds torch's distributed checkpoint, config.yaml and manifest.json;
-<folder>/latest names the newest for people and
-other tools; a start looks at the folders themselves. World size may change between save and load.
+<folder>/latest names the newest for people and other tools; a start looks at the folders themselves.
+World size may change between save and load.
 """
 
 from __future__ import annotations
