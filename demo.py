@@ -157,11 +157,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         config = load(args.config_path, args.overrides)
-        check_source(config, args.checkpoint_path, use_ema=args.use_ema)
+        source = check_source(config, args.checkpoint_path, use_ema=args.use_ema)
         if not args.fps > 0:
             raise ConfigError(f"--fps: must be positive, got {args.fps}")
         address = listen(args.host, args.port)
-        generator = load_generator(config, args.checkpoint_path, device, use_ema=args.use_ema)
+        generator = load_generator(config, source, device)
         about, work = describe(config, generator), partial(make_clip, generator, args.fps)
         with TemporaryDirectory("-demo") as folder, closing(JobQueue(work, Path(folder))) as queue:
             app, fd = create_app(queue, about), address.fileno()

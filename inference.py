@@ -144,7 +144,9 @@ def claim_folder(
         write_text(path, text)
 
 
-def run(args: argparse.Namespace, config: Config, jobs: list[Job], session: Session) -> None:
+def run(
+    args: argparse.Namespace, config: Config, source: Source, jobs: list[Job], session: Session
+) -> None:
     """Make what is missing. Batches are cut before ranks, so a clip's neighbours never change."""
     batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
     mine = [
@@ -155,9 +157,8 @@ def run(args: argparse.Namespace, config: Config, jobs: list[Job], session: Sess
     if mine:
         model = load_generator(
             config,
-            args.checkpoint_path,
+            source,
             session.device,
-            use_ema=args.use_ema,
             latent_frames=args.num_output_frames,
         )
         log.info("%d network evaluations per clip", model.pipeline.network_evaluations)
@@ -202,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except USER_ERRORS as error:
             return fail(error)
         try:
-            run(args, config, jobs, session)
+            run(args, config, source, jobs, session)
         except KeyboardInterrupt:
             log.warning("stopped; run the same command again to continue")
             return 130

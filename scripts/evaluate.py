@@ -28,7 +28,7 @@ from pipeline.bidirectional import BidirectionalInferencePipeline
 from pipeline.protocol import InferencePipeline
 from pipeline.teacher import SamplingConfig, TeacherInferencePipeline
 from trainer.config import Config, load
-from trainer.serving import Request, VideoGenerator, load_generator
+from trainer.serving import Request, VideoGenerator, check_source, load_generator
 from utils.cli import USER_ERRORS, fail, start_logging
 from utils.files import write_text
 from utils.plots import plot_run
@@ -129,7 +129,9 @@ def measure(args: argparse.Namespace, configs: dict[str, Config]) -> list[dict[s
     """All rows, each written as soon as it is known."""
     device = torch.device("cpu")
     models = {
-        role: load_generator(config, getattr(args, f"{role}_path"), device, use_ema=True)
+        role: load_generator(
+            config, check_source(config, getattr(args, f"{role}_path"), use_ema=True), device
+        )
         for role, config in configs.items()
     }
     rng = generator(args.seed, "evaluation")

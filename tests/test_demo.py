@@ -29,7 +29,7 @@ import demo
 import utils.jobs
 from demo import WEB, About, create_app, make_clip
 from trainer.config import load
-from trainer.serving import Request, VideoGenerator, load_generator
+from trainer.serving import Request, VideoGenerator, check_source, load_generator
 from utils.jobs import JobQueue
 from utils.seeding import generator
 
@@ -275,7 +275,7 @@ def test_the_page_fetches_nothing_from_outside(tried: Demo) -> None:
 def test_equal_requests_to_a_real_model_give_equal_files(tiny_root: Path, tmp_path: Path) -> None:
     config = load(CONFIG, [f"model_root={tiny_root / 'wan_models'}"])
     folder = tiny_root / "wan_models" / "Wan2.1-T2V-Tiny"
-    model = load_generator(config, folder, torch.device("cpu"))
+    model = load_generator(config, check_source(config, folder, use_ema=False), torch.device("cpu"))
     with closing(JobQueue(partial(make_clip, model, 8.0), tmp_path)) as queue:
         tried = Demo(Miniature(), queue, create_app(queue, ABOUT).test_client(), tmp_path)
         jobs = [tried.submit("a red circle", seed) for seed in (1, 2, 1)]

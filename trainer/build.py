@@ -80,6 +80,7 @@ def build_trainer(config: Config, session: Session, options: RunOptions) -> Trai
     """
     inputs = check_inputs(config, session)
     claim_logdir(config, session, options.logdir)
+    trackers = _build_trackers(config, session, options)
     encoder = _build_encoder(config, session, inputs.folders["generator"])
     networks = {role: _build_network(config, session, inputs, role) for role in inputs.method.roles}
     roles = {}
@@ -97,7 +98,7 @@ def build_trainer(config: Config, session: Session, options: RunOptions) -> Trai
         roles=roles,
         dataset=inputs.dataset,
         encoder=encoder,
-        tracker=_build_trackers(config, session, options),
+        tracker=trackers,
         validator=validator,
         logdir=options.logdir,
         save=options.save,
@@ -166,7 +167,12 @@ def claim_logdir(config: Config, session: Session, logdir: Path) -> None:
     """
     path = logdir / "config.yaml"
     new = OmegaConf.create(to_yaml(config))
-    if path.is_file() and checkpoint.latest(logdir / "checkpoints") is not None:
+    whole = checkpoint.latest(logdir / "checkpoints")
+    if whole is None and checkpoint.any_saved(logdir / "checkpoints"):
+        raise ConfigError(
+            f"{logdir}: all its checkpoints are damaged; restore one, or use a new --logdir"
+        )
+    if path.is_file() and whole is not None:
         changed = differences(OmegaConf.load(path), new)  # type: ignore[arg-type]
         foreign = [
             f"{key}: is {there}, now {here}"

@@ -81,6 +81,8 @@ class Source:
 def check_source(config: Config, checkpoint_path: Path, *, use_ema: bool) -> Source:
     """Find the model folder and the weights, and see that they fit. Nothing heavy is read.
 
+    checkpoint_path: a log directory, a training checkpoint, a weight file or a model folder.
+    use_ema: take a training checkpoint's averaged weights.
     Raises FileNotFoundError or WeightsError that says what is missing or does not fit.
     """
     folder = find_model(Path(config.model_root), generator_model(config))
@@ -92,18 +94,12 @@ def check_source(config: Config, checkpoint_path: Path, *, use_ema: bool) -> Sou
 
 def load_generator(
     config: Config,
-    checkpoint_path: Path,
+    source: Source,
     device: torch.device,
     *,
-    use_ema: bool = False,
     latent_frames: int | None = None,
 ) -> VideoGenerator:
-    """Load the generator of `config` with the weights at `checkpoint_path`, for inference.
-
-    checkpoint_path: a log directory, a training checkpoint, a weight file or a model folder.
-    use_ema: take a training checkpoint's averaged weights. latent_frames: None = as trained.
-    """
-    source = check_source(config, checkpoint_path, use_ema=use_ema)
+    """Load what `check_source` found, for inference. latent_frames: None = as trained."""
     dtype = torch.bfloat16 if config.mixed_precision and device.type == "cuda" else torch.float32
     sizes = source.folder.wan_config()
     place = Placement(device, storage=dtype, compute=dtype)

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent: sharded save, published by rename, found again at start.
 
 Layout: <folder>/step_000300/ holds torch's distributed checkpoint, config.yaml and manifest.json;
-<folder>/latest names the newest for people and other tools; a start looks at the folders themselves.
+<folder>/latest names the newest for people and other tools; a start looks at the folders instead.
 World size may change between save and load.
 """
 
@@ -89,6 +89,11 @@ def complete(folder: Path) -> Iterator[Path]:
 def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint, or None."""
     return next(complete(folder), None)
+
+
+def any_saved(folder: Path) -> bool:
+    """Whether `folder` holds checkpoints, whole or damaged."""
+    return bool(_all(folder))
 
 
 def step_of(path: Path) -> int:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from utils.config import ConfigError
 from utils.distributed import Session
 from utils.files import write_text
 
@@ -58,14 +59,19 @@ class WandB:
 
         identity = f"{name}-{folder.resolve().name}".replace("/", "-")
         self._wandb = wandb
-        self._run = wandb.init(
-            project=project,
-            dir=str(folder),
-            name=name,
-            id=identity,
-            resume="allow",
-            config=dict(config),
-        )
+        try:
+            self._run = wandb.init(
+                project=project,
+                dir=str(folder),
+                name=name,
+                id=identity,
+                resume="allow",
+                config=dict(config),
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"wandb: {error}; run `wandb login` once, or pass --disable-wandb"
+            ) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Send one row."""

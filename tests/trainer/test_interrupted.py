@@ -23,6 +23,7 @@ from tests.ranks import RankFailedError, run_on_ranks
 from tests.runs import assert_same_end, built, cut_after, read_state, run, step_folder, unequal
 from trainer.base import Phase, RunFailedError, Trainer
 from utils import checkpoint
+from utils.config import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -302,3 +303,13 @@ def test_a_loss_that_is_not_finite_between_logs_stops_the_run_before_the_next_sa
     state = read_state(step_folder(logdir, 4))
     tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
     assert all(bool(torch.isfinite(value).all()) for value in tensors)
+
+
+def test_a_log_directory_whose_checkpoints_are_all_damaged_is_not_started_over(
+    straight: Path, configs: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    for manifest in (tmp_path / "run").rglob("manifest.json"):
+        manifest.unlink()
+    with pytest.raises(ConfigError, match="all its checkpoints are damaged"):
+        run(configs["diffusion"], tmp_path / "run", *SAVE_ALL)
