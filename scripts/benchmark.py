@@ -55,6 +55,11 @@ def report(trainer: Trainer, session: Session, count: int) -> str:
     """The table of one benchmark."""
     run_steps(trainer, session, count)
     seconds = run_steps(trainer, session, count) / count
+    if session.device.type == "cuda":
+        memory, where = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.get_device_name()
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        where = f"CPU, {torch.get_num_threads()} threads"
     activities = [ProfilerActivity.CPU]
     if session.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -63,11 +68,6 @@ def report(trainer: Trainer, session: Session, count: int) -> str:
     totals = {event.key: event.cpu_time_total for event in trace.key_averages()}
     parts = {name: totals[name] for name in PARTS if name in totals}
     whole = sum(parts.values())
-    if session.device.type == "cuda":
-        memory, where = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.get_device_name()
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        where = f"CPU, {torch.get_num_threads()} threads"
     lines = [
         f"{where}, torch {torch.__version__}",
         f"{1e3 * seconds:.1f} ms per outer step, peak memory {memory:.2f} GiB",
