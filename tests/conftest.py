@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from utils.seeding import generator
 from utils.weights import fill_weights, write_weights
 
 torch.set_num_threads(1)
+# Whoever starts tests in the background may ignore Ctrl-C for them, and their commands inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WanFactory = Callable[..., WanTransformer]
 
