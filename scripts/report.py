@@ -37,6 +37,13 @@ PERCENT = ("adherence", "validity", "both", "both_stderr")
 # Frozen before the first figures of this world were quoted; shares of clips.
 TARGETS = {"teacher_adherence": 0.9, "teacher_both": 0.8, "few_step_both": 0.2, "ratio": 0.9}
 
+TARGET_NAMES = {
+    "teacher_adherence": "teacher, 50 steps, clips that follow their caption: at least",
+    "teacher_both": "teacher, 50 steps, clips that also are valid: at least",
+    "few_step_both": "teacher, 4 Euler steps, the same: at most",
+    "ratio": "student, 4 steps, as a share of its teacher at 50: at least",
+}
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line of report.py."""
@@ -151,8 +158,8 @@ def page(folder: Path, summary: dict[str, Any]) -> str:
     teacher, student = find(rows, "teacher_euler", 50), find(rows, "student", 4)
     few = find(rows, "teacher_euler", 4)
     reached = "".join(
-        f"<li>{html.escape(name).replace('_', ' ')}: {'reached' if ok else 'NOT reached'} "
-        f"(target {summary['targets'][name]:.0%})</li>"
+        f"<li>{TARGET_NAMES[name]} {summary['targets'][name]:.0%}: "
+        f"{'reached' if ok else 'NOT reached'}</li>"
         for name, ok in summary["targets_reached"].items()
     )
     stages = "".join(
