@@ -47,6 +47,7 @@ from utils.files import write_text
 from utils.metrics import JsonLines, Tracker, WandB
 from utils.optim import build_optimizers
 from utils.parallel import build_mesh
+from utils.seeding import derive_seed
 
 log = logging.getLogger(__name__)
 
@@ -263,7 +264,8 @@ def _build_trackers(config: Config, session: Session, options: RunOptions) -> li
             WandB(
                 project=config.logging.project,
                 folder=folder,
-                name=options.config_name,
+                name=f"{options.config_name}-{options.logdir.resolve().name}",
+                identity=f"{derive_seed(str(options.logdir.resolve())):016x}",
                 config=asdict(config),
             )
         )

@@ -52,12 +52,13 @@ class JsonLines:
 
 
 class WandB:
-    """Weights & Biases. Resumes the run of the same log directory."""
+    """Weights & Biases. `identity` is the same for all parts of a run that is resumed."""
 
-    def __init__(self, *, project: str, folder: Path, name: str, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, *, project: str, folder: Path, name: str, identity: str, config: Mapping[str, Any]
+    ) -> None:
         import wandb  # slow to import
 
-        identity = f"{name}-{folder.resolve().name}".replace("/", "-")
         self._wandb = wandb
         try:
             self._run = wandb.init(
