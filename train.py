@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.base import RunFailedError
+from trainer.base import AGAIN, RunFailedError
 from trainer.build import RunOptions, build_trainer
 from trainer.config import Config, load
 from utils.cli import USER_ERRORS, fail, start_logging
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(config, options)
     except KeyboardInterrupt as stop:
-        log.warning("%s; run the same command again to continue", str(stop) or "interrupted")
+        log.warning("%s", str(stop) or f"interrupted; {AGAIN}")
         return 130
 
 

@@ -126,15 +126,20 @@ def fingerprint(source: VideoGenerator) -> str:
     return digest.hexdigest()
 
 
-def measure(args: argparse.Namespace, configs: dict[str, Config]) -> list[dict[str, Any]]:
-    """All rows, each written as soon as it is known."""
-    device = torch.device("cpu")
-    models = {
-        role: load_generator(
-            config, check_source(config, getattr(args, f"{role}_path"), use_ema=True), device
-        )
-        for role, config in configs.items()
+def load_models(args: argparse.Namespace, configs: dict[str, Config]) -> dict[str, VideoGenerator]:
+    """Teacher and student with their averaged weights; both are checked before one is loaded."""
+    paths = {"teacher": args.teacher_path, "student": args.student_path}
+    sources = {
+        role: check_source(config, paths[role], use_ema=True) for role, config in configs.items()
     }
+    device = torch.device("cpu")
+    return {role: load_generator(configs[role], sources[role], device) for role in configs}
+
+
+def measure(
+    args: argparse.Namespace, configs: dict[str, Config], models: dict[str, VideoGenerator]
+) -> list[dict[str, Any]]:
+    """All rows; each is written as soon as it is known, beside those of earlier calls."""
     rng = generator(args.seed, "evaluation")
     captions = draw_captions(args.clips, rng)
     reference_captions = draw_captions(REFERENCE_CLIPS, rng)
@@ -179,7 +184,9 @@ def measure(args: argparse.Namespace, configs: dict[str, Config]) -> list[dict[s
             if not found:
                 figures = quality(clips, latents, captions, reference)
                 rows.append({**facts, **figures, "seconds_per_clip": seconds})
-        write_text(path, json.dumps(rows, indent=1))
+                known.append(rows[-1])
+                write_text(path, json.dumps(known, indent=1))
+    write_text(path, json.dumps(rows, indent=1))
     show(args.output_folder, sheets, captions[:SHOWN])
     return rows
 
@@ -234,9 +241,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "student": load(args.student_config, args.overrides),
         }
         args.output_folder.mkdir(parents=True, exist_ok=True)
-        rows = measure(args, configs)
+        models = load_models(args, configs)
     except USER_ERRORS as error:
         return fail(error)
+    rows = measure(args, configs, models)
     table = markdown(rows)
     write_text(args.output_folder / "table.md", table)
     for role in configs:

@@ -60,13 +60,13 @@ def read_json(path: Path) -> Any:
 
 
 def find(rows: Sequence[dict[str, Any]], sampler: str, steps: int) -> dict[str, Any]:
-    """The row of a sampler; a teacher's with guidance."""
-    return next(
-        row
-        for row in rows
-        if row["sampler"] == sampler
-        and row.get("steps") == steps
-        and (sampler == "student" or row["cfg_scale"] != 1.0)
+    """The row of a sampler; a teacher's with guidance. Raises ConfigError if it is not there."""
+    for row in rows:
+        guided = sampler == "student" or row.get("cfg_scale") != 1.0
+        if row["sampler"] == sampler and row.get("steps") == steps and guided:
+            return row
+    raise ConfigError(
+        f"rows.json: has no row of {sampler} in {steps} steps; let scripts/evaluate.py finish first"
     )
 
 

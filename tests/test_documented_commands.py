@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import load
+import train
+from trainer.config import DEFAULT_CONFIG, load, method_class
 
 ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path != DEFAULT_CONFIG]
 MINIATURE = {
     "make_tiny_world.py": ["--clips", "64"],
     "train.py": ["steps=2", "batch_size=4", "log_every=1", "validation.every=2"],
@@ -104,10 +106,30 @@ def serve(words: list[str], folder: Path) -> None:
         assert server.wait(timeout=30) in (0, 130)
 
 
-def test_the_cluster_command_of_the_readme_names_a_config_that_loads() -> None:
+def test_the_cluster_command_of_the_readme_names_a_config_that_divides_over_its_ranks() -> None:
     words = next(words for words in documented("README.md") if "--nnodes" in words)
     config = load(ROOT / words[words.index("--config_path") + 1])
     assert config.batch_size % 64 == 0
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
+def test_every_shipped_configuration_takes_one_step_at_toy_size(
+    path: Path, tiny_root: Path, tmp_path: Path
+) -> None:
+    needs_latents = method_class(load(path)).needs_latents
+    data = tiny_root / "data" / "tiny" / ("latents" if needs_latents else "prompts.txt")
+    toy = [
+        f"model_root={tiny_root / 'wan_models'}",
+        "generator.model=Wan2.1-T2V-Tiny",
+        f"data.path={data}",
+        "latent_shape=[16,5,4,4]",
+        "steps=1",
+        "batch_size=2",
+        "validation.every=0",
+    ]
+    line = ["--config_path", str(path), "--logdir", str(tmp_path), "--disable-wandb", *toy]
+    assert train.main(line) == 0
+    assert (tmp_path / "checkpoints" / "step_000001").is_dir()
 
 
 def test_the_shell_commands_of_the_readme_are_scripts_that_parse() -> None:

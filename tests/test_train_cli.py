@@ -93,7 +93,7 @@ def test_no_visualize_makes_no_picture(configs: dict[str, Path], tmp_path: Path)
         ),
         (
             "generator.lr=-1",
-            "generator.lr: must be positive, got -1.0",
+            "generator.lr: must be positive and finite, got -1.0",
         ),
         (
             "validation.count=0",

@@ -38,11 +38,12 @@ from utils.seeding import StepRNG, step_rng
 
 log = logging.getLogger(__name__)
 
+AGAIN = "run the same command again to continue"
 ECHO_S = 2.0  # a second Ctrl-C within this time is the first one, passed on
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to stop; its state is saved and it can be resumed."""
+    """A signal asked the run to stop, and it did, after a whole step."""
 
 
 class RunFailedError(RuntimeError):
@@ -84,7 +85,7 @@ class TrainerParts:
     roles: Mapping[str, TrainedRole]
     dataset: Dataset
     encoder: ConditioningEncoder
-    tracker: Sequence[Tracker]
+    trackers: Sequence[Tracker]
     validator: Validator | None
     logdir: Path
     save: bool  # whether checkpoints are written
@@ -119,6 +120,13 @@ class Trainer(ABC):
 
     def train(self) -> None:
         """Resume if there is something to resume, then train until `steps`."""
+        try:
+            self._train()
+        finally:
+            for tracker in self.parts.trackers:
+                tracker.close()
+
+    def _train(self) -> None:
         self.resume()
         bar = tqdm(
             total=self.config.steps,
@@ -135,8 +143,6 @@ class Trainer(ABC):
                 self.metrics.count_step()
                 bar.update()
                 self.after_step(bar)
-        for tracker in self.parts.tracker:
-            tracker.close()
 
     def optimise(self, phase: Phase) -> None:
         """One update of one role: micro-batches, clipping, step, averaging.
@@ -215,7 +221,8 @@ class Trainer(ABC):
         if saving:
             self.save()
         if stopping and not last:
-            raise Interrupted(f"stopped after step {step}")
+            outlook = AGAIN if saving else "nothing is saved (--no_save)"
+            raise Interrupted(f"stopped after step {step}; {outlook}")
 
     def log_metrics(self, bar: tqdm[Any]) -> None:
         """Read the metrics, the loop's one host sync, and write them. Raises on NaN."""
@@ -224,7 +231,7 @@ class Trainer(ABC):
             if self.state.updates[name]:
                 values[f"{name}/lr"] = role.optimizers[0].param_groups[0]["lr"]
         if self.session.is_main:
-            for tracker in self.parts.tracker:
+            for tracker in self.parts.trackers:
                 tracker.log(self.state.step, values)
             losses = {k: f"{v:.4g}" for k, v in values.items() if k.endswith("/loss")}
             bar.set_postfix(losses, refresh=False)
@@ -242,7 +249,7 @@ class Trainer(ABC):
         with self.ema.swapped_in(generator.model):
             path = validator.run(generator, self.parts.encoder, self.state.step)
         if self.session.is_main:
-            for tracker in self.parts.tracker:
+            for tracker in self.parts.trackers:
                 tracker.picture(self.state.step, "samples", path)
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from omegaconf import OmegaConf
@@ -31,10 +30,11 @@ from trainer.base import TrainedRole, Trainer, TrainerParts
 from trainer.config import (
     CHANGEABLE,
     Config,
-    NetworkConfig,
     TrainedNetworkConfig,
     method_class,
     role_model,
+    role_settings,
+    trained_networks,
 )
 from trainer.diffusion import DiffusionTrainer
 from trainer.distillation import ScoreDistillationTrainer
@@ -86,7 +86,7 @@ def build_trainer(config: Config, session: Session, options: RunOptions) -> Trai
     networks = {role: _build_network(config, session, inputs, role) for role in inputs.method.roles}
     roles = {}
     for name in inputs.method.trainable:
-        settings = cast(TrainedNetworkConfig, getattr(config, name))
+        settings = trained_networks(config)[name]
         model = networks[name].model
         model.checkpoint_blocks = config.parallel.activation_checkpoint == "block"
         roles[name] = TrainedRole(
@@ -99,7 +99,7 @@ def build_trainer(config: Config, session: Session, options: RunOptions) -> Trai
         roles=roles,
         dataset=inputs.dataset,
         encoder=encoder,
-        tracker=trackers,
+        trackers=trackers,
         validator=validator,
         logdir=options.logdir,
         save=options.save,
@@ -120,7 +120,7 @@ def check_inputs(config: Config, session: Session) -> Inputs:
     root = Path(config.model_root)
     folders = {role: find_model(root, role_model(config, role)) for role in method.roles}
     for role, folder in folders.items():
-        settings = cast("NetworkConfig | TrainedNetworkConfig", getattr(config, role))
+        settings = role_settings(config)[role]
         fresh = isinstance(settings, TrainedNetworkConfig) and settings.random_init
         own = fresh or settings.weights is not None
         check_model(folder, weights=not own, encoders=role == "generator")
@@ -204,7 +204,7 @@ def _placement(config: Config, session: Session, *, trained: bool) -> Placement:
 def _build_network(
     config: Config, session: Session, inputs: Inputs, role: str
 ) -> WanDiffusionWrapper:
-    settings = cast("NetworkConfig | TrainedNetworkConfig", getattr(config, role))
+    settings = role_settings(config)[role]
     folder = inputs.folders[role]
     trained = role in inputs.method.trainable
     place = _placement(config, session, trained=trained)

@@ -226,8 +226,8 @@ def problems(config: Config) -> Iterator[str]:
     yield from (f"{k}: must be positive, got {v}" for k, v in shifts.items() if not v > 0)
     if config.validation.every < 0:
         yield f"validation.every: must be at least 0 (0 = never), got {config.validation.every}"
-    yield from _optimizer_problems("generator", config.generator)
-    yield from _optimizer_problems("critic", config.critic)
+    for name, settings in trained_networks(config).items():
+        yield from _optimizer_problems(name, settings)
     if not 0.0 <= config.ema.decay < 1.0:
         yield f"ema.decay: must lie in [0, 1), got {config.ema.decay}"
     yield from config.loss.problems()
@@ -241,22 +241,38 @@ def _descending(steps: Sequence[int]) -> list[int]:
 
 def _optimizer_problems(name: str, config: TrainedNetworkConfig) -> Iterator[str]:
     if not 0.0 < config.lr < float("inf"):
-        yield f"{name}.lr: must be positive, got {config.lr}"
-    if config.muon_lr is not None and config.muon_lr <= 0:
-        yield f"{name}.muon_lr: must be positive or null, got {config.muon_lr}"
+        yield f"{name}.lr: must be positive and finite, got {config.lr}"
+    if config.muon_lr is not None and not 0.0 < config.muon_lr < float("inf"):
+        yield f"{name}.muon_lr: must be positive and finite, or null, got {config.muon_lr}"
+    if not 0.0 <= config.muon_momentum < 1.0:
+        yield f"{name}.muon_momentum: must lie in [0, 1), got {config.muon_momentum}"
     if len(config.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in config.betas):
         yield f"{name}.betas: must be two numbers in [0, 1), got {config.betas}"
     if config.max_grad_norm <= 0:
         yield f"{name}.max_grad_norm: must be positive, got {config.max_grad_norm}"
-    if config.warmup_updates < 0 or config.weight_decay < 0:
-        yield f"{name}: warmup_updates and weight_decay must be at least 0"
-    if not (0.0 <= config.decay_from <= 1.0 and 0.0 <= config.decay_to <= 1.0):
-        yield (
-            f"{name}: decay_from and decay_to must lie in [0, 1], "
-            f"got {config.decay_from} and {config.decay_to}"
-        )
+    at_least_zero = {
+        "warmup_updates": config.warmup_updates,
+        "weight_decay": config.weight_decay,
+        "muon_weight_decay": config.muon_weight_decay,
+    }
+    for key, value in at_least_zero.items():
+        if value < 0:
+            yield f"{name}.{key}: must be at least 0, got {value}"
+    for key, share in (("decay_from", config.decay_from), ("decay_to", config.decay_to)):
+        if not 0.0 <= share <= 1.0:
+            yield f"{name}.{key}: must lie in [0, 1], got {share}"
     if config.random_init and config.weights is not None:
         yield f"{name}.weights: cannot be given together with {name}.random_init"
+
+
+def trained_networks(config: Config) -> dict[str, TrainedNetworkConfig]:
+    """The settings of each role that can be trained."""
+    return {"generator": config.generator, "critic": config.critic}
+
+
+def role_settings(config: Config) -> dict[str, NetworkConfig | TrainedNetworkConfig]:
+    """The settings of each role."""
+    return {**trained_networks(config), "teacher": config.teacher}
 
 
 def generator_model(config: Config) -> str:

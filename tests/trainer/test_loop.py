@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from model.types import Denoiser
 from tests.runs import build, built, rows, run
-from trainer.base import Phase, Trainer
+from trainer.base import Interrupted, Phase, Trainer
 from trainer.build import RunOptions, build_trainer
 from trainer.config import load
 from trainer.diffusion import DiffusionTrainer
@@ -241,6 +242,20 @@ def test_no_save_writes_no_checkpoint(configs: dict[str, Path], tmp_path: Path) 
         build_trainer(config, session, RunOptions(tmp_path, "d", save=False, wandb=False)).train()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "metrics.jsonl"]
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+
+def test_an_interrupted_run_without_checkpoints_promises_no_continuation(
+    configs: dict[str, Path], tmp_path: Path
+) -> None:
+    config = load(configs["diffusion"], ["steps=5"])
+    with distributed_session() as session:
+        options = RunOptions(tmp_path, "d", save=False, wandb=False)
+        trainer = build_trainer(config, session, options)
+        stop = patch.object(
+            trainer.ema, "update", lambda *_, **__: signal.raise_signal(signal.SIGTERM)
+        )
+        with stop, pytest.raises(Interrupted, match="^stopped after step 1; nothing is saved"):
+            trainer.train()
 
 
 def test_checkpoints_lie_at_the_interval_and_at_the_end_and_the_newest_are_kept(

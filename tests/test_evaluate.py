@@ -1,0 +1,76 @@
+"""The evaluation measures each row once, however often it is interrupted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import evaluate, report
+from tests.runs import run, write_config
+from utils.config import ConfigError
+
+ROWS = 20  # real clips, 16 of the teacher, 3 of the student
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory, tiny_root: Path) -> list[str]:
+    """The command line, without an output folder, for a teacher and a student of one step."""
+    base = tmp_path_factory.mktemp("evaluated")
+    words = ["--clips", "4", "--seed", "3"]
+    for role, method in (("teacher", "diffusion"), ("student", "dmd")):
+        config = write_config(base, tiny_root, method)
+        run(config, base / role, "steps=1")
+        words += [f"--{role}_config", str(config), f"--{role}_path", str(base / role)]
+    return words
+
+
+class Interruption:
+    """Stands in for the measure of quality, and is interrupted at its n-th call."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+        self.quality = evaluate.quality
+
+    def __call__(self, *arguments: Any) -> dict[str, float]:
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left -= 1
+        return self.quality(*arguments)
+
+
+def test_rows_survive_any_number_of_interruptions_and_are_measured_once(
+    line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "REFERENCE_CLIPS", 96)
+    words = [*line, "--output_folder", str(tmp_path / "evaluation")]
+    path = tmp_path / "evaluation" / "rows.json"
+    kept = []
+    for calls in (9, 1, 3):  # the first call of each is for real clips, which are not kept
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, "quality", Interruption(calls))
+            with pytest.raises(KeyboardInterrupt):
+                evaluate.main(words)
+        kept.append(json.loads(path.read_text(encoding="utf-8")))
+    assert [len(rows) for rows in kept] == [8, 8, 10]
+    with pytest.raises(ConfigError, match="no row of student in 4 steps; let scripts"):
+        report.summarise(tmp_path)
+    assert evaluate.main(words) == 0
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    assert len(rows) == ROWS
+    assert rows[1:11] == kept[-1]
+    assert report.summarise(tmp_path)["rows"][0]["sampler"] == "real_codec"
+
+
+def test_a_missing_student_is_told_before_the_teacher_is_loaded(
+    line: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(evaluate, "load_generator", lambda *_: pytest.fail("weights were read"))
+    words = [*line, "--output_folder", str(tmp_path), "--student_path", str(tmp_path / "none")]
+    assert evaluate.main(words) == 2
+    assert f"error: {tmp_path / 'none'}: no weights here" in capsys.readouterr().err
