@@ -254,7 +254,7 @@ def test_an_interrupted_run_without_checkpoints_promises_no_continuation(
         stop = patch.object(
             trainer.ema, "update", lambda *_, **__: signal.raise_signal(signal.SIGTERM)
         )
-        with stop, pytest.raises(Interrupted, match="^stopped after step 1; nothing is saved"):
+        with stop, pytest.raises(Interrupted, match=r"^stopped after step 1; nothing is saved"):
             trainer.train()
 
 
