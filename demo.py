@@ -141,10 +141,11 @@ def listen(host: str, port: int) -> socket.socket:
 def describe(config: Config, generator: VideoGenerator) -> About:
     """What the page tells of a loaded model. Examples are the run's validation prompts, if any."""
     file = Path(config.validation.prompts or "")
+    frames = config.latent_shape[1]
     return About(
         model=Path(generator_model(config)).name,
-        steps=generator.pipeline.steps,
-        network_evaluations=generator.pipeline.network_evaluations,
+        steps=generator.pipeline.steps(frames),
+        network_evaluations=generator.pipeline.network_evaluations(frames),
         examples=read_prompt_file(file)[:8] if file.is_file() else [],
     )
 

@@ -8,14 +8,14 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import imageio.v3 as iio
 import torch
 from tqdm import tqdm
 
-from trainer.config import Config, generator_model, load
+from trainer.config import Config, causal_config, generator_model, load, problems
 from trainer.serving import Request, Source, VideoGenerator, check_source, load_generator
 from utils.cli import USER_ERRORS, fail, start_logging
 from utils.config import ConfigError
@@ -27,6 +27,7 @@ from utils.video import contact_sheet, save_mp4, save_png
 log = logging.getLogger(__name__)
 
 SHEET_CLIPS = 12  # on the contact sheet
+STRIDE = 8  # pixels per latent row and column, of Wan's autoencoder
 MAX_STEM_BYTES = 200  # of a file name; most file systems take 255 with what is appended
 
 
@@ -58,6 +59,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--save_with_index", action="store_true", help="name files by number")
     result.add_argument("--num_output_frames", type=int, default=None, help="latent frames")
+    result.add_argument(
+        "--initial_path", type=Path,
+        help="an image or a video that every clip begins with (causal models)",
+    )  # fmt: skip
     result.add_argument("--batch_size", type=int, default=1, help="clips at a time on each process")
     result.add_argument("--fps", type=float, default=16.0)
     result.add_argument("overrides", nargs="*", metavar="key=value", help="settings to override")
@@ -116,18 +121,20 @@ def claim_folder(
     """Write the folder's manifest. Raises ConfigError if it holds clips of other settings."""
     keys = (
         "data_path", "extended_prompt_path", "use_ema", "seed", "save_with_index",
-        "num_output_frames", "batch_size", "fps",
+        "num_output_frames", "initial_path", "batch_size", "fps",
     )  # fmt: skip
     wanted = {key: getattr(args, key) for key in keys}
     wanted["model"] = generator_model(config)
     wanted["latent_shape"] = config.latent_shape
     wanted["mixed_precision"] = config.mixed_precision
     wanted["negative_prompt"] = config.data.negative_prompt
-    if config.trainer == "score_distillation":
+    if config.trainer == "diffusion":
+        wanted["sampling"] = asdict(config.sampling)
+    else:
         wanted["denoising_step_list"] = config.denoising_step_list
         wanted["timestep_shift"] = config.timestep_shift
-    else:
-        wanted["sampling"] = asdict(config.sampling)
+    causal = causal_config(config)
+    wanted["causal"] = None if causal is None else asdict(causal)
     wanted["weights"] = source.weights.path  # a log directory's newest checkpoint moves on
     text = json.dumps(wanted, indent=1, default=str)
     path = args.output_folder / "settings.json"
@@ -144,8 +151,67 @@ def claim_folder(
         write_text(path, text)
 
 
+def sized(config: Config, args: argparse.Namespace) -> Config:
+    """The configuration of clips as long as asked. Raises ConfigError if it cannot be."""
+    if args.num_output_frames is None:
+        return config
+    channels, _, height, width = config.latent_shape
+    causal = replace(config.causal, rollout_frames=None)  # of training; a clip may be longer
+    longer = replace(
+        config, latent_shape=[channels, args.num_output_frames, height, width], causal=causal
+    )
+    found = list(problems(longer))
+    if found:
+        raise ConfigError(f"--num_output_frames {args.num_output_frames}: {'; '.join(found)}")
+    return longer
+
+
+def read_start(config: Config, path: Path | None) -> torch.Tensor | None:
+    """The frames that clips begin with, [1, 3, P, H, W] in [-1, 1].
+
+    Raises ConfigError unless they fit the clips: in size, and in how many a block holds.
+    """
+    if path is None:
+        return None
+    causal = causal_config(config)
+    if causal is None:
+        raise ConfigError(
+            "--initial_path: this model makes whole clips and cannot begin with given frames; "
+            "use one with generator_type: causal"
+        )
+    try:
+        clip = read_clip(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]  # imageio goes on with advice
+        raise ConfigError(f"--initial_path: {path} is not readable: {reason}") from error
+    _, frames, rows, columns = config.latent_shape
+    pixels, size = clip.shape[1], (STRIDE * rows, STRIDE * columns)
+    enlarged = clip.shape[2] // size[0]  # small clips are written enlarged
+    if enlarged > 1 and clip.shape[2:] == (enlarged * size[0], enlarged * size[1]):
+        clip = torch.nn.functional.avg_pool2d(clip, enlarged)
+    if clip.shape[2:] != size:
+        raise ConfigError(
+            f"--initial_path: {path} is {clip.shape[2]} x {clip.shape[3]}, the clips are "
+            f"{size[0]} x {size[1]} (height x width)"
+        )
+    if (pixels - 1) % 4:
+        raise ConfigError(
+            f"--initial_path: {path} has {pixels} frames; give 1 + 4 k, as latent frames hold them"
+        )
+    try:
+        causal.split(frames, 1 + (pixels - 1) // 4)
+    except ValueError as error:
+        raise ConfigError(f"--initial_path: {path}: {error}") from error
+    return 2.0 * clip[None] - 1.0
+
+
 def run(
-    args: argparse.Namespace, config: Config, source: Source, jobs: list[Job], session: Session
+    args: argparse.Namespace,
+    config: Config,
+    source: Source,
+    jobs: list[Job],
+    start: torch.Tensor | None,
+    session: Session,
 ) -> None:
     """Make what is missing. Batches are cut before ranks, so a clip's neighbours never change."""
     batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
@@ -155,16 +221,13 @@ def run(
         if not all(job.file.is_file() for job in batch)
     ]
     if mine:
-        model = load_generator(
-            config,
-            source,
-            session.device,
-            latent_frames=args.num_output_frames,
-        )
-        log.info("%d network evaluations per clip", model.pipeline.network_evaluations)
+        model = load_generator(config, source, session.device)
+        frames = config.latent_shape[1]
+        log.info("%d network evaluations per clip", model.pipeline.network_evaluations(frames))
+        initial = None if start is None else model.vae.encode_to_latent(start.to(session.device))
         with tqdm(total=sum(map(len, mine)), desc="clips", disable=not session.is_main) as bar:
             for batch in mine:
-                make(batch, model, args.fps)
+                make(batch, model, args.fps, initial)
                 bar.update(len(batch))
     session.barrier()
     if session.is_main:
@@ -175,15 +238,24 @@ def run(
         log.info("%d clips in %s", len(jobs), args.output_folder)
 
 
-def make(batch: Sequence[Job], model: VideoGenerator, fps: float) -> None:
-    """Sample one batch and write its files."""
-    for job, clip in zip(batch, model.clips([job.request for job in batch]), strict=True):
+def make(
+    batch: Sequence[Job], model: VideoGenerator, fps: float, initial: torch.Tensor | None
+) -> None:
+    """Sample one batch and write its files. initial: [1, C, g, H, W], what all clips begin with."""
+    if initial is not None:
+        initial = initial.expand(len(batch), -1, -1, -1, -1)
+    clips = model.clips([job.request for job in batch], initial=initial)
+    for job, clip in zip(batch, clips, strict=True):
         save_mp4(clip, job.file, fps=fps)
 
 
 def read_clip(path: Path) -> torch.Tensor:
-    """An mp4 as [3, P, H, W] in [0, 1]."""
+    """A video or an image as [3, P, H, W] in [0, 1]. Raises OSError or ValueError."""
     frames = torch.from_numpy(iio.imread(path))
+    if frames.ndim == 3:
+        frames = frames[None]
+    if frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(f"expected RGB frames, got an array of shape {tuple(frames.shape)}")
     return frames.permute(3, 0, 1, 2).float() / 255.0
 
 
@@ -193,6 +265,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load(args.config_path, args.overrides)
         jobs = plan(args)
+        config = sized(config, args)
+        start = read_start(config, args.initial_path)
         source = check_source(config, args.checkpoint_path, use_ema=args.use_ema)
     except USER_ERRORS as error:
         return fail(error)
@@ -203,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except USER_ERRORS as error:
             return fail(error)
         try:
-            run(args, config, source, jobs, session)
+            run(args, config, source, jobs, start, session)
         except KeyboardInterrupt:
             log.warning("stopped; run the same command again to continue")
             return 130

@@ -1,20 +1,21 @@
-"""What every method shares: the roles it trains, and the template of distribution matching."""
+"""What every method shares: its needs, its parts, and the template of distribution matching."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.causal import CausalLayout
 from model.flow import add_noise, shift, velocity_to_x0
 from model.guidance import guided_velocity
-from model.types import Batch, Denoiser, LossOutput, Rollout, Sample
+from model.types import Batch, LossOutput, Rollout, Sample
 from utils.seeding import SampleRNG, StepRNG
 
 
@@ -27,28 +28,71 @@ class MethodConfig:
         yield from ()
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a method must be given, which may depend on its settings."""
+
+    networks: tuple[str, ...] = ("generator",)  # roles that are Wan transformers
+    trained: tuple[str, ...] = ("generator",)  # roles whose weights move
+    latents: bool = False  # whether batches carry real latents
+    trajectories: bool = False  # whether batches carry a teacher's stored states
+    rollout: Literal["none", "simulation", "data"] = "none"  # where samples come from
+    judged: str | None = None  # the role whose features the discriminator reads, if there is one
+    alike: tuple[str, ...] = ()  # roles that must have the same architecture
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """All roles, the discriminator included."""
+        return self.networks if self.judged is None else (*self.networks, "discriminator")
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What the composition root hands to a method."""
+
+    networks: Mapping[str, Any]  # by role: Denoisers, and the discriminator
+    rollout: Rollout | None = None  # if the method needs one
+    sigmas: Sequence[float] = ()  # noise levels of the few steps
+    layout: CausalLayout | None = None  # how the generator's videos fall into blocks; None = whole
+
+
 class Method(ABC):
     """A training objective over named roles."""
 
-    roles: ClassVar[tuple[str, ...]] = ("generator",)  # the networks that it needs
-    trainable: ClassVar[tuple[str, ...]] = ("generator",)  # those whose weights move
-    needs_latents: ClassVar[bool] = False  # whether batches must carry real latents
     config_class: ClassVar[type[MethodConfig]]
+
+    def __init__(self, config: Any, parts: Parts) -> None:
+        self.config = config
+        self.parts = parts
+        self.generator = parts.networks["generator"]
+
+    @classmethod
+    def needs(cls, config: Any) -> Needs:
+        """What these settings need; by default a generator and its data's captions."""
+        del config
+        return Needs()
 
     @abstractmethod
     def generator_loss(self, batch: Batch, rng: StepRNG) -> LossOutput:
         """The loss whose gradient moves the generator."""
 
+    def after_update(self, role: str) -> None:
+        """Called after each update of `role`; by default nothing is to be done."""
+        del role
+
+
+class RegressionMethod(Method):
+    """A method that moves the generator alone, toward a target that is known."""
+
 
 @dataclass(frozen=True)
-class DistributionMatchingConfig(MethodConfig):
-    """What score distillation methods have in common."""
+class AlternatingConfig(MethodConfig):
+    """Of methods where the generator and an opponent that judges its samples take turns."""
 
-    cfg_scale: float = 6.0  # of the teacher's score; uncond + cfg_scale (cond - uncond), 1 = off
-    timestep_shift: float = 5.0  # of the noise levels at which scores are compared
+    timestep_shift: float = 5.0  # of the noise levels at which samples are judged
     min_sigma: float = 0.02
     max_sigma: float = 0.98
-    generator_every: int = 5  # outer steps per generator update; the critic moves at each
+    generator_every: int = 5  # outer steps per generator update; the opponent moves at each
 
     def problems(self) -> Iterator[str]:
         """See MethodConfig."""
@@ -61,60 +105,128 @@ class DistributionMatchingConfig(MethodConfig):
                 f"loss.min_sigma and loss.max_sigma: must satisfy 0 < min <= max <= 1, "
                 f"got {self.min_sigma} and {self.max_sigma}"
             )
+
+    def draw_sigma(self, rng: SampleRNG, like: Tensor) -> Tensor:
+        """Shifted uniform noise levels [B, 1], one per sample, on the device of `like`."""
+        sigma = shift(rng.rand((1,)).to(like.device), self.timestep_shift)
+        return sigma.clamp(self.min_sigma, self.max_sigma)
+
+
+@dataclass(frozen=True)
+class DistributionMatchingConfig(AlternatingConfig):
+    """What score distillation methods have in common."""
+
+    cfg_scale: float = 6.0  # of the teacher's score; uncond + cfg_scale (cond - uncond), 1 = off
+
+    def problems(self) -> Iterator[str]:
+        """See MethodConfig."""
+        yield from super().problems()
         if not math.isfinite(self.cfg_scale):
             yield f"loss.cfg_scale: must be finite, got {self.cfg_scale}"
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Teacher and critic on noised samples."""
+
+    x: Tensor  # [B, C, F, H, W] the samples at noise level sigma
+    sigma: Tensor  # [B, 1]
+    noise: Tensor  # [B, C, F, H, W]
+    x0_teacher: Tensor  # [B, C, F, H, W]
+    x0_critic: Tensor  # [B, C, F, H, W]
+
+
+@dataclass(frozen=True, eq=False)
+class NoisedSample:
+    """A sample without gradient, clean and at a noise level."""
+
+    x0: Tensor  # [B, C, F, H, W]
+    x: Tensor  # [B, C, F, H, W]
+    sigma: Tensor  # [B, 1]
+    noise: Tensor  # [B, C, F, H, W]
 
 
 class DistributionMatching(Method):
     """Pull the generator's distribution to the teacher's; the critic tracks the generator's own."""
 
-    roles = ("generator", "critic", "teacher")
-    trainable = ("generator", "critic")
+    scores_need_grad: ClassVar[bool] = False  # whether the loss differentiates through the scores
+    rollout_source: ClassVar[Literal["simulation", "data"]] = "simulation"
+    config: DistributionMatchingConfig
 
-    def __init__(
-        self,
-        config: DistributionMatchingConfig,
-        networks: Mapping[str, Denoiser],
-        rollout: Rollout,
-    ) -> None:
-        self.config = config
-        self.generator = networks["generator"]
-        self.critic = networks["critic"]
-        self.teacher = networks["teacher"]
-        self.rollout = rollout
+    def __init__(self, config: DistributionMatchingConfig, parts: Parts) -> None:
+        super().__init__(config, parts)
+        assert parts.rollout is not None, "distribution matching needs a rollout"
+        self.critic = parts.networks["critic"]
+        self.teacher = parts.networks["teacher"]
+        self.rollout = parts.rollout
+
+    @classmethod
+    def needs(cls, config: DistributionMatchingConfig) -> Needs:
+        """Three networks; real latents only where samples are made from them."""
+        del config
+        return Needs(
+            networks=("generator", "critic", "teacher"),
+            trained=("generator", "critic"),
+            latents=cls.rollout_source == "data",
+            rollout=cls.rollout_source,
+        )
 
     def generator_loss(self, batch: Batch, rng: StepRNG) -> LossOutput:
         """Compare teacher and critic on the generator's samples, noised; DMD sec. 3."""
+        return self.objective(*learnt(*self.simulate(batch, rng)))
+
+    def simulate(self, batch: Batch, rng: StepRNG) -> tuple[Sample, Scores]:
+        """Samples with the generator's gradient, and both networks on them."""
         sample = self.rollout(self.generator, batch, rng, grad=True)
-        with torch.no_grad():
-            sigma = self.draw_sigma(rng.samples, sample.x0)
-            x = add_noise(sample.x0, rng.samples.randn(sample.x0.shape[1:]), sigma)
-            x0_critic = self.critic(x, sigma, batch.conditioning).x0
-            velocity = guided_velocity(
-                self.teacher,
-                x,
-                sigma,
-                batch.conditioning,
-                batch.unconditional,
-                cfg_scale=self.config.cfg_scale,
-            )
-            x0_teacher = velocity_to_x0(x, velocity, sigma)
-        return self.objective(sample, x0_teacher, x0_critic)
+        with torch.set_grad_enabled(self.scores_need_grad):
+            return sample, self.scores(sample.x0, batch, rng.samples)
+
+    def scores(self, x0: Tensor, batch: Batch, rng: SampleRNG) -> Scores:
+        """Both networks on samples [B, C, F, H, W] at a random noise level."""
+        sigma, noise = self.config.draw_sigma(rng, x0), rng.randn(x0.shape[1:])
+        x = add_noise(x0, noise, sigma)
+        x0_critic = self.critic(x, sigma, batch.conditioning).x0
+        velocity = guided_velocity(
+            self.teacher,
+            x,
+            sigma,
+            batch.conditioning,
+            batch.unconditional,
+            cfg_scale=self.config.cfg_scale,
+        )
+        return Scores(x, sigma, noise, velocity_to_x0(x, velocity, sigma), x0_critic)
 
     def critic_loss(self, batch: Batch, rng: StepRNG) -> LossOutput:
         """Flow matching on the generator's samples: the critic learns their score."""
-        with torch.no_grad():
-            x0 = self.rollout(self.generator, batch, rng, grad=False).x0
-            sigma = self.draw_sigma(rng.samples, x0)
-            noise = rng.samples.randn(x0.shape[1:])
-        velocity = self.critic(add_noise(x0, noise, sigma), sigma, batch.conditioning).velocity
-        return LossOutput(F.mse_loss(velocity, noise - x0))
+        return LossOutput(self.denoising_loss(self.noised_sample(batch, rng), batch))
 
-    def draw_sigma(self, rng: SampleRNG, like: Tensor) -> Tensor:
-        """Shifted uniform noise levels [B, 1], one per sample, on the device of `like`."""
-        sigma = shift(rng.rand((1,)).to(like.device), self.config.timestep_shift)
-        return sigma.clamp(self.config.min_sigma, self.config.max_sigma)
+    @torch.no_grad()
+    def noised_sample(self, batch: Batch, rng: StepRNG) -> NoisedSample:
+        """A sample of the generator as it is now, at a random noise level."""
+        x0 = self.rollout(self.generator, batch, rng, grad=False).x0
+        sigma = self.config.draw_sigma(rng.samples, x0)
+        noise = rng.samples.randn(x0.shape[1:])
+        return NoisedSample(x0, add_noise(x0, noise, sigma), sigma, noise)
+
+    def denoising_loss(self, fake: NoisedSample, batch: Batch) -> Tensor:
+        """Mean squared error of the critic's velocity."""
+        velocity = self.critic(fake.x, fake.sigma, batch.conditioning).velocity
+        return F.mse_loss(velocity, fake.noise - fake.x0)
 
     @abstractmethod
-    def objective(self, sample: Sample, x0_teacher: Tensor, x0_critic: Tensor) -> LossOutput:
-        """The method's loss, given both scores as x0 predictions [B, C, F, H, W]."""
+    def objective(self, sample: Sample, scores: Scores) -> LossOutput:
+        """The method's loss on the frames that the generator made."""
+
+
+def learnt(sample: Sample, scores: Scores) -> tuple[Sample, Scores]:
+    """Both without the frames that were given to the generator."""
+    first = sample.given_frames
+    if not first:
+        return sample, scores
+    return Sample(sample.x0[:, :, first:]), replace(
+        scores,
+        x=scores.x[:, :, first:],
+        noise=scores.noise[:, :, first:],
+        x0_teacher=scores.x0_teacher[:, :, first:],
+        x0_critic=scores.x0_critic[:, :, first:],
+    )

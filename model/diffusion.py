@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from model.base import Method, MethodConfig
+from model.base import Method, MethodConfig, Needs
+from model.causal import TeacherForced, count_blocks, on_real_video, per_block
 from model.flow import add_noise, shift
 from model.types import Batch, Conditioning, Denoiser, LossOutput
 from utils.seeding import StepRNG
@@ -16,37 +18,59 @@ from utils.seeding import StepRNG
 
 @dataclass(frozen=True)
 class DiffusionConfig(MethodConfig):
-    """How noise levels and captions are drawn."""
+    """How noise levels and captions are drawn, and what a causal model sees of the past."""
 
     timestep_shift: float = 5.0  # of the uniform noise levels
     caption_dropout: float = 0.1  # share of samples trained on the negative prompt, for guidance
+    teacher_forcing: bool = True  # causal models: the clean past; false = diffusion forcing
+    clean_noise: float = 0.0  # teacher forcing: the past is noised up to this sigma, at random
 
     def problems(self) -> Iterator[str]:
         """See MethodConfig."""
         if not self.timestep_shift > 0:
             yield f"loss.timestep_shift: must be positive, got {self.timestep_shift}"
-        if not 0.0 <= self.caption_dropout <= 1.0:
-            yield f"loss.caption_dropout: must lie in [0, 1], got {self.caption_dropout}"
+        for name in ("caption_dropout", "clean_noise"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                yield f"loss.{name}: must lie in [0, 1], got {getattr(self, name)}"
 
 
 class Diffusion(Method):
-    """Mean squared error of the velocity at a random noise level."""
+    """Mean squared error of the velocity at a random noise level.
 
-    needs_latents = True
+    Of a causal model, each block has a level of its own; the past is clean (teacher forcing) or
+    as noisy as it was drawn (diffusion forcing, arXiv:2407.01392).
+    """
+
     config_class = DiffusionConfig
+    config: DiffusionConfig
 
-    def __init__(self, config: DiffusionConfig, networks: Mapping[str, Denoiser]) -> None:
-        self.config = config
-        self.generator = networks["generator"]
+    @classmethod
+    def needs(cls, config: DiffusionConfig) -> Needs:
+        """Real latents."""
+        del config
+        return Needs(latents=True)
 
     def generator_loss(self, batch: Batch, rng: StepRNG) -> LossOutput:
         """|| velocity(x_sigma) - (noise - x0) ||^2, averaged over samples and elements."""
-        x0 = batch.x0
+        x0, layout = batch.x0, self.parts.layout
         assert x0 is not None, "a Diffusion batch carries latents"
-        sigma = shift(rng.samples.rand((1,)), self.config.timestep_shift).to(x0.device)
+        frames = x0.shape[2]
+        levels = shift(
+            rng.samples.rand((count_blocks(layout, frames),)), self.config.timestep_shift
+        )
+        sigma = per_block(levels.to(x0.device), layout, frames)
         noise = rng.samples.randn(x0.shape[1:])
         dropped = rng.samples.rand((1, 1)) < self.config.caption_dropout
         text = torch.where(dropped.to(x0.device), batch.unconditional.text, batch.conditioning.text)
         conditioning = Conditioning(text, batch.conditioning.clip, batch.conditioning.first_frame)
-        velocity = self.generator(add_noise(x0, noise, sigma), sigma, conditioning).velocity
+        velocity = self.seen(x0, rng)(add_noise(x0, noise, sigma), sigma, conditioning).velocity
         return LossOutput(F.mse_loss(velocity, noise - x0))
+
+    def seen(self, x0: Tensor, rng: StepRNG) -> Denoiser:
+        """The generator as it sees the video x0 [B, C, F, H, W]."""
+        layout, forced = self.parts.layout, self.config.teacher_forcing
+        if layout is None or not forced or not self.config.clean_noise:
+            return on_real_video(self.generator, layout, x0 if forced else None)
+        level = self.config.clean_noise * rng.samples.rand((1,)).to(x0.device)
+        past = add_noise(x0, rng.samples.randn(x0.shape[1:]), level)
+        return TeacherForced(self.generator, layout, past, level)

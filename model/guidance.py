@@ -7,7 +7,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from model.types import Conditioning, Denoiser
+from model.types import FULL_ATTENTION, Conditioning, Context, Denoiser
 
 
 def guided_velocity(
@@ -18,17 +18,19 @@ def guided_velocity(
     unconditional: Conditioning,
     *,
     cfg_scale: float,
+    context: Context = FULL_ATTENTION,
 ) -> Tensor:
     """uncond + cfg_scale (cond - uncond), as velocity [B, C, F, H, W], fp32.
 
     x: [B, C, F, H, W]; sigma: [B, 1] or [B, F]. At cfg_scale 1 the network sees one batch of B;
     otherwise one batch of 2 B, so that sharded weights are gathered once. Guidance is linear, so
-    guiding the velocity and guiding x0 are the same thing.
+    guiding the velocity and guiding x0 are the same thing. A cache in `context` must hold the
+    past of the same batch: of 2 B videos, those of the negative prompt behind, if guided.
     """
     if cfg_scale == 1.0:
-        return net(x, sigma, conditioning).velocity
+        return net(x, sigma, conditioning, context=context).velocity
     both = concatenate(conditioning, unconditional)
-    velocity = net(torch.cat([x, x]), torch.cat([sigma, sigma]), both).velocity
+    velocity = net(torch.cat([x, x]), torch.cat([sigma, sigma]), both, context=context).velocity
     cond, uncond = velocity.chunk(2)
     return uncond + cfg_scale * (cond - uncond)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from model.discriminator import Discriminator, DiscriminatorConfig, DiscriminatorHeads
 from model.folder import CONFIG, ModelFolder
 from model.wan.config import WanConfig
 from model.wan.transformer import WanTransformer, initial_value
@@ -87,6 +88,21 @@ def random_network(config: WanConfig, seed: int, place: Placement) -> WanDiffusi
         model, lambda name, shape: initial_value(name, shape, generator(seed, "weights", name))
     )
     return WanDiffusionWrapper(model)
+
+
+def random_discriminator(
+    network: WanConfig, config: DiscriminatorConfig, seed: int, place: Placement
+) -> Discriminator:
+    """Heads with fresh weights for a network of these sizes, the same for any number of ranks."""
+    with torch.device("meta"):
+        heads = DiscriminatorHeads(network, config).to(place.storage)
+    if place.mesh is not None:
+        parallelize(heads, heads.blocks, place.mesh, place.compute)
+    heads.to_empty(device=place.device)
+    fill_weights(
+        heads, lambda name, shape: initial_value(name, shape, generator(seed, "heads", name))
+    )
+    return Discriminator(heads)
 
 
 def _empty(config: WanConfig, place: Placement) -> WanTransformer:

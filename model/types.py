@@ -11,7 +11,7 @@ N video tokens, D width of the transformer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -40,6 +40,12 @@ class Conditioning:
     text: Tensor  # [B, L, text_dim] encoder states, zero past each prompt's end
     clip: Tensor | None = None  # [B, 257, 1280] CLIP states of the first frame, I2V only
     first_frame: Tensor | None = None  # [B, 20, F, H, W] mask and latent, I2V only
+
+    def frames(self, first: int, last: int) -> Conditioning:
+        """The part that belongs to frames first .. last, the last one not included."""
+        if self.first_frame is None:
+            return self
+        return replace(self, first_frame=self.first_frame[:, :, first:last])
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +78,7 @@ class Batch:
     unconditional: Conditioning  # the negative prompt, same batch size, same image
     latent_shape: tuple[int, int, int, int]  # [C, F, H, W] of the samples to make
     x0: Tensor | None = None  # [B, C, F, H, W] real latents, when the data has them
+    trajectory: Tensor | None = None  # [B, S, C, F, H, W] a teacher's states, noise to clean
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +86,7 @@ class Sample:
     """What a rollout hands to an objective."""
 
     x0: Tensor  # [B, C, F, H, W], fp32; carries a gradient when the rollout was asked to
+    given_frames: int = 0  # so many frames at the start are not the generator's: no loss on them
 
 
 class Rollout(Protocol):

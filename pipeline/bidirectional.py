@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from model.flow import constant_sigma
 from model.types import Batch, Conditioning, Denoiser, Sample
-from pipeline.few_step import few_step, renoise
+from pipeline.few_step import OnStep, backward_simulation, few_step
+from pipeline.protocol import refuse_initial
 from utils.seeding import SampleRNG, StepRNG
 
 
@@ -26,14 +26,15 @@ class BidirectionalTrainingPipeline:
         """x0 [B, C, F, H, W] of `batch.conditioning` after exit + 1 network evaluations."""
         # One exit for all ranks: unequal forward counts would leave sharded gathers unpaired.
         exit_step = int(torch.randint(len(self.sigmas), (), generator=rng.shared))
-        x = rng.samples.randn(batch.latent_shape)
-        with torch.no_grad():
-            if exit_step:
-                x = few_step(generator, x, batch.conditioning, self.sigmas[:exit_step], rng.samples)
-                x = renoise(x, self.sigmas[exit_step], rng.samples)
-        sigma = constant_sigma(self.sigmas[exit_step], x)
-        with torch.set_grad_enabled(grad):
-            return Sample(generator(x, sigma, batch.conditioning).x0)
+        x0 = backward_simulation(
+            generator,
+            rng.samples.randn(batch.latent_shape),
+            batch.conditioning,
+            self.sigmas[: exit_step + 1],
+            rng.samples,
+            grad=grad,
+        )
+        return Sample(x0)
 
 
 class BidirectionalInferencePipeline:
@@ -43,27 +44,29 @@ class BidirectionalInferencePipeline:
         self.generator = generator
         self.sigmas = list(sigmas)
 
-    @property
-    def steps(self) -> int:
-        """How many noise levels are visited."""
+    def steps(self, frames: int) -> int:
+        """See pipeline.protocol.InferencePipeline."""
+        del frames
         return len(self.sigmas)
 
-    @property
-    def network_evaluations(self) -> int:
-        """How often the network runs per sample."""
-        return len(self.sigmas)
+    def network_evaluations(self, frames: int) -> int:
+        """One per step."""
+        return self.steps(frames)
 
-    @torch.no_grad()
-    def sample(
+    def stream(
         self,
         conditioning: Conditioning,
         unconditional: Conditioning,
         latent_shape: Sequence[int],
         rng: SampleRNG,
         *,
-        on_step: Callable[[int, int], None] | None = None,
-    ) -> Tensor:
-        """Latents [B, C, F, H, W] for `conditioning`; latent_shape: [C, F, H, W]."""
-        del unconditional  # a distilled generator needs none
-        noise = rng.randn(latent_shape)
-        return few_step(self.generator, noise, conditioning, self.sigmas, rng, on_step=on_step)
+        initial: Tensor | None = None,
+        on_step: OnStep | None = None,
+    ) -> Iterator[Tensor]:
+        """The whole clip at once; a distilled generator needs no negative prompt."""
+        del unconditional
+        refuse_initial(initial)
+        with torch.no_grad():
+            noise = rng.randn(latent_shape)
+            x0 = few_step(self.generator, noise, conditioning, self.sigmas, rng, on_step=on_step)
+        yield x0

@@ -1,25 +1,33 @@
-"""Which inference pipeline serves a generator: many steps for a teacher, few for a student."""
+"""Which pipeline serves a generator: many steps or few, the whole clip or block by block."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from model.flow import step_sigmas
 from model.types import Denoiser
 from pipeline.bidirectional import BidirectionalInferencePipeline
+from pipeline.causal import (
+    CausalConfig,
+    CausalDiffusionInferencePipeline,
+    CausalInferencePipeline,
+)
 from pipeline.protocol import InferencePipeline
 from pipeline.teacher import SamplingConfig, TeacherInferencePipeline
 
 
-def inference_pipeline(
-    net: Denoiser,
-    *,
-    distilled: bool,
-    denoising_step_list: Sequence[int],
-    timestep_shift: float,
-    sampling: SamplingConfig,
+def few_step_pipeline(
+    net: Denoiser, sigmas: Sequence[float], causal: CausalConfig | None
 ) -> InferencePipeline:
-    """The pipeline that a run's own configuration asks for."""
-    if distilled:
-        return BidirectionalInferencePipeline(net, step_sigmas(denoising_step_list, timestep_shift))
-    return TeacherInferencePipeline(net, sampling)
+    """For a distilled generator; causal None = bidirectional."""
+    if causal is None:
+        return BidirectionalInferencePipeline(net, sigmas)
+    return CausalInferencePipeline(net, sigmas, causal)
+
+
+def many_step_pipeline(
+    net: Denoiser, sampling: SamplingConfig, causal: CausalConfig | None
+) -> InferencePipeline:
+    """For a model that follows its ODE; causal None = bidirectional."""
+    if causal is None:
+        return TeacherInferencePipeline(net, sampling)
+    return CausalDiffusionInferencePipeline(net, sampling, causal)

@@ -7,12 +7,17 @@ of a denoising_step_list. Letters as in model/types.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from model.flow import add_noise, constant_sigma
-from model.types import Conditioning, Denoiser
+from model.types import FULL_ATTENTION, Conditioning, Context, Denoiser
+from model.wan.cache import KeyValue
 from utils.seeding import SampleRNG
+
+OnStep = Callable[[int, int], None]  # called with (steps done, steps in total)
 
 
 def few_step(
@@ -22,21 +27,47 @@ def few_step(
     sigmas: Sequence[float],
     rng: SampleRNG,
     *,
-    on_step: Callable[[int, int], None] | None = None,
+    context: Context = FULL_ATTENTION,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Run all of `sigmas` (descending, the first is 1). Returns x0 [B, C, F, H, W], fp32.
 
     noise: [B, C, F, H, W], standard normal. Costs one network evaluation per sigma.
-    `on_step(done, total)` is called after each.
     """
     x = noise
     for step, value in enumerate(sigmas):
         if step:
             x = renoise(x, value, rng)
-        x = net(x, constant_sigma(value, x), conditioning).x0
+        x = net(x, constant_sigma(value, x), conditioning, context=context).x0
         if on_step is not None:
             on_step(step + 1, len(sigmas))
     return x
+
+
+def backward_simulation(
+    net: Denoiser,
+    noise: Tensor,
+    conditioning: Conditioning,
+    sigmas: Sequence[float],
+    rng: SampleRNG,
+    *,
+    context: Context = FULL_ATTENTION,
+    grad: bool,
+    keys: list[KeyValue] | None = None,
+) -> Tensor:
+    """What inference would hold after `sigmas`, with a gradient through the last step alone.
+
+    DMD2 (arXiv:2405.14867) sec. 4.5. Returns x0 [B, C, F, H, W], fp32. keys: filled with the last
+    step's keys and values.
+    """
+    x = noise
+    if sigmas[1:]:
+        with torch.no_grad():
+            x = few_step(net, x, conditioning, sigmas[:-1], rng, context=context)
+            x = renoise(x, sigmas[-1], rng)
+    with torch.set_grad_enabled(grad):
+        last = replace(context, keys=keys)
+        return net(x, constant_sigma(sigmas[-1], x), conditioning, context=last).x0
 
 
 def renoise(x0: Tensor, sigma: float, rng: SampleRNG) -> Tensor:

@@ -2,36 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from model.types import Conditioning
+from pipeline.few_step import OnStep
 from utils.seeding import SampleRNG
 
 
 class InferencePipeline(Protocol):
     """Turns conditioning into latents."""
 
-    @property
-    def steps(self) -> int:
-        """How often `on_step` is called per batch."""
+    def steps(self, frames: int) -> int:
+        """How often `on_step` is called per batch of clips of `frames` latent frames."""
 
-    @property
-    def network_evaluations(self) -> int:
-        """How often the network runs per sample; a guided step counts twice."""
+    def network_evaluations(self, frames: int) -> int:
+        """How often the network runs per such clip; a guided step counts twice."""
 
-    def sample(
+    def stream(
         self,
         conditioning: Conditioning,
         unconditional: Conditioning,
         latent_shape: Sequence[int],
         rng: SampleRNG,
         *,
-        on_step: Callable[[int, int], None] | None = None,
-    ) -> Tensor:
-        """Latents [B, C, F, H, W] for B prompts; latent_shape: [C, F, H, W].
+        initial: Tensor | None = None,
+        on_step: OnStep | None = None,
+    ) -> Iterator[Tensor]:
+        """Latents [B, C, f, H, W] of B clips, piece by piece, each as soon as it is known.
 
-        `on_step(done, total)` is called after each step.
+        latent_shape: [C, F, H, W] of the whole clips. initial: [B, C, g, H, W], frames that they
+        begin with; the first piece repeats them. Raises ValueError where that is not possible.
         """
+
+
+def sample(
+    pipeline: InferencePipeline,
+    conditioning: Conditioning,
+    unconditional: Conditioning,
+    latent_shape: Sequence[int],
+    rng: SampleRNG,
+    *,
+    initial: Tensor | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """All of a pipeline's stream: latents [B, C, F, H, W], fp32."""
+    pieces = pipeline.stream(
+        conditioning, unconditional, latent_shape, rng, initial=initial, on_step=on_step
+    )
+    return torch.cat(list(pieces), dim=2)
+
+
+def refuse_initial(initial: Tensor | None) -> None:
+    """Raise ValueError if there are frames to begin with: for pipelines that make whole clips."""
+    if initial is not None:
+        raise ValueError(
+            "this model makes whole clips and cannot begin with given frames; "
+            "use one with generator_type: causal"
+        )

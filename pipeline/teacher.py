@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from model.flow import TIMESTEPS, constant_sigma
 from model.guidance import guided_velocity
-from model.types import Conditioning, Denoiser
+from model.types import FULL_ATTENTION, Conditioning, Context, Denoiser
+from pipeline.few_step import OnStep
+from pipeline.protocol import refuse_initial
 from utils.seeding import SampleRNG
 
 
@@ -32,39 +34,85 @@ class TeacherInferencePipeline:
         self.net = net
         self.config = config
 
-    @property
-    def steps(self) -> int:
-        """How many noise levels are visited."""
+    def steps(self, frames: int) -> int:
+        """See pipeline.protocol.InferencePipeline."""
+        del frames
         return self.config.steps
 
-    @property
-    def network_evaluations(self) -> int:
-        """How often the network runs per sample; guidance counts twice."""
-        return self.config.steps * (1 if self.config.cfg_scale == 1.0 else 2)
+    def network_evaluations(self, frames: int) -> int:
+        """One per step, two where it is guided."""
+        return self.steps(frames) * evaluations_per_step(self.config)
 
-    @torch.no_grad()
-    def sample(
+    def stream(
         self,
         conditioning: Conditioning,
         unconditional: Conditioning,
         latent_shape: Sequence[int],
         rng: SampleRNG,
         *,
-        on_step: Callable[[int, int], None] | None = None,
-    ) -> Tensor:
-        """Latents [B, C, F, H, W], fp32; latent_shape: [C, F, H, W]."""
-        scheduler = build_scheduler(self.config)
-        x = rng.randn(latent_shape)
-        for step, timestep in enumerate(scheduler.timesteps):
-            # UniPC rounds its timesteps to integers; the noise level itself is exact.
-            sigma = constant_sigma(float(scheduler.sigmas[step]), x)
-            velocity = guided_velocity(
-                self.net, x, sigma, conditioning, unconditional, cfg_scale=self.config.cfg_scale
-            )
-            x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
-            if on_step is not None:
-                on_step(step + 1, self.config.steps)
-        return x
+        initial: Tensor | None = None,
+        on_step: OnStep | None = None,
+    ) -> Iterator[Tensor]:
+        """The whole clip at once, fp32."""
+        refuse_initial(initial)
+        yield integrate(
+            self.net,
+            rng.randn(latent_shape),
+            conditioning,
+            unconditional,
+            self.config,
+            on_step=on_step,
+        )
+
+
+def integrate(
+    net: Denoiser,
+    noise: Tensor,
+    conditioning: Conditioning,
+    unconditional: Conditioning,
+    config: SamplingConfig,
+    *,
+    context: Context = FULL_ATTENTION,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Follow the guided ODE from noise [B, C, F, H, W] to clean latents, fp32."""
+    states = trajectory(
+        net, noise, conditioning, unconditional, config, context=context, on_step=on_step
+    )
+    *_, last = states
+    return last
+
+
+@torch.no_grad()
+def trajectory(
+    net: Denoiser,
+    noise: Tensor,
+    conditioning: Conditioning,
+    unconditional: Conditioning,
+    config: SamplingConfig,
+    *,
+    context: Context = FULL_ATTENTION,
+    on_step: OnStep | None = None,
+) -> Iterator[Tensor]:
+    """All states of the guided ODE [B, C, F, H, W], the noise first and clean latents last."""
+    scheduler = build_scheduler(config)
+    x = noise
+    yield x
+    for step, timestep in enumerate(scheduler.timesteps):
+        # UniPC rounds its timesteps to integers; the noise level itself is exact.
+        sigma = constant_sigma(float(scheduler.sigmas[step]), x)
+        velocity = guided_velocity(
+            net, x, sigma, conditioning, unconditional, cfg_scale=config.cfg_scale, context=context
+        )
+        x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
+        if on_step is not None:
+            on_step(step + 1, config.steps)
+        yield x
+
+
+def evaluations_per_step(config: SamplingConfig) -> int:
+    """Network evaluations of one step; guidance counts twice."""
+    return 1 if config.cfg_scale == 1.0 else 2
 
 
 def build_scheduler(config: SamplingConfig) -> Any:

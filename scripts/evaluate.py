@@ -24,22 +24,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-from pipeline.bidirectional import BidirectionalInferencePipeline
+from pipeline.build import few_step_pipeline, many_step_pipeline
 from pipeline.protocol import InferencePipeline
-from pipeline.teacher import SamplingConfig, TeacherInferencePipeline
-from trainer.config import Config, load
+from pipeline.teacher import SamplingConfig
+from trainer.config import Config, causal_config, load, sigmas
 from trainer.serving import Request, VideoGenerator, check_source, load_generator
 from utils.cli import USER_ERRORS, fail, start_logging
 from utils.files import write_text
 from utils.plots import plot_run
-from utils.seeding import generator
-from utils.shapes_metrics import Reference, quality
-from utils.shapes_world import FPS, Caption, draw_captions, draw_scenes, render
+from utils.shapes_metrics import Exam
+from utils.shapes_world import FPS, Caption
 from utils.video import contact_sheet, save_mp4, save_png, to_unit
 
 BATCH = 64
 SOLVER2_SHIFT = 1.0  # of teacher_solver2; of 1, 1.5, 2 and 3 the best in 4 steps: a fair rival
-REFERENCE_CLIPS = 1024
 SHOWN = 6  # captions on the contact sheet and in the report
 COLUMNS = (
     "sampler", "steps", "cfg_scale", "network_evaluations", "adherence", "validity", "both",
@@ -87,12 +85,12 @@ def pipeline_for(
     row: Row, config: Config, generator_: VideoGenerator, solver2_shift: float
 ) -> InferencePipeline:
     """The sampler that a row names."""
+    causal = causal_config(config)
     if row.sampler == "student":
-        full = generator_.pipeline
-        assert isinstance(full, BidirectionalInferencePipeline)
         # Fewer steps take the leading noise levels that the student was trained at, evenly.
-        stride = len(full.sigmas) // row.steps
-        return BidirectionalInferencePipeline(generator_.network, full.sigmas[::stride])
+        levels = sigmas(config)
+        stride = len(levels) // row.steps
+        return few_step_pipeline(generator_.network, levels[::stride], causal)
     second = row.sampler == "teacher_solver2"
     sampling = SamplingConfig(
         steps=row.steps,
@@ -100,7 +98,7 @@ def pipeline_for(
         timestep_shift=solver2_shift if second else config.sampling.timestep_shift,
         solver="unipc" if second else "euler",
     )
-    return TeacherInferencePipeline(generator_.network, sampling)
+    return many_step_pipeline(generator_.network, sampling, causal)
 
 
 def sample(
@@ -140,23 +138,17 @@ def measure(
     args: argparse.Namespace, configs: dict[str, Config], models: dict[str, VideoGenerator]
 ) -> list[dict[str, Any]]:
     """All rows; each is written as soon as it is known, beside those of earlier calls."""
-    rng = generator(args.seed, "evaluation")
-    captions = draw_captions(args.clips, rng)
-    reference_captions = draw_captions(REFERENCE_CLIPS, rng)
-    real = render(draw_scenes([*captions, *reference_captions], rng))
-    vae = models["teacher"].vae
-    real_latents = vae.encode_to_latent(2.0 * real - 1.0)
-    reference = Reference.of(real[len(captions) :], real_latents[len(captions) :])
+    exam = Exam.draw(args.clips, args.seed, models["teacher"].vae)
+    captions = exam.captions
     for model in models.values():  # the first call pays for slow imports and warm-up
         model.latents([Request(str(captions[0]), args.seed)])
 
     path = args.output_folder / "rows.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     prints = {role: fingerprint(model) for role, model in models.items()}
-    decoded = to_unit(vae.decode_to_pixel(real_latents[: len(captions)]))
-    ceiling = quality(decoded, real_latents[: len(captions)], captions, reference)
+    ceiling = exam.judge_real()
     rows: list[dict[str, Any]] = [{"sampler": "real_codec", "clips": args.clips, **ceiling}]
-    sheets = {"real": decoded[:SHOWN]}
+    sheets = {"real": exam.clips[:SHOWN]}
     for row in tqdm(table_rows(configs["teacher"]), desc="rows"):
         role = "student" if row.sampler == "student" else "teacher"
         source = models[role]
@@ -165,7 +157,7 @@ def measure(
             "sampler": row.sampler,
             "steps": row.steps,
             "cfg_scale": row.cfg_scale,
-            "network_evaluations": pipeline.network_evaluations,
+            "network_evaluations": pipeline.network_evaluations(configs[role].latent_shape[1]),
             "solver2_shift": args.solver2_shift if row.sampler == "teacher_solver2" else None,
             "clips": args.clips,
             "seed": args.seed,
@@ -182,7 +174,7 @@ def measure(
             if shown:
                 sheets[f"{role} {row.steps} steps"] = clips[:SHOWN]
             if not found:
-                figures = quality(clips, latents, captions, reference)
+                figures = exam.judge(clips, latents)
                 rows.append({**facts, **figures, "seconds_per_clip": seconds})
                 known.append(rows[-1])
                 write_text(path, json.dumps(known, indent=1))
@@ -214,7 +206,7 @@ def show(folder: Path, sheets: dict[str, Tensor], captions: Sequence[Caption]) -
     write_text(folder / "clips" / "index.json", json.dumps(names, indent=1))
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
+def markdown(rows: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
     """The rows as a Markdown table: shares in percent."""
     shares = {"adherence", "validity", "both", "both_stderr"}
 
@@ -226,8 +218,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             return f"{100.0 * value:.1f}"
         return f"{value:.3g}" if isinstance(value, float) else str(value)
 
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cell(row, name) for name in COLUMNS) + " |" for row in rows]
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(cell(row, name) for name in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from model.flow import step_sigmas
 from model.folder import CONFIG, WEIGHTS
 from model.wan.config import WanConfig, write_wan_config
 from model.wan.transformer import WanTransformer
 from scripts.make_tiny_world import NAME, make_data, make_folder
+from utils.dataset import TrajectoryManifest, manifest_path
+from utils.lmdb import ShardReader, ShardWriter
 from utils.seeding import generator
 from utils.weights import fill_weights, write_weights
 
@@ -69,8 +74,9 @@ def tiny_wan() -> WanFactory:
 def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with wan_models/Wan2.1-T2V-Tiny (miniature, random weights) and data/tiny.
 
-    data/tiny/latents holds one LMDB shard of 64 captioned clips, data/tiny/prompts.txt all
-    captions. Shared by the whole session: do not write into it.
+    data/tiny/latents holds one LMDB shard of 64 captioned clips, data/tiny/ode_pairs straight
+    trajectories to 16 of them, data/tiny/prompts.txt all captions. Shared by the whole session: do
+    not write into it.
     """
     root = tmp_path_factory.mktemp("tiny")
     folder = root / "wan_models" / NAME
@@ -78,4 +84,20 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_wan_config(MINIATURE, folder / CONFIG)
     write_weights(build_wan().state_dict(), folder / WEIGHTS[1], {})
     make_data(root / "data" / "tiny", codec, 64)
+    make_pairs(root / "data" / "tiny", 16)
     return root
+
+
+def make_pairs(data: Path, count: int) -> None:
+    """Write <data>/ode_pairs: noise that moves straight to each of `count` clips, in four steps."""
+    steps, folder = [1000, 750, 500, 250], data / "ode_pairs"
+    reader = ShardReader(data / "latents")
+    x0 = torch.stack([reader.latents(i) for i in range(count)])
+    noise = torch.randn(x0.shape, generator=generator("pairs"))
+    levels = [*step_sigmas(steps, 5.0), 0.0]
+    with ShardWriter(folder / "shard_00000") as writer:
+        states = torch.stack([(1.0 - s) * x0 + s * noise for s in levels], dim=1)
+        writer.append([reader.prompt(i) for i in range(count)], trajectories=states)
+    shape = list(x0.shape[1:])
+    manifest = TrajectoryManifest(count, steps, 5.0, shape, 8, 2.0, 0, "captions", "weights")
+    manifest_path(folder).write_text(json.dumps(asdict(manifest)), encoding="utf-8")

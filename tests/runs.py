@@ -35,22 +35,99 @@ timeout_s: 60
 # Betas above 0 and a moving schedule, so that a resumed run needs every part of its state.
 OPTIMIZER = "lr: 1.0e-3, betas: [0.5, 0.9], max_grad_norm: 1.0, schedule: linear, warmup_updates: 2"
 
-CONFIGS = {
-    "dmd": """
-trainer: score_distillation
+ROLES = """
 generator: {{model: Wan2.1-T2V-Tiny, OPTIMIZER}}
 critic: {{OPTIMIZER}}
-loss: {{cfg_scale: 2.0, generator_every: 2}}
+discriminator: {{OPTIMIZER}}
 ema: {{decay: 0.5, start_step: 2}}
-data: {{path: {root}/data/tiny/prompts.txt}}
+"""
+CAUSAL = """
+generator_type: causal
+causal: {{num_frame_per_block: 2, independent_first_frame: true}}
+"""
+PROMPTS = "data: {{path: {root}/data/tiny/prompts.txt}}"
+LATENTS = "data: {{path: {root}/data/tiny/latents}}"
+PAIRS = "data: {{path: {root}/data/tiny/ode_pairs}}"
+PENALTIES = "r1_weight: 0.1, r2_weight: 0.1, r1_sigma: 0.5, r2_sigma: 0.5"
+RIVALS = f"adversarial: {{{{relativistic: true, {PENALTIES}}}}}"
+SAMPLING = "sampling: {{steps: 2, cfg_scale: 2.0, solver: euler}}"
+
+CONFIGS = {
+    "dmd": f"""
+trainer: score_distillation
+loss: {{{{cfg_scale: 2.0, generator_every: 2}}}}
+{PROMPTS}
 """,
-    "diffusion": """
+    "dmd_gan": f"""
+trainer: score_distillation
+loss: {{{{cfg_scale: 2.0, generator_every: 2, gan_weight: 0.5, {RIVALS}}}}}
+{LATENTS}
+""",
+    "dmd_fdistill": f"""
+trainer: score_distillation
+loss: {{{{cfg_scale: 2.0, generator_every: 2, divergence: jensen_shannon, critic_pull: 0.1}}}}
+{LATENTS}
+""",
+    "sid": f"""
+trainer: score_distillation
+distribution_loss: sid
+loss: {{{{cfg_scale: 2.0, generator_every: 2}}}}
+{PROMPTS}
+""",
+    "causvid": f"""
+trainer: score_distillation
+distribution_loss: causvid
+loss: {{{{cfg_scale: 2.0, generator_every: 2}}}}
+{LATENTS}
+{CAUSAL}
+""",
+    "gan": f"""
+trainer: gan
+loss: {{{{generator_every: 2, discriminator_warmup_steps: 1, {RIVALS}}}}}
+{LATENTS}
+""",
+    "gan_teacher": f"""
+trainer: gan
+loss: {{{{generator_every: 2, backbone: teacher}}}}
+{LATENTS}
+""",
+    "ode": f"""
+trainer: ode
+{PAIRS}
+{CAUSAL}
+""",
+    "consistency": f"""
+trainer: ode
+distribution_loss: consistency
+loss: {{{{cfg_scale: 2.0}}}}
+{LATENTS}
+{CAUSAL}
+""",
+    "diffusion": f"""
 trainer: diffusion
-generator: {{model: Wan2.1-T2V-Tiny, OPTIMIZER}}
-loss: {{caption_dropout: 0.5}}
-ema: {{decay: 0.5, start_step: 2}}
-data: {{path: {root}/data/tiny/latents}}
-sampling: {{steps: 2, cfg_scale: 2.0, solver: euler}}
+loss: {{{{caption_dropout: 0.5}}}}
+{LATENTS}
+{SAMPLING}
+""",
+    "causal_diffusion": f"""
+trainer: diffusion
+loss: {{{{caption_dropout: 0.5, clean_noise: 0.1}}}}
+{LATENTS}
+{SAMPLING}
+{CAUSAL}
+""",
+    "self_forcing_dmd": f"""
+trainer: score_distillation
+loss: {{{{cfg_scale: 2.0, generator_every: 2}}}}
+{PROMPTS}
+{CAUSAL}
+""",
+    "self_forcing_sid": f"""
+trainer: score_distillation
+distribution_loss: sid
+loss: {{{{cfg_scale: 2.0, generator_every: 2}}}}
+{PROMPTS}
+{CAUSAL}
 """,
 }
 MUON = {
@@ -60,9 +137,9 @@ MUON = {
 
 
 def write_config(folder: Path, root: Path, name: str) -> Path:
-    """Write <folder>/<name>.yaml, a small `dmd` or `diffusion` run on the tiny world at `root`."""
+    """Write <folder>/<name>.yaml, a small run of CONFIGS on the tiny world at `root`."""
     path = folder / f"{name}.yaml"
-    text = (CONFIGS[name] + COMMON).replace("OPTIMIZER", OPTIMIZER)
+    text = (CONFIGS[name] + ROLES + COMMON).replace("OPTIMIZER", OPTIMIZER)
     path.write_text(text.format(root=root), encoding="utf-8")
     return path
 

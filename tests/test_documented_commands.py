@@ -16,17 +16,22 @@ from pathlib import Path
 import pytest
 
 import train
-from trainer.config import DEFAULT_CONFIG, load, method_class
+from tests.methods import methods
+from trainer.build import TRAINERS
+from trainer.config import DEFAULT_CONFIG, Config, load, method_class, method_needs
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path != DEFAULT_CONFIG]
+CONFIGS = ROOT / "configs"
+SHIPPED = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path != DEFAULT_CONFIG]
 MINIATURE = {
     "make_tiny_world.py": ["--clips", "64"],
     "train.py": ["steps=2", "batch_size=4", "log_every=1", "validation.every=2"],
     "evaluate.py": ["--clips", "4"],
     "inference.py": [],
     "convert_checkpoint.py": [],
+    "generate_ode_pairs.py": ["--num_pairs", "8", "--steps", "4"],
 }
+PAGES = ("README.md", "docs/methods.md")
 
 
 def documented(page: str) -> list[list[str]]:
@@ -73,12 +78,14 @@ def run(words: list[str], folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme_run_one_after_the_other(clone: Path) -> None:
-    commands = [words for words in documented("README.md") if script_of(words) in MINIATURE]
+    every = [words for page in PAGES for words in documented(page)]
+    commands = [words for words in every if script_of(words) in MINIATURE]
     local = [words for words in commands if "--nnodes" not in words]
     assert {script_of(words) for words in local} == set(MINIATURE)
     for words in local:
         run([*words, *MINIATURE[script_of(words)]], clone)
     assert len(list((clone / "videos" / "tiny").glob("*.mp4"))) == 6
+    assert len(list((clone / "videos" / "long").glob("*.mp4"))) == 6
     assert (clone / "runs" / "tiny" / "evaluation" / "table.md").is_file()
     serve(next(w for w in documented("README.md") if script_of(w) == "demo.py"), clone)
 
@@ -112,24 +119,45 @@ def test_the_cluster_command_of_the_readme_names_a_config_that_divides_over_its_
     assert config.batch_size % 64 == 0
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
-def test_every_shipped_configuration_takes_one_step_at_toy_size(
-    path: Path, tiny_root: Path, tmp_path: Path
-) -> None:
-    needs_latents = method_class(load(path)).needs_latents
-    data = tiny_root / "data" / "tiny" / ("latents" if needs_latents else "prompts.txt")
+def shrunk(config: Config, root: Path) -> list[str]:
+    """The overrides that take any run down to the tiny world at `root`."""
+    needs, blocks = method_needs(config), config.generator_type == "causal"
+    latents = needs.latents or (blocks and config.causal.given_first_frame)
+    kind = "latents" if latents else "prompts.txt"
     toy = [
-        f"model_root={tiny_root / 'wan_models'}",
-        "generator.model=Wan2.1-T2V-Tiny",
-        f"data.path={data}",
+        f"model_root={root / 'wan_models'}",
+        f"data.path={root / 'data' / 'tiny' / ('ode_pairs' if needs.trajectories else kind)}",
         "latent_shape=[16,5,4,4]",
         "steps=1",
         "batch_size=2",
+        "accumulation=1",
         "validation.every=0",
+        "discriminator.layers=[]",
     ]
+    for role in needs.networks:
+        toy += [f"{role}.model=Wan2.1-T2V-Tiny", f"{role}.weights=null"]
+    if blocks:
+        toy += ["causal.num_frame_per_block=2", "causal.independent_first_frame=true"]
+        toy += [] if config.causal.rollout_frames is None else ["causal.rollout_frames=7"]
+        toy += [] if config.causal.local_attn_size is None else ["causal.local_attn_size=4"]
+        toy += [] if config.causal.sink_size == 0 else ["causal.sink_size=1"]
+    return toy
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[str(path.relative_to(CONFIGS)) for path in SHIPPED])
+def test_every_shipped_configuration_takes_one_step_at_toy_size(
+    path: Path, tiny_root: Path, tmp_path: Path
+) -> None:
+    toy = shrunk(load(path), tiny_root)
     line = ["--config_path", str(path), "--logdir", str(tmp_path), "--disable-wandb", *toy]
     assert train.main(line) == 0
     assert (tmp_path / "checkpoints" / "step_000001").is_dir()
+
+
+def test_every_trainer_has_a_shipped_configuration_and_so_has_every_method() -> None:
+    shipped = [load(path) for path in SHIPPED]
+    assert {config.trainer for config in shipped} == set(TRAINERS)
+    assert {method_class(config) for config in shipped} == set(methods())
 
 
 def test_the_shell_commands_of_the_readme_are_scripts_that_parse() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from scripts import evaluate, report
 from tests.runs import run, write_config
+from utils import shapes_metrics
 from utils.config import ConfigError
 
 ROWS = 20  # real clips, 16 of the teacher, 3 of the student
@@ -32,7 +33,7 @@ class Interruption:
 
     def __init__(self, calls: int) -> None:
         self.left = calls
-        self.quality = evaluate.quality
+        self.quality = shapes_metrics.quality
 
     def __call__(self, *arguments: Any) -> dict[str, float]:
         if not self.left:
@@ -44,13 +45,13 @@ class Interruption:
 def test_rows_survive_any_number_of_interruptions_and_are_measured_once(
     line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "REFERENCE_CLIPS", 96)
+    monkeypatch.setattr(shapes_metrics, "REFERENCE_CLIPS", 96)
     words = [*line, "--output_folder", str(tmp_path / "evaluation")]
     path = tmp_path / "evaluation" / "rows.json"
     kept = []
     for calls in (9, 1, 3):  # the first call of each is for real clips, which are not kept
         with monkeypatch.context() as patch:
-            patch.setattr(evaluate, "quality", Interruption(calls))
+            patch.setattr(shapes_metrics, "quality", Interruption(calls))
             with pytest.raises(KeyboardInterrupt):
                 evaluate.main(words)
         kept.append(json.loads(path.read_text(encoding="utf-8")))

@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import imageio.v3 as iio
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from tests.runs import read_state, run, step_folder, write_config
 from trainer.config import load
 from trainer.serving import Request, check_source, load_generator
 from utils.files import replaced_atomically
+from utils.video import save_mp4
 from utils.weights import write_weights
 
 __all__ = ["no_weights", "own_logging"]
@@ -200,6 +202,168 @@ def test_a_file_in_the_layout_of_self_forcing_holds_both_kinds_of_weights(
     torch.save(theirs, tmp_path / "both.pt")
     made = latents(student, tmp_path / "both.pt", use_ema=use_ema)
     assert torch.equal(made, latents(student, student.logdir, use_ema=use_ema))
+
+
+# ---- block by block
+
+
+@pytest.fixture(scope="module")
+def streaming(tmp_path_factory: pytest.TempPathFactory, tiny_root: Path) -> Student:
+    """A causal student, blocks of 1, 2 and 2 latent frames, as its model folder has it."""
+    folder = tmp_path_factory.mktemp("streaming")
+    config = write_config(folder, tiny_root, "self_forcing_dmd")
+    prompts = folder / "prompts.txt"
+    prompts.write_text(f"{PROMPTS[0]}\n", encoding="utf-8")
+    weights = tiny_root / "wan_models" / "Wan2.1-T2V-Tiny"
+    made = Student(config, weights, prompts, folder / "clips")
+    assert inference.main(made.words(made.clips)) == 0
+    return made
+
+
+def only_clip(folder: Path) -> Tensor:
+    """The one clip of a folder, [3, P, H, W] in [0, 1], its pixels as they were made."""
+    (path,) = folder.glob("*.mp4")
+    return torch.nn.functional.avg_pool2d(inference.read_clip(path), 8)
+
+
+def image_file(folder: Path, size: tuple[int, int] = (32, 32)) -> Path:
+    path = folder / "first.png"
+    iio.imwrite(path, np.full((*size, 3), (200, 40, 90), dtype=np.uint8))
+    return path
+
+
+def clip_file(folder: Path, frames: int) -> Path:
+    path = folder / "first.mp4"
+    rng = torch.Generator().manual_seed(0)
+    save_mp4(torch.rand(3, 1, 32, 32, generator=rng).expand(-1, frames, -1, -1), path, fps=8.0)
+    return path
+
+
+def test_a_causal_clip_may_be_longer_than_it_was_trained(
+    streaming: Student, tmp_path: Path
+) -> None:
+    line = streaming.words(tmp_path, "--num_output_frames", "9", "causal.local_attn_size=4")
+    assert inference.main(line) == 0
+    assert only_clip(tmp_path).shape == (3, 33, 32, 32)
+
+
+def test_a_longer_causal_clip_begins_as_the_shorter_one(streaming: Student, tmp_path: Path) -> None:
+    assert inference.main(streaming.words(tmp_path, "--num_output_frames", "9")) == 0
+    short, long = only_clip(streaming.clips), only_clip(tmp_path)
+    assert float((long[:, :17] - short).abs().mean()) < 0.02  # of compression
+
+
+def test_a_clip_begins_with_the_image_that_it_was_given(streaming: Student, tmp_path: Path) -> None:
+    image = image_file(tmp_path)
+    line = streaming.words(tmp_path / "clips", "--initial_path", str(image))
+    assert inference.main(line) == 0
+    first = only_clip(tmp_path / "clips")[:, 0]
+    color = torch.tensor([200.0, 40.0, 90.0]) / 255.0
+    assert float((first.mean(dim=(1, 2)) - color).abs().max()) < 0.1
+    plain = only_clip(streaming.clips)
+    assert float((only_clip(tmp_path / "clips")[:, 1:] - plain[:, 1:]).abs().mean()) > 0.01
+
+
+def test_a_clip_of_its_own_is_continued(streaming: Student, tmp_path: Path) -> None:
+    start = streaming.words(tmp_path / "start", "--num_output_frames", "3")
+    assert inference.main(start) == 0
+    (path,) = (tmp_path / "start").glob("*.mp4")
+    line = streaming.words(tmp_path / "clips", "--initial_path", str(path), "--seed", "1")
+    assert inference.main(line) == 0
+    given, made = only_clip(tmp_path / "start"), only_clip(tmp_path / "clips")
+    assert (given.shape[1], made.shape[1]) == (9, 17)
+    assert float((made[:, :9] - given).abs().mean()) < 0.1  # through the codec twice
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (
+            "4",
+            "--num_output_frames 4: causal.num_frame_per_block: a block of 2 frames must divide "
+            "the 3 latent frames after the first",
+        ),
+        ("0", "--num_output_frames: must be at least 1, got 0"),
+    ],
+)
+def test_a_length_that_no_blocks_make_is_refused(
+    frames: str,
+    message: str,
+    streaming: Student,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = streaming.words(tmp_path / "clips", "--num_output_frames", frames)
+    assert refusal(inference.main, line, capsys) == message
+    assert not (tmp_path / "clips").exists()
+
+
+def test_rollouts_of_training_do_not_limit_the_length_of_clips(
+    streaming: Student, tmp_path: Path
+) -> None:
+    line = streaming.words(tmp_path, "--num_output_frames", "7", "causal.rollout_frames=5")
+    assert inference.main(line) == 0
+    assert only_clip(tmp_path).shape == (3, 25, 32, 32)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_bidirectional_model_refuses_frames_to_begin_with(
+    student: Student, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = student.words(tmp_path / "clips", "--initial_path", str(image_file(tmp_path)))
+    assert refusal(inference.main, line, capsys) == (
+        "--initial_path: this model makes whole clips and cannot begin with given frames; use one "
+        "with generator_type: causal"
+    )
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_frames_to_begin_with_of_another_size_are_refused(
+    streaming: Student, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = image_file(tmp_path, (32, 48))
+    line = streaming.words(tmp_path / "clips", "--initial_path", str(path))
+    assert refusal(inference.main, line, capsys) == (
+        f"--initial_path: {path} is 32 x 48, the clips are 32 x 32 (height x width)"
+    )
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("frames", [5, 17])
+def test_frames_to_begin_with_that_end_within_a_block_or_fill_the_clip_are_refused(
+    frames: int, streaming: Student, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = clip_file(tmp_path, frames)
+    line = streaming.words(tmp_path / "clips", "--initial_path", str(path))
+    assert refusal(inference.main, line, capsys) == (
+        f"--initial_path: {path}: {1 + frames // 4} given frames of 5 must end where a block ends: "
+        "at one of 1, 3"
+    )
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_frames_to_begin_with_that_latent_frames_cannot_hold_are_refused(
+    streaming: Student, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = clip_file(tmp_path, 4)
+    line = streaming.words(tmp_path / "clips", "--initial_path", str(path))
+    assert refusal(inference.main, line, capsys) == (
+        f"--initial_path: {path} has 4 frames; give 1 + 4 k, as latent frames hold them"
+    )
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("exists", [False, True])
+def test_frames_to_begin_with_that_cannot_be_read_are_refused(
+    exists: bool, streaming: Student, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "first.png"
+    if exists:
+        path.write_text("not an image", encoding="utf-8")
+    line = streaming.words(tmp_path / "clips", "--initial_path", str(path))
+    message = refusal(inference.main, line, capsys)
+    assert message.startswith(f"--initial_path: {path} is not readable: ")
 
 
 # ---- file names

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -21,7 +22,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.profiler import record_function
 from tqdm import tqdm
 
+from model.base import Method
 from model.conditioning import ConditioningEncoder
+from model.discriminator import Discriminator
 from model.types import Batch, LossOutput
 from model.wan_wrapper import WanDiffusionWrapper
 from trainer.config import Config
@@ -32,8 +35,8 @@ from utils.dataset import DataOrder, Dataset
 from utils.distributed import Session
 from utils.ema import EMA
 from utils.metrics import Metrics, Tracker, not_finite
-from utils.optim import OptimizerConfig, clip_gradients, lr_factor, set_lr_factor
-from utils.parallel import sync_gradients
+from utils.optim import OptimizerConfig, clip_gradients, initialise, lr_factor, set_lr_factor
+from utils.parallel import settle, sync_gradients
 from utils.seeding import StepRNG, step_rng
 
 log = logging.getLogger(__name__)
@@ -54,17 +57,18 @@ class RunFailedError(RuntimeError):
 class TrainedRole:
     """A network whose weights move, with what moves them."""
 
-    network: WanDiffusionWrapper
+    network: WanDiffusionWrapper | Discriminator
     optimizers: Sequence[torch.optim.Optimizer]
     config: OptimizerConfig
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One optimizer update within an outer step."""
+    """One loss within an outer step, and one update of each role that it moves."""
 
-    role: str  # whose weights it moves
+    name: str  # of its randomness and its metrics
     loss: Callable[[Batch, StepRNG], LossOutput]
+    roles: tuple[str, ...]  # whose weights it moves
 
 
 @dataclass
@@ -82,6 +86,7 @@ class TrainerParts:
 
     config: Config
     session: Session
+    method: Method
     roles: Mapping[str, TrainedRole]
     dataset: Dataset
     encoder: ConditioningEncoder
@@ -98,12 +103,16 @@ class Trainer(ABC):
         self.parts = parts
         self.config = parts.config
         self.session = parts.session
+        self.method = parts.method
         self.roles = parts.roles
         self.ema = EMA(parts.roles["generator"].network.model, parts.config.ema)
         self.state = TrainState(updates=dict.fromkeys(parts.roles, 0))
         self.metrics = Metrics(parts.session)
         self.order = DataOrder(len(parts.dataset), parts.config.seed)
         self._stop = False
+        for role in parts.roles.values():
+            settle(role.network.model)
+            initialise(role.network.model, role.optimizers)
 
     @abstractmethod
     def phases(self, step: int) -> Iterable[Phase]:
@@ -145,11 +154,19 @@ class Trainer(ABC):
                 self.after_step(bar)
 
     def optimise(self, phase: Phase) -> None:
-        """One update of one role: micro-batches, clipping, step, averaging.
+        """One phase: micro-batches, then for each of its roles clipping, step, averaging.
 
         The labels are what a profiler (scripts/benchmark.py) shows.
         """
-        role = self.roles[phase.role]
+        with self.only_trainable(phase.roles):
+            self.accumulate(phase)
+        self.state.draws += self.config.batch_size
+        for role in phase.roles:
+            self.apply_gradients(role)
+            self.method.after_update(role)
+
+    def accumulate(self, phase: Phase) -> None:
+        """The gradients of one global batch."""
         micro = self.config.accumulation
         for part in range(micro):
             indices = self.micro_batch(part)
@@ -157,20 +174,31 @@ class Trainer(ABC):
                 batch = self.load_batch(indices)
                 rng = step_rng(
                     self.config.seed,
-                    phase.role,
+                    phase.name,
                     step=self.state.step,
                     first=self.state.draws,
                     indices=indices,
                     device=self.session.device,
                 )
-            sync_gradients(role.network.model, part == micro - 1)
-            with record_function(f"{phase.role} loss"):
+            for role in phase.roles:
+                sync_gradients(self.roles[role].network.model, part == micro - 1)
+            with record_function(f"{phase.name} loss"):
                 output = phase.loss(batch, rng)
-            with record_function(f"{phase.role} backward"):
+            with record_function(f"{phase.name} backward"):
                 (output.loss / micro).backward()
-            self.metrics.add(phase.role, {"loss": output.loss.detach(), **output.metrics})
-        self.state.draws += self.config.batch_size
-        self.apply_gradients(phase.role)
+            self.metrics.add(phase.name, {"loss": output.loss.detach(), **output.metrics})
+
+    @contextmanager
+    def only_trainable(self, names: Sequence[str]) -> Iterator[None]:
+        """Within the body no other role gathers gradients: losses may pass through its network."""
+        others = [role for name, role in self.roles.items() if name not in names]
+        for role in others:
+            role.network.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for role in others:
+                role.network.requires_grad_(True)
 
     def apply_gradients(self, name: str) -> None:
         """Clip, step the role's optimizers, clear gradients, move the average."""
@@ -199,14 +227,19 @@ class Trainer(ABC):
     def load_batch(self, indices: Sequence[int]) -> Batch:
         """The samples at these positions of the current global batch, encoded."""
         items = [self.parts.dataset[self.order[self.state.draws + i]] for i in indices]
-        latents = [item.latents for item in items if item.latents is not None]
         channels, frames, height, width = self.config.latent_shape
         return Batch(
             conditioning=self.parts.encoder.encode([item.prompt for item in items]),
             unconditional=self.parts.encoder.unconditional(len(items)),
             latent_shape=(channels, frames, height, width),
-            x0=torch.stack(latents).to(self.session.device) if latents else None,
+            x0=self.stack(item.latents for item in items),
+            trajectory=self.stack(item.trajectory for item in items),
         )
+
+    def stack(self, tensors: Iterable[Tensor | None]) -> Tensor | None:
+        """One tensor per sample as a batch on the device, where the data has them."""
+        found = [tensor for tensor in tensors if tensor is not None]
+        return torch.stack(found).to(self.session.device) if found else None
 
     def after_step(self, bar: tqdm[Any]) -> None:
         """Log, save and show samples, each at its own interval; stop if a signal asked for it."""
@@ -246,6 +279,7 @@ class Trainer(ABC):
     def show_samples(self, validator: Validator) -> None:
         """Write pictures of samples made with the averaged weights."""
         generator = self.roles["generator"].network
+        assert isinstance(generator, WanDiffusionWrapper)
         with self.ema.swapped_in(generator.model):
             path = validator.run(generator, self.parts.encoder, self.state.step)
         if self.session.is_main:

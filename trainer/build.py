@@ -3,53 +3,62 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 
-from model.base import DistributionMatching, Method
+from model.base import Method, Parts
+from model.causvid import CausVidConfig
 from model.conditioning import ConditioningEncoder
-from model.diffusion import Diffusion, DiffusionConfig
-from model.flow import step_sigmas
-from model.folder import ModelFolder, check_model, find_model
+from model.discriminator import Discriminator
+from model.folder import ModelFolder
 from model.loading import (
     Placement,
-    check_weights,
     find_weights,
     load_network,
+    random_discriminator,
     random_network,
 )
-from model.types import Denoiser
+from model.types import Denoiser, Rollout
 from model.wan_wrapper import WanDiffusionWrapper, WanTextEncoder, load_vae
 from pipeline.bidirectional import BidirectionalTrainingPipeline
-from pipeline.build import inference_pipeline
+from pipeline.build import few_step_pipeline, many_step_pipeline
+from pipeline.causal import SelfForcingTrainingPipeline
+from pipeline.data import DataRollout
 from pipeline.protocol import InferencePipeline
 from trainer.base import TrainedRole, Trainer, TrainerParts
 from trainer.config import (
-    CHANGEABLE,
     Config,
     TrainedNetworkConfig,
-    method_class,
-    role_model,
+    causal_config,
+    optimizer_settings,
     role_settings,
-    trained_networks,
+    sigmas,
 )
 from trainer.diffusion import DiffusionTrainer
 from trainer.distillation import ScoreDistillationTrainer
+from trainer.gan import GANTrainer
+from trainer.inputs import Inputs, check_inputs, claim_logdir
+from trainer.ode import ODETrainer
 from trainer.validation import Validator
 from utils import checkpoint
-from utils.config import ConfigError, differences, to_yaml
-from utils.dataset import Dataset, open_dataset, read_prompt_file
 from utils.distributed import Session
-from utils.files import write_text
 from utils.metrics import JsonLines, Tracker, WandB
 from utils.optim import build_optimizers
 from utils.parallel import build_mesh
 from utils.seeding import derive_seed
 
 log = logging.getLogger(__name__)
+
+Network = WanDiffusionWrapper | Discriminator
+
+TRAINERS: dict[str, type[Trainer]] = {
+    "score_distillation": ScoreDistillationTrainer,
+    "diffusion": DiffusionTrainer,
+    "gan": GANTrainer,
+    "ode": ODETrainer,
+}
 
 
 @dataclass(frozen=True)
@@ -64,16 +73,6 @@ class RunOptions:
     wandb_folder: Path | None = None  # None = the log directory
 
 
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """What the checks found: folders, data and the method, all before any weight is loaded."""
-
-    folders: dict[str, ModelFolder]  # per role
-    dataset: Dataset
-    prompts: list[str]  # for validation
-    method: type[Method]
-
-
 def build_trainer(config: Config, session: Session, options: RunOptions) -> Trainer:
     """Check everything, claim the log directory, load the networks, wire the trainer.
 
@@ -83,19 +82,20 @@ def build_trainer(config: Config, session: Session, options: RunOptions) -> Trai
     claim_logdir(config, session, options.logdir)
     trackers = _build_trackers(config, session, options)
     encoder = _build_encoder(config, session, inputs.folders["generator"])
-    networks = {role: _build_network(config, session, inputs, role) for role in inputs.method.roles}
+    networks = _build_networks(config, session, inputs)
     roles = {}
-    for name in inputs.method.trainable:
-        settings = trained_networks(config)[name]
+    for name in inputs.needs.trained:
+        settings = optimizer_settings(config)[name]
         model = networks[name].model
-        model.checkpoint_blocks = config.parallel.activation_checkpoint == "block"
-        roles[name] = TrainedRole(
-            networks[name], build_optimizers(model, model.blocks, settings), settings
-        )
+        optimizers = build_optimizers(model, model.blocks, settings)
+        roles[name] = TrainedRole(networks[name], optimizers, settings)
     validator = _build_validator(config, session, options, inputs) if options.visualize else None
+    method = _build_method(config, session, inputs, networks)
+    _announce(config, session, networks)
     parts = TrainerParts(
         config=config,
         session=session,
+        method=method,
         roles=roles,
         dataset=inputs.dataset,
         encoder=encoder,
@@ -104,91 +104,7 @@ def build_trainer(config: Config, session: Session, options: RunOptions) -> Trai
         logdir=options.logdir,
         save=options.save,
     )
-    _announce(config, session, networks)
-    return _build_method_trainer(config, inputs.method, networks, parts)
-
-
-def check_inputs(config: Config, session: Session) -> Inputs:
-    """Look at every file and number that the run depends on; nothing heavy is read."""
-    method = method_class(config)
-    share = config.accumulation * session.world_size
-    if config.batch_size % share:
-        raise ConfigError(
-            f"batch_size: {config.batch_size} samples do not divide over {session.world_size} "
-            f"ranks x {config.accumulation} micro-batches; use a multiple of {share}"
-        )
-    root = Path(config.model_root)
-    folders = {role: find_model(root, role_model(config, role)) for role in method.roles}
-    for role, folder in folders.items():
-        settings = role_settings(config)[role]
-        fresh = isinstance(settings, TrainedNetworkConfig) and settings.random_init
-        own = fresh or settings.weights is not None
-        check_model(folder, weights=not own, encoders=role == "generator")
-        if not fresh:
-            weights = find_weights(Path(settings.weights) if settings.weights else folder.path)
-            check_weights(folder.wan_config(), weights, what=f"{role} {folder.path}")
-    dataset = open_dataset(Path(config.data.path))
-    shape = tuple(config.latent_shape)
-    if method.needs_latents and dataset.latent_shape is None:
-        raise ConfigError(
-            f"data.path: trainer '{config.trainer}' learns from real latents, "
-            f"but {config.data.path} holds prompts alone"
-        )
-    if method.needs_latents and dataset.latent_shape != shape:
-        raise ConfigError(
-            f"latent_shape: is {list(shape)}, but the latents in {config.data.path} "
-            f"are {list(dataset.latent_shape or ())}"
-        )
-    sizes = folders["generator"].wan_config()
-    if shape[0] != sizes.out_dim:
-        raise ConfigError(
-            f"latent_shape: has {shape[0]} channels, {folders['generator'].path} makes "
-            f"{sizes.out_dim}"
-        )
-    _, patch_h, patch_w = sizes.patch_size
-    if shape[2] % patch_h or shape[3] % patch_w:
-        raise ConfigError(
-            f"latent_shape: {shape[2]} x {shape[3]} does not divide into patches of "
-            f"{patch_h} x {patch_w}"
-        )
-    return Inputs(folders, dataset, _validation_prompts(config, dataset), method)
-
-
-def _validation_prompts(config: Config, dataset: Dataset) -> list[str]:
-    count = config.validation.count
-    if config.validation.prompts is not None:
-        return read_prompt_file(Path(config.validation.prompts))[:count]
-    return [dataset[i].prompt for i in range(min(count, len(dataset)))]
-
-
-def claim_logdir(config: Config, session: Session, logdir: Path) -> None:
-    """Make the log directory this run's own, or find that it is.
-
-    Raises ConfigError with the differing keys if it belongs to another run.
-    """
-    path = logdir / "config.yaml"
-    new = OmegaConf.create(to_yaml(config))
-    whole = checkpoint.latest(logdir / "checkpoints")
-    if whole is None and checkpoint.any_saved(logdir / "checkpoints"):
-        raise ConfigError(
-            f"{logdir}: all its checkpoints are damaged; restore one, or use a new --logdir"
-        )
-    if path.is_file() and whole is not None:
-        changed = differences(OmegaConf.load(path), new)  # type: ignore[arg-type]
-        foreign = [
-            f"{key}: is {there}, now {here}"
-            for key, (there, here) in changed.items()
-            if not any(key == free or key.startswith(f"{free}.") for free in CHANGEABLE)
-        ]
-        if foreign:
-            raise ConfigError(
-                f"{logdir}: holds another run; use a new --logdir, or restore: {'; '.join(foreign)}"
-            )
-        for key, (there, here) in changed.items():
-            log.info("continuing with %s = %s (was %s)", key, here, there)
-    session.barrier()
-    if session.is_main:
-        write_text(path, to_yaml(config))
+    return TRAINERS[config.trainer](parts)
 
 
 def _placement(config: Config, session: Session, *, trained: bool) -> Placement:
@@ -201,12 +117,27 @@ def _placement(config: Config, session: Session, *, trained: bool) -> Placement:
     )
 
 
+def _build_networks(config: Config, session: Session, inputs: Inputs) -> dict[str, Network]:
+    networks: dict[str, Network] = {}
+    for role in inputs.needs.networks:
+        network = _build_network(config, session, inputs, role)
+        network.model.checkpoint_blocks = config.parallel.activation_checkpoint == "block"
+        networks[role] = network
+    if inputs.needs.judged is not None:
+        sizes = inputs.folders[inputs.needs.judged].wan_config()
+        place = _placement(config, session, trained=True)
+        networks["discriminator"] = random_discriminator(
+            sizes, config.discriminator, config.seed, replace(place, compute=torch.float32)
+        )
+    return networks
+
+
 def _build_network(
     config: Config, session: Session, inputs: Inputs, role: str
 ) -> WanDiffusionWrapper:
     settings = role_settings(config)[role]
     folder = inputs.folders[role]
-    trained = role in inputs.method.trainable
+    trained = role in inputs.needs.trained
     place = _placement(config, session, trained=trained)
     if isinstance(settings, TrainedNetworkConfig) and settings.random_init:
         return random_network(folder.wan_config(), config.seed, place)
@@ -225,13 +156,9 @@ def _build_encoder(config: Config, session: Session, folder: ModelFolder) -> Con
 
 def run_pipeline(config: Config, net: Denoiser) -> InferencePipeline:
     """The pipeline that samples a run's generator."""
-    return inference_pipeline(
-        net,
-        distilled=config.trainer == "score_distillation",
-        denoising_step_list=config.denoising_step_list,
-        timestep_shift=config.timestep_shift,
-        sampling=config.sampling,
-    )
+    if config.trainer == "diffusion":
+        return many_step_pipeline(net, config.sampling, causal_config(config))
+    return few_step_pipeline(net, sigmas(config), causal_config(config))
 
 
 def _build_validator(
@@ -272,21 +199,35 @@ def _build_trackers(config: Config, session: Session, options: RunOptions) -> li
     return trackers
 
 
-def _build_method_trainer(
-    config: Config,
-    method: type[Method],
-    networks: dict[str, WanDiffusionWrapper],
-    parts: TrainerParts,
-) -> Trainer:
-    if issubclass(method, DistributionMatching):
-        sigmas = step_sigmas(config.denoising_step_list, config.timestep_shift)
-        rollout = BidirectionalTrainingPipeline(sigmas)
-        return ScoreDistillationTrainer(parts, method(config.loss, networks, rollout))  # type: ignore[arg-type]
-    assert method is Diffusion and isinstance(config.loss, DiffusionConfig)
-    return DiffusionTrainer(parts, Diffusion(config.loss, networks))
+def _build_method(
+    config: Config, session: Session, inputs: Inputs, networks: dict[str, Network]
+) -> Method:
+    parts = Parts(
+        networks=networks,
+        rollout=_build_rollout(config, session, inputs),
+        sigmas=sigmas(config),
+        layout=causal_config(config),
+    )
+    return inputs.method(config.loss, parts)
 
 
-def _announce(config: Config, session: Session, networks: dict[str, WanDiffusionWrapper]) -> None:
+def _build_rollout(config: Config, session: Session, inputs: Inputs) -> Rollout | None:
+    causal = causal_config(config)
+    if inputs.needs.rollout == "none":
+        return None
+    if inputs.needs.rollout == "data":
+        assert isinstance(config.loss, CausVidConfig)
+        forced = config.loss.teacher_forcing
+        return DataRollout(sigmas(config), causal, teacher_forcing=forced)
+    if causal is None:
+        return BidirectionalTrainingPipeline(sigmas(config))
+    vae = None
+    if causal.rollout_frames is not None:
+        vae = load_vae(inputs.folders["generator"], session.device, torch.float32)
+    return SelfForcingTrainingPipeline(sigmas(config), causal, vae)
+
+
+def _announce(config: Config, session: Session, networks: dict[str, Network]) -> None:
     if not session.is_main:
         return
     for role, network in networks.items():

@@ -10,8 +10,13 @@ from typing import Literal, cast
 from omegaconf import MISSING, OmegaConf
 
 import model
-from model.base import DistributionMatching, Method, MethodConfig
+from model.base import DistributionMatching, Method, MethodConfig, Needs, RegressionMethod
+from model.diffusion import Diffusion
+from model.discriminator import DiscriminatorConfig
 from model.dmd import DMDConfig
+from model.flow import step_sigmas
+from model.gan import GAN
+from pipeline.causal import CausalConfig
 from pipeline.teacher import SamplingConfig
 from utils.config import ConfigError, Layer, load_config, read_overrides, read_yaml
 from utils.ema import EMAConfig
@@ -55,6 +60,28 @@ RENAMED = {
     "real_score_fsdp_wrap_strategy": "nothing: each block is one unit",
     "fake_score_fsdp_wrap_strategy": "nothing: each block is one unit",
     "num_train_timestep": "nothing: noise levels are exact, sigma = timestep / 1000",
+    "num_frame_per_block": "causal.num_frame_per_block",
+    "independent_first_frame": "causal.independent_first_frame",
+    "local_attn_size": "causal.local_attn_size, null for all frames",
+    "sink_size": "causal.sink_size",
+    "context_noise": "causal.context_noise",
+    "same_step_across_blocks": "causal.same_step_across_blocks",
+    "last_step_only": "causal.last_step_only",
+    "num_training_frames": "latent_shape, and causal.rollout_frames for longer rollouts",
+    "sid_alpha": "loss.alpha",
+    "teacher_forcing": "loss.teacher_forcing",
+    "noise_augmentation_max_timestep": "loss.clean_noise, a noise level in [0, 1]",
+    "critic_timestep_shift": "loss.timestep_shift",
+    "relativistic_discriminator": "loss.adversarial.relativistic",
+    "gan_g_weight": "loss.gan_weight for DMD; for a GAN nothing: scale generator.lr",
+    "gan_d_weight": "nothing: scale discriminator.lr",
+    "r1_weight": "loss.adversarial.r1_weight",
+    "r2_weight": "loss.adversarial.r2_weight",
+    "r1_sigma": "loss.adversarial.r1_sigma",
+    "r2_sigma": "loss.adversarial.r2_sigma",
+    "discriminator_warmup_steps": "loss.discriminator_warmup_steps",
+    "discriminator_lr_multiplier": "discriminator.lr",
+    "denoising_loss_type": "nothing: critics regress the velocity (flow)",
     "wandb_project": "logging.project",
     "wandb_key": "nothing: run `wandb login` once",
 }
@@ -106,9 +133,9 @@ class LoggingConfig:
 class Config:
     """One run, all of it."""
 
-    trainer: Literal["score_distillation", "diffusion"] = MISSING
-    distribution_loss: str = "dmd"  # of score_distillation: the file name of a method in model/
-    generator_type: Literal["bidirectional"] = "bidirectional"
+    trainer: Literal["score_distillation", "diffusion", "gan", "ode"] = MISSING
+    distribution_loss: str | None = None  # a method's file in model/; None = the usual
+    generator_type: Literal["bidirectional", "causal"] = "bidirectional"
     denoising_step_list: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])
     sharding_strategy: Literal["full", "hybrid_full"] = "full"
 
@@ -124,6 +151,8 @@ class Config:
     generator: TrainedNetworkConfig = field(default_factory=TrainedNetworkConfig)
     critic: TrainedNetworkConfig = field(default_factory=lambda: TrainedNetworkConfig(lr=4e-7))
     teacher: NetworkConfig = field(default_factory=NetworkConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    causal: CausalConfig = field(default_factory=CausalConfig)  # of generator_type: causal
     loss: MethodConfig = field(default_factory=DMDConfig)
     data: DataConfig = field(default_factory=DataConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
@@ -146,9 +175,13 @@ CHANGEABLE = (
 )  # fmt: skip
 
 
-def method_name(trainer: str, distribution_loss: str) -> str:
-    """The file in model/ that holds the run's method: score distillation has a choice of them."""
-    return distribution_loss if trainer == "score_distillation" else trainer
+# Per trainer, the methods that it takes, and the one that it takes unless told otherwise.
+FAMILIES: dict[str, tuple[type[Method], str]] = {
+    "score_distillation": (DistributionMatching, "dmd"),
+    "diffusion": (Diffusion, "diffusion"),
+    "gan": (GAN, "gan"),
+    "ode": (RegressionMethod, "ode"),
+}
 
 
 def method_class(config: Config) -> type[Method]:
@@ -156,10 +189,15 @@ def method_class(config: Config) -> type[Method]:
     return find_method(config.trainer, config.distribution_loss)
 
 
-def find_method(trainer: str, distribution_loss: str) -> type[Method]:
+def method_needs(config: Config) -> Needs:
+    """What the run's method must be given."""
+    return method_class(config).needs(config.loss)
+
+
+def find_method(trainer: str, distribution_loss: str | None) -> type[Method]:
     """The method that two selectors name. Raises ValueError with the choices."""
-    name = method_name(trainer, distribution_loss)
-    base = DistributionMatching if trainer == "score_distillation" else Method
+    base, usual = FAMILIES[trainer]
+    name = distribution_loss or usual
     return cast(type[Method], member_of(model, name, base, key="distribution_loss"))
 
 
@@ -180,16 +218,16 @@ def _schema(layers: Sequence[Layer]) -> Config:
     """The root schema, its `loss` typed by the method that the layers select."""
     selected = OmegaConf.merge(*(layer.values for layer in layers))
     trainer = OmegaConf.select(selected, "trainer", default="score_distillation")
-    loss = OmegaConf.select(selected, "distribution_loss", default="dmd")
+    if trainer not in FAMILIES:
+        return Config()  # the typed merge will name the wrong trainer
+    loss = OmegaConf.select(selected, "distribution_loss", default=None)
     try:
-        method = find_method(str(trainer), str(loss))
+        method = find_method(str(trainer), None if loss is None else str(loss))
     except ValueError as error:
-        if trainer != "score_distillation":
-            return Config()  # the typed merge will name the wrong trainer
         source = next(
             (x.source for x in reversed(layers) if "distribution_loss" in x.values), "default"
         )
-        raise ConfigError(f"{source}: {error}") from error
+        raise ConfigError(f"{source}: {error} (trainer: {trainer})") from error
     return Config(loss=method.config_class())
 
 
@@ -226,8 +264,9 @@ def problems(config: Config) -> Iterator[str]:
     yield from (f"{k}: must be positive, got {v}" for k, v in shifts.items() if not v > 0)
     if config.validation.every < 0:
         yield f"validation.every: must be at least 0 (0 = never), got {config.validation.every}"
-    for name, settings in trained_networks(config).items():
-        yield from _optimizer_problems(name, settings)
+    yield from _role_problems(config)
+    if causal_config(config) is not None and len(config.latent_shape) == 4:
+        yield from config.causal.problems(config.latent_shape[1])
     if not 0.0 <= config.ema.decay < 1.0:
         yield f"ema.decay: must lie in [0, 1), got {config.ema.decay}"
     yield from config.loss.problems()
@@ -235,11 +274,22 @@ def problems(config: Config) -> Iterator[str]:
         yield "generator.model: must name a model folder (or teacher.model must)"
 
 
+def _role_problems(config: Config) -> Iterator[str]:
+    for name, settings in optimizer_settings(config).items():
+        yield from _optimizer_problems(name, settings)
+    for name, network in trained_networks(config).items():
+        if network.random_init and network.weights is not None:
+            yield f"{name}.weights: cannot be given together with {name}.random_init"
+    hidden = config.discriminator.ffn_dim
+    if hidden is not None and hidden < 1:
+        yield f"discriminator.ffn_dim: must be at least 1, or null, got {hidden}"
+
+
 def _descending(steps: Sequence[int]) -> list[int]:
     return sorted(set(steps), reverse=True)
 
 
-def _optimizer_problems(name: str, config: TrainedNetworkConfig) -> Iterator[str]:
+def _optimizer_problems(name: str, config: OptimizerConfig) -> Iterator[str]:
     if not 0.0 < config.lr < float("inf"):
         yield f"{name}.lr: must be positive and finite, got {config.lr}"
     if config.muon_lr is not None and not 0.0 < config.muon_lr < float("inf"):
@@ -261,17 +311,30 @@ def _optimizer_problems(name: str, config: TrainedNetworkConfig) -> Iterator[str
     for key, share in (("decay_from", config.decay_from), ("decay_to", config.decay_to)):
         if not 0.0 <= share <= 1.0:
             yield f"{name}.{key}: must lie in [0, 1], got {share}"
-    if config.random_init and config.weights is not None:
-        yield f"{name}.weights: cannot be given together with {name}.random_init"
 
 
 def trained_networks(config: Config) -> dict[str, TrainedNetworkConfig]:
-    """The settings of each role that can be trained."""
+    """The settings of each Wan transformer that can be trained."""
     return {"generator": config.generator, "critic": config.critic}
 
 
+def optimizer_settings(config: Config) -> dict[str, OptimizerConfig]:
+    """The optimizer of each role that can be trained."""
+    return {**trained_networks(config), "discriminator": config.discriminator}
+
+
+def causal_config(config: Config) -> CausalConfig | None:
+    """How the generator's videos fall into blocks; None = it is bidirectional."""
+    return config.causal if config.generator_type == "causal" else None
+
+
+def sigmas(config: Config) -> list[float]:
+    """Noise levels of the few steps."""
+    return step_sigmas(config.denoising_step_list, config.timestep_shift)
+
+
 def role_settings(config: Config) -> dict[str, NetworkConfig | TrainedNetworkConfig]:
-    """The settings of each role."""
+    """The settings of each role that is a Wan transformer."""
     return {**trained_networks(config), "teacher": config.teacher}
 
 

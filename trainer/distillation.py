@@ -3,25 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol, cast
 
-from model.base import DistributionMatching
+from model.base import AlternatingConfig
+from model.types import Batch, LossOutput
 from trainer.base import Phase, Trainer, TrainerParts
+from utils.seeding import StepRNG
 
 
-class ScoreDistillationTrainer(Trainer):
-    """Alternates a generator that follows two scores and a critic that follows the generator."""
+class Alternating(Protocol):
+    """A method whose generator and opponent take turns."""
 
-    def __init__(self, parts: TrainerParts, method: DistributionMatching) -> None:
+    config: AlternatingConfig
+
+    def generator_loss(self, batch: Batch, rng: StepRNG) -> LossOutput:
+        """Moves the generator."""
+
+    def critic_loss(self, batch: Batch, rng: StepRNG) -> LossOutput:
+        """Moves all other roles."""
+
+
+class AlternatingTrainer(Trainer):
+    """Alternates a generator and an opponent that judges its samples."""
+
+    head_start: int = 0  # outer steps before the generator moves for the first time
+
+    def __init__(self, parts: TrainerParts) -> None:
         super().__init__(parts)
-        self.method = method
+        self.opponents = tuple(name for name in parts.roles if name != "generator")
+        self.losses = cast(Alternating, parts.method)
+        self.every = self.losses.config.generator_every
 
     def phases(self, step: int) -> Iterator[Phase]:
-        """The generator first, so that both see the critic of the step before."""
-        if step % self.method.config.generator_every == 0:
-            yield Phase("generator", self.method.generator_loss)
-        yield Phase("critic", self.method.critic_loss)
+        """The generator first, so that both see the opponent of the step before."""
+        since = step - self.head_start
+        if since >= 0 and since % self.every == 0:
+            yield Phase("generator", self.losses.generator_loss, ("generator",))
+        yield Phase("critic", self.losses.critic_loss, self.opponents)
 
     def total_updates(self, role: str) -> int:
-        """One critic update per step, one generator update per `generator_every` steps."""
-        every = self.method.config.generator_every if role == "generator" else 1
-        return -(-self.config.steps // every)
+        """One opponent update per step, one generator update per `generator_every` steps."""
+        if role != "generator":
+            return self.config.steps
+        return -(-max(0, self.config.steps - self.head_start) // self.every)
+
+
+class ScoreDistillationTrainer(AlternatingTrainer):
+    """The generator follows two scores; the critic, which gives one of them, follows it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,28 +45,57 @@ class VideoGenerator:
         self,
         requests: Sequence[Request],
         *,
+        initial: Tensor | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Latents [B, C, F, H, W], fp32. `on_step(done, total)` is called after each step."""
+        return torch.cat(list(self.pieces(requests, initial=initial, on_step=on_step)), dim=2)
+
+    def pieces(
+        self,
+        requests: Sequence[Request],
+        *,
+        initial: Tensor | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Tensor]:
+        """The same latents as they come, [B, C, f, H, W] each; a whole-clip model gives one piece.
+
+        initial: [B, C, g, H, W], frames that the clips begin with. Raises ValueError where the
+        model cannot.
+        """
         rng = sample_rng(
             0, "inference", [f"{r.seed}/{r.sample}/{r.prompt}" for r in requests], self.device
         )
-        return self.pipeline.sample(
+        return self.pipeline.stream(
             self.encoder.encode([request.prompt for request in requests]),
             self.encoder.unconditional(len(requests)),
             self.latent_shape,
             rng,
+            initial=initial,
             on_step=on_step,
         )
+
+    def stream(
+        self,
+        request: Request,
+        *,
+        initial: Tensor | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Tensor]:
+        """One clip in pieces [3, p, H, W] in [0, 1], each decoded before the next is begun."""
+        decoder = self.vae.stream_decoder()
+        for piece in self.pieces([request], initial=initial, on_step=on_step):
+            yield to_unit(decoder.decode(piece))[0]
 
     def clips(
         self,
         requests: Sequence[Request],
         *,
+        initial: Tensor | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Clips [B, 3, P, H, W] in [0, 1]."""
-        latents = self.latents(requests, on_step=on_step)
+        """Clips [B, 3, P, H, W] in [0, 1]. initial: see `pieces`."""
+        latents = self.latents(requests, initial=initial, on_step=on_step)
         return torch.cat([to_unit(self.vae.decode_to_pixel(row[None])) for row in latents])
 
 
@@ -96,10 +125,8 @@ def load_generator(
     config: Config,
     source: Source,
     device: torch.device,
-    *,
-    latent_frames: int | None = None,
 ) -> VideoGenerator:
-    """Load what `check_source` found, for inference. latent_frames: None = as trained."""
+    """Load what `check_source` found, for inference."""
     dtype = torch.bfloat16 if config.mixed_precision and device.type == "cuda" else torch.float32
     sizes = source.folder.wan_config()
     place = Placement(device, storage=dtype, compute=dtype)
@@ -114,6 +141,6 @@ def load_generator(
             text_encoder, negative_prompt=config.data.negative_prompt, device=device
         ),
         vae=load_vae(source.folder, device, dtype),
-        latent_shape=(channels, latent_frames or frames, height, width),
+        latent_shape=(channels, frames, height, width),
         device=device,
     )

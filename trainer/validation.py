@@ -9,7 +9,7 @@ from pathlib import Path
 from model.conditioning import ConditioningEncoder
 from model.types import Denoiser
 from model.wan_wrapper import VideoVAE
-from pipeline.protocol import InferencePipeline
+from pipeline.protocol import InferencePipeline, sample
 from utils.distributed import Session
 from utils.seeding import sample_rng
 from utils.video import contact_sheet, save_png, to_unit
@@ -40,7 +40,8 @@ class Validator:
         path = self.folder / f"step_{step:06d}.png"
         pipeline = self.build_pipeline(generator)
         rng = sample_rng(self.seed, "validation", range(len(self.prompts)), self.session.device)
-        latents = pipeline.sample(
+        latents = sample(
+            pipeline,
             encoder.encode(self.prompts),
             encoder.unconditional(len(self.prompts)),
             self.latent_shape,

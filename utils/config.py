@@ -14,6 +14,8 @@ from yaml import YAMLError
 
 T = TypeVar("T")
 
+OMITTED = ("full_key", "object_type", "reference_type")  # lines of OmegaConf's messages
+
 
 class ConfigError(ValueError):
     """A configuration that its user can mend; the message holds one problem per line."""
@@ -152,4 +154,4 @@ def _siblings(path: str, known: Sequence[str]) -> str:
 
 def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "; ".join(line for line in lines if not line.startswith(("full_key", "object_type")))
+    return "; ".join(line for line in lines if not line.startswith(OMITTED))

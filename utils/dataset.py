@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,12 +21,14 @@ class RawItem:
 
     prompt: str
     latents: Tensor | None = None  # [C, F, H, W], fp32
+    trajectory: Tensor | None = None  # [S, C, F, H, W], fp32, noise to clean
 
 
 class Dataset(Protocol):
     """Random access to records."""
 
-    latent_shape: tuple[int, int, int, int] | None  # [C, F, H, W], or None without latents
+    latent_shape: tuple[int, ...] | None  # [C, F, H, W], or None without latents
+    trajectory_shape: tuple[int, ...] | None  # [S, C, F, H, W], or None without trajectories
 
     def __len__(self) -> int: ...
 
@@ -35,7 +38,8 @@ class Dataset(Protocol):
 class Prompts:
     """Captions alone, in memory."""
 
-    latent_shape: tuple[int, int, int, int] | None = None
+    latent_shape: tuple[int, ...] | None = None
+    trajectory_shape: tuple[int, ...] | None = None
 
     def __init__(self, prompts: list[str]) -> None:
         self.prompts = prompts
@@ -48,18 +52,52 @@ class Prompts:
 
 
 class LatentShards:
-    """Captions and latents from LMDB shards; shards without latents give captions alone."""
+    """Captions from LMDB shards, with the latents and trajectories that they hold, if any."""
 
     def __init__(self, folder: Path) -> None:
         self._reader = ShardReader(folder)
         self.latent_shape = self._reader.latent_shape
+        self.trajectory_shape = self._reader.trajectory_shape
 
     def __len__(self) -> int:
         return len(self._reader)
 
     def __getitem__(self, index: int) -> RawItem:
-        latents = None if self.latent_shape is None else self._reader.latents(index)
-        return RawItem(self._reader.prompt(index), latents)
+        reader = self._reader
+        latents = None if self.latent_shape is None else reader.latents(index)
+        trajectory = None if self.trajectory_shape is None else reader.trajectory(index)
+        return RawItem(reader.prompt(index), latents, trajectory)
+
+
+@dataclass(frozen=True)
+class TrajectoryManifest:
+    """How the ODE pairs of a folder were made; also what tells a run that continues from others."""
+
+    count: int  # pairs when it is finished
+    denoising_step_list: list[int]  # the states that are kept, noise first; the end comes last
+    timestep_shift: float
+    latent_shape: list[int]  # [C, F, H, W]
+    steps: int  # Euler steps of the teacher
+    cfg_scale: float
+    seed: int
+    prompts: str  # a hash of them
+    weights: str  # where the teacher came from
+
+
+def manifest_path(folder: Path) -> Path:
+    """Where a folder of ODE pairs says how it was made."""
+    return folder / "manifest.json"
+
+
+def read_manifest(folder: Path) -> TrajectoryManifest | None:
+    """The manifest of a folder of ODE pairs, or None. Raises ValueError if it is damaged."""
+    path = manifest_path(folder)
+    if not path.is_file():
+        return None
+    try:
+        return TrajectoryManifest(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a manifest of ODE pairs: {error}") from error
 
 
 def open_dataset(path: Path) -> Dataset:
@@ -71,6 +109,11 @@ def open_dataset(path: Path) -> Dataset:
         return Prompts(read_prompt_file(path))
     if shard_paths(path):
         return LatentShards(path)
+    if manifest_path(path).is_file():
+        raise FileNotFoundError(
+            f"{path}: has a manifest of ODE pairs but no pair yet; run "
+            f"scripts/generate_ode_pairs.py again"
+        )
     if not path.is_dir():
         raise FileNotFoundError(
             f"{path}: no such data; give a .txt file with one prompt per line, a folder of .txt "

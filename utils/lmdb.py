@@ -1,7 +1,8 @@
-"""The one LMDB layout: a folder of shards, each with prompts and, where wanted, latents.
+"""The one LMDB layout: a folder of shards, each with prompts and, where wanted, tensors.
 
 In a shard, `<name>_shape` holds the row count and the shape of a row, `<name>_<row>_data` the row:
-prompts as UTF-8, latents as float16 [F, C, H, W]. Everywhere else latents are [C, F, H, W].
+prompts as UTF-8, latents as float16 [F, C, H, W], trajectories (S states from noise to clean) as
+float16 [S, F, C, H, W]. Everywhere else the channels come before the frames.
 """
 
 from __future__ import annotations
@@ -26,35 +27,48 @@ class ShardWriter:
         self._env = lmdb.open(str(path), map_size=FIRST_MAP_BYTES, subdir=True, lock=False)
         self._rows = _rows(self._env)
 
+    @property
+    def rows(self) -> int:
+        """How many rows the shard holds."""
+        return self._rows
+
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._env.close()
 
-    def append(self, prompts: Sequence[str], latents: Tensor | None = None) -> None:
-        """Add rows. latents: [B, C, F, H, W], one per prompt, or None for prompts alone.
+    def append(
+        self,
+        prompts: Sequence[str],
+        latents: Tensor | None = None,
+        trajectories: Tensor | None = None,
+    ) -> None:
+        """Add rows. latents: [B, C, F, H, W]; trajectories: [B, S, C, F, H, W]; None = without.
 
-        Raises ValueError if there is not one row of latents per prompt, or their shape is new.
+        Raises ValueError if there is not one row per prompt, or their shape is new.
         """
         records = {b"prompts_shape": f"{self._rows + len(prompts)}".encode()}
         for i, prompt in enumerate(prompts):
             records[f"prompts_{self._rows + i}_data".encode()] = prompt.encode()
-        if latents is not None:
-            stored = latents.transpose(1, 2).to(torch.float16).contiguous().numpy()
-            frames, channels, *area = _shape(self._env, "latents")[1:] or stored.shape[1:]
-            if stored.shape != (len(prompts), frames, channels, *area):
-                raise ValueError(
-                    f"latents must be {(len(prompts), channels, frames, *area)}, one row per "
-                    f"prompt and all rows of a shard alike, got {tuple(latents.shape)}"
-                )
-            shape = " ".join(map(str, (self._rows + len(prompts), *stored.shape[1:])))
-            records[b"latents_shape"] = shape.encode()
-            for i, row in enumerate(stored):
-                records[f"latents_{self._rows + i}_data".encode()] = row.tobytes()
+        for name, values in (("latents", latents), ("trajectories", trajectories)):
+            if values is not None:
+                records |= self._tensor_records(name, values, len(prompts))
         while not self._put(records):
             self._env.set_mapsize(self._env.info()["map_size"] * GROWTH)
         self._rows += len(prompts)
+
+    def _tensor_records(self, name: str, values: Tensor, count: int) -> dict[bytes, bytes]:
+        expected = (count, *(_frames_first(_shape(self._env, name)[1:]) or values.shape[1:]))
+        if tuple(values.shape) != expected:
+            raise ValueError(
+                f"{name} must be {expected}, one row per prompt and all rows of a shard alike, "
+                f"got {tuple(values.shape)}"
+            )
+        stored = values.transpose(-4, -3).to(torch.float16).contiguous().numpy()
+        shape = " ".join(map(str, (self._rows + count, *stored.shape[1:])))
+        rows = {f"{name}_{self._rows + i}_data".encode(): r.tobytes() for i, r in enumerate(stored)}
+        return {f"{name}_shape".encode(): shape.encode(), **rows}
 
     def _put(self, records: dict[bytes, bytes]) -> bool:
         try:
@@ -77,7 +91,8 @@ class ShardReader:
         self._first = np.cumsum([0] + [_rows(env) for env in self._envs])
         if not len(self):
             raise ValueError(f"{folder}: its {len(self._envs)} LMDB shards hold no record")
-        self.latent_shape = self._latent_shape()
+        self.latent_shape = self._common_shape("latents")
+        self.trajectory_shape = self._common_shape("trajectories")
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -88,11 +103,17 @@ class ShardReader:
 
     def latents(self, index: int) -> Tensor:
         """The latents of record `index`, [C, F, H, W], fp32."""
-        assert self.latent_shape is not None, "check latent_shape before reading latents"
-        channels, frames, height, width = self.latent_shape
-        stored = np.frombuffer(self._get(index, "latents"), dtype=np.float16)
-        rows = stored.astype(np.float32).reshape(frames, channels, height, width)
-        return torch.from_numpy(rows).transpose(0, 1)
+        return self._tensor(index, "latents", self.latent_shape)
+
+    def trajectory(self, index: int) -> Tensor:
+        """The trajectory of record `index`, [S, C, F, H, W], fp32."""
+        return self._tensor(index, "trajectories", self.trajectory_shape)
+
+    def _tensor(self, index: int, name: str, shape: tuple[int, ...] | None) -> Tensor:
+        assert shape is not None, f"see that there are {name} before reading them"
+        stored = np.frombuffer(self._get(index, name), dtype=np.float16)
+        rows = stored.astype(np.float32).reshape(_frames_first(shape))
+        return torch.from_numpy(rows).transpose(-4, -3)
 
     def _get(self, index: int, name: str) -> bytes:
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
@@ -103,20 +124,27 @@ class ShardReader:
             raise ValueError(f"{self.folder}: record {index} has no '{key}'")
         return bytes(value)
 
-    def _latent_shape(self) -> tuple[int, int, int, int] | None:
-        """[C, F, H, W] of every record, or None if the shards hold prompts alone."""
-        found = {_shape(env, "latents")[1:] for env in self._envs}
+    def _common_shape(self, name: str) -> tuple[int, ...] | None:
+        """[..., C, F, H, W] of every record, or None if the shards hold no such thing."""
+        found = {_shape(env, name)[1:] for env in self._envs}
         if found == {()}:
             return None
         if len(found) > 1:
-            raise ValueError(f"{self.folder}: shards hold latents of several shapes: {found}")
-        frames, channels, height, width = found.pop()
-        return channels, frames, height, width
+            raise ValueError(f"{self.folder}: shards hold {name} of several shapes: {found}")
+        return _frames_first(found.pop())
 
 
 def shard_paths(folder: Path) -> list[Path]:
     """The shards of a folder, sorted by name."""
     return sorted(path.parent for path in folder.glob("*/data.mdb"))
+
+
+def _frames_first(shape: Sequence[int]) -> tuple[int, ...]:
+    """[..., C, F, H, W] as it is stored, [..., F, C, H, W]; and back."""
+    if not shape:
+        return ()
+    *rest, first, second, height, width = shape
+    return (*rest, second, first, height, width)
 
 
 def _open(path: Path) -> lmdb.Environment:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from omegaconf import MISSING
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from utils.ema import local
@@ -73,6 +74,19 @@ def build_optimizers(
         weight_decay=config.muon_weight_decay,
     )
     return [adamw, muon]
+
+
+def initialise(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Make the state of every weight now, also of those that no loss ever reaches.
+
+    torch makes what is missing when it saves or loads, with a step counter of 1; and a checkpoint
+    that lacks the state of an idle weight could not be loaded.
+    """
+    get_optimizer_state_dict(model, list(optimizers))
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            if "step" in state:
+                state["step"].zero_()
 
 
 def set_lr_factor(

@@ -60,3 +60,13 @@ def sync_gradients(module: nn.Module, enabled: bool) -> None:
     """Whether the next backward pass reduces gradients over ranks: only the last micro-batch's."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(enabled)
+
+
+def settle(module: nn.Module) -> None:
+    """Fix now how a sharded network's gradients are reduced; all its weights must want one.
+
+    FSDP2 decides it at the first forward pass, by which weights want a gradient then: a network
+    that is frozen there for a phase would be reduced wrongly ever after.
+    """
+    if isinstance(module, FSDPModule):
+        module._get_fsdp_state()._lazy_init()

@@ -5,14 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from utils.seeding import generator
 from utils.shapes_checker import Reading, read_clips
-from utils.shapes_world import ATTRIBUTES, Caption
+from utils.shapes_world import ATTRIBUTES, Caption, draw_captions, draw_scenes, render
 
+REFERENCE_CLIPS = 1024
 LATENT_COMPONENTS = 48  # principal components of real latents in which clips are compared
+
+
+class Codec(Protocol):
+    """What turns pixels in [-1, 1] into latents and back."""
+
+    def encode_to_latent(self, pixels: Tensor) -> Tensor:
+        """[B, 3, P, S, S] to [B, C, F, H, W]."""
+
+    def decode_to_pixel(self, latents: Tensor) -> Tensor:
+        """And back."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +47,35 @@ class Reference:
         _, vectors = torch.linalg.eigh(torch.cov(rows.T))
         components = vectors[:, -LATENT_COMPONENTS:]
         return cls(features, features.std(dim=0), mean, components, (rows - mean) @ components)
+
+
+@dataclass(frozen=True, eq=False)
+class Exam:
+    """The captions that samplers are judged on, and real clips to compare with."""
+
+    captions: list[Caption]
+    reference: Reference
+    clips: Tensor  # [N, 3, P, S, S] a real clip per caption, through the codec, in [0, 1]
+    latents: Tensor  # [N, C, F, H, W] its latents
+
+    @classmethod
+    def draw(cls, count: int, seed: int, codec: Codec) -> Exam:
+        """`count` captions and what belongs to them; the same for the same seed."""
+        rng = generator(seed, "evaluation")
+        captions = draw_captions(count, rng)
+        real = render(draw_scenes([*captions, *draw_captions(REFERENCE_CLIPS, rng)], rng))
+        latents = codec.encode_to_latent(2.0 * real - 1.0)
+        decoded = 0.5 * codec.decode_to_pixel(latents[:count]) + 0.5
+        reference = Reference.of(real[count:], latents[count:])
+        return cls(captions, reference, decoded.clamp(0.0, 1.0), latents[:count])
+
+    def judge(self, clips: Tensor, latents: Tensor) -> dict[str, float]:
+        """The figures of one clip per caption; see `quality`."""
+        return quality(clips, latents, self.captions, self.reference)
+
+    def judge_real(self) -> dict[str, float]:
+        """The figures of real clips through the codec: the ceiling."""
+        return self.judge(self.clips, self.latents)
 
 
 def quality(

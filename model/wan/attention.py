@@ -1,29 +1,137 @@
-"""One attention call: flash-attn where it is installed and fits, torch's own kernels elsewhere."""
+"""Attention calls: the fastest kernel that fits, for whole videos, masks of frames, and a past."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from model.wan.masks import FrameMask
+
+FLEX_TILE = 128  # tokens on each side of the tiles that FlexAttention skips or computes
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v.
+def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: FrameMask | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v over all tokens, or over the frames that `mask` shows.
 
-    q: [B, N, heads, head_dim]; k, v: [B, M, heads, head_dim]; mask: [N, M] bool, True = visible.
-    Returns [B, N, heads, head_dim].
+    q: [B, N, heads, head_dim]; k, v: [B, M, heads, head_dim]; with a mask, N = M = F n. Returns
+    [B, N, heads, head_dim]. Masked, FlexAttention serves CUDA, and a loop over blocks the rest.
     """
-    if mask is None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+    if mask is None:
+        return _attend_all(q, k, v)
+    return (attend_flex if q.is_cuda else attend_blocks)(q, k, v, mask)
+
+
+def _attend_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         kernel = flash_attention()
         if kernel is not None:
             return kernel(q, k, v)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
-    )
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2)
+
+
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask) -> Tensor:
+    """One unmasked call per group of frames, on the keys that it sees; nothing is masked away."""
+    n = q.shape[1] // mask.frames
+    parts = []
+    for group in mask.groups:
+        first, last = group.queries
+        seen = [slice(a * n, b * n) for a, b in group.keys]
+        keys = torch.cat([k[:, span] for span in seen], dim=1) if seen[1:] else k[:, seen[0]]
+        values = torch.cat([v[:, span] for span in seen], dim=1) if seen[1:] else v[:, seen[0]]
+        parts.append(_attend_all(q[:, first * n : last * n], keys, values))
+    return torch.cat(parts, dim=1)
+
+
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask) -> Tensor:
+    """The same through FlexAttention; on CUDA compiled, elsewhere eager and without gradients."""
+    kernel = _flex_kernel(compiled=q.is_cuda)
+    block_mask = _flex_mask(mask, q.shape[1] // mask.frames, q.device)
+    out = kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=block_mask)
+    return out.transpose(1, 2)
+
+
+@functools.cache
+def _flex_kernel(*, compiled: bool) -> Callable[..., Tensor]:
+    kernel: Any = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    return kernel
+
+
+@functools.lru_cache(maxsize=8)
+def _flex_mask(mask: FrameMask, per_frame: int, device: torch.device) -> BlockMask:
+    """FlexAttention's own form of a mask, from frames alone: no [N, N] tensor is ever made."""
+    visible, tokens = mask.visible(), mask.frames * per_frame
+    frame = torch.arange(tokens) // per_frame
+    tiles = -(-tokens // FLEX_TILE)
+    touches = torch.zeros(tiles, mask.frames)  # [tile, frame]
+    touches[torch.arange(tokens) // FLEX_TILE, frame] = 1.0
+    some = touches @ visible.float() @ touches.T > 0
+    whole = touches @ (~visible).float() @ touches.T == 0
+    if tokens % FLEX_TILE:  # the last tile reaches past the end: let the mask decide there
+        whole[-1] = whole[:, -1] = False
+    on_device = visible.to(device)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        del batch, head
+        return on_device[query // per_frame, key // per_frame]
+
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~whole, device),
+        *_listed(some & whole, device),
+        BLOCK_SIZE=FLEX_TILE,
+        mask_mod=sees,
+        seq_lengths=(tokens, tokens),
+    )
+
+
+def _listed(tiles: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Per row of tiles, how many are set, [1, 1, R], and their columns first, [1, 1, R, R]."""
+    order = torch.argsort(tiles.int(), dim=1, descending=True, stable=True)
+    counts = tiles.sum(dim=1)
+    return counts.int()[None, None].to(device), order.int()[None, None].to(device)
+
+
+def attend_past(
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+    q: Tensor,
+    keys: Callable[[], Tensor],
+    values: Callable[[], Tensor],
+) -> Tensor:
+    """Attention whose keys and values are joined from pieces, now and again in the backward pass.
+
+    `keys` and `values` join a long shared past with a short present. Autograd would keep each
+    joined tensor, so that every block of a rollout would hold the whole cache once more; here it
+    keeps only how to join them, which costs a copy in the backward pass.
+    """
+    joined = keys(), values()
+    makers = {
+        tensor.untyped_storage().data_ptr(): make
+        for tensor, make in zip(joined, (keys, values), strict=True)
+    }
+
+    def pack(tensor: Tensor) -> Any:  # lives as long as what it packs: it must not hold `joined`
+        make = makers.get(tensor.untyped_storage().data_ptr())
+        if make is None:
+            return tensor.detach()  # of an output, the tensor itself would be a cycle
+        return make, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    with saved_tensors_hooks(pack, _unpack):
+        return attention(q, *joined)
+
+
+@torch.no_grad()
+def _unpack(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    make, *layout = packed
+    return make().as_strided(*layout)
 
 
 @functools.cache

@@ -1,37 +1,129 @@
-"""Keys and values of frames that are already clean, kept between forward passes."""
+"""Keys and values of frames that are already clean, kept between the forward passes of one video.
+
+Letters as in model/types.py; n tokens per frame. Keys are kept before rotation, and rotated when
+they are read: so positions may be counted from the start of the video or of the window.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from model.wan.masks import past_spans
 
-class KVCache:
-    """Rotated keys and values per layer, [B, N, heads, head_dim], in the order of their frames.
+KeyValue = tuple[Tensor, Tensor]  # keys and values of one layer, [B, N, heads, head_dim] each
 
-    Reading is free. Writing is allowed only without autograd: activation checkpointing runs a
-    forward pass twice, and a write inside it would append twice.
-    """
 
-    def __init__(self, num_layers: int) -> None:
-        self._keys: list[Tensor | None] = [None] * num_layers
-        self._values: list[Tensor | None] = [None] * num_layers
+@dataclass(frozen=True, eq=False)
+class Past:
+    """What a forward pass sees of a cache."""
+
+    layers: list[list[KeyValue]]  # per layer, the pieces in order, not copied; empty = no past
+    key_positions: Tensor  # [m] rotary time positions of the m frames in `layers`
+    query_positions: Tensor  # [f] of the f new frames
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunk:
+    """Frames that were committed together; never changed after that."""
+
+    frame_index: Tensor  # [f] positions in the video
+    layers: Sequence[KeyValue]
 
     @property
-    def tokens(self) -> int:
-        """How many tokens each layer holds."""
-        keys = self._keys[0]
-        return 0 if keys is None else keys.shape[1]
+    def frames(self) -> int:
+        return len(self.frame_index)
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The past followed by `keys` and `values`; the cache itself is left as it is."""
-        past_keys, past_values = self._keys[layer], self._values[layer]
-        if past_keys is None or past_values is None:
-            return keys, values
-        return torch.cat([past_keys, keys], dim=1), torch.cat([past_values, values], dim=1)
+    def part(self, first: int, last: int) -> _Chunk:
+        """Some of the frames, as views."""
+        if (first, last) == (0, self.frames):
+            return self
+        n = self.layers[0][0].shape[1] // self.frames
+        layers = [(k[:, first * n : last * n], v[:, first * n : last * n]) for k, v in self.layers]
+        return _Chunk(self.frame_index[first:last], layers)
 
-    def commit(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Replace a layer's content with what `extend` returned for it."""
+
+class KVCache:
+    """The clean past of one batch of videos, layer by layer, and the keys of their text.
+
+    window: frames that a block sees at most, its own and the `sink` first ones included; what no
+    later block can see is dropped, so memory is bounded. None = everything is kept.
+    relative_positions: count rotary positions from the first frame that is still kept, so that
+    they stay inside the window's range however long the video grows.
+
+    Reading is free. Writing is allowed only without autograd, and outside the layers: activation
+    checkpointing runs them twice. Chunks are never changed in place, so a pass that is recomputed
+    later sees what it saw.
+    """
+
+    def __init__(
+        self, *, window: int | None = None, sink: int = 0, relative_positions: bool = False
+    ) -> None:
+        self.window, self.sink = window, sink
+        self.relative_positions = relative_positions
+        self._chunks: list[_Chunk] = []
+        self._text: dict[int, tuple[Tensor, ...]] = {}
+
+    @property
+    def frames(self) -> int:
+        """How many frames are kept."""
+        return sum(chunk.frames for chunk in self._chunks)
+
+    def past(self, frame_index: Tensor) -> Past:
+        """What new frames at `frame_index` [f] see, and where they and it lie."""
+        chunks = self._select(len(frame_index))
+        positions = torch.cat([frame_index[:0], *(chunk.frame_index for chunk in chunks)])
+        if self.relative_positions:
+            kept = len(positions)
+            positions = torch.arange(kept, device=frame_index.device)
+            frame_index = kept + torch.arange(len(frame_index), device=frame_index.device)
+        depth = len(chunks[0].layers) if chunks else 0
+        layers = [[chunk.layers[i] for chunk in chunks] for i in range(depth)]
+        return Past(layers, positions, frame_index)
+
+    def commit(self, frame_index: Tensor, layers: Sequence[KeyValue]) -> None:
+        """Append frames at `frame_index` [f]: unrotated keys and values of every layer."""
         if torch.is_grad_enabled():
             raise RuntimeError("a KV cache is written only under torch.no_grad()")
-        self._keys[layer], self._values[layer] = keys, values
+        with torch.enable_grad():  # a grafted chunk that is cut stays grafted
+            kept = self._select(len(frame_index))
+        self._chunks = [*kept, _Chunk(frame_index, list(layers))]
+
+    def graft(self, layers: Sequence[KeyValue]) -> None:
+        """Let gradients of whoever reads the last chunk flow into `layers`; values stay.
+
+        The straight-through estimate c + g - stopgrad(g) of each key and value.
+        """
+        last = self._chunks[-1]
+        grafted = [
+            (k + (gk - gk.detach()), v + (gv - gv.detach()))
+            for (k, v), (gk, gv) in zip(last.layers, layers, strict=True)
+        ]
+        self._chunks[-1] = _Chunk(last.frame_index, grafted)
+
+    def text(self, layer: int, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Keys and values of the text for `layer`, computed once per video; under autograd anew."""
+        if torch.is_grad_enabled():
+            return compute()
+        if layer not in self._text:
+            self._text[layer] = compute()
+        return self._text[layer]
+
+    def has_text(self) -> bool:
+        """Whether the text's keys and values are known and would be used."""
+        return bool(self._text) and not torch.is_grad_enabled()
+
+    def _select(self, new: int) -> list[_Chunk]:
+        """The chunks, or parts of them, that `new` further frames see."""
+        parts, begin = [], 0
+        spans = past_spans(self.frames, new, window=self.window, sink=self.sink)
+        for chunk in self._chunks:
+            for first, last in spans:
+                inside = max(first - begin, 0), min(last - begin, chunk.frames)
+                if inside[0] < inside[1]:
+                    parts.append(chunk.part(*inside))
+            begin += chunk.frames
+        return parts

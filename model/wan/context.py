@@ -1,13 +1,22 @@
-"""What a forward pass attends to beside its own tokens: the mask and the cache, as arguments."""
+"""What a forward pass attends to beside its own tokens, and what it reports: as arguments."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from model.wan.cache import KVCache
+from model.wan.cache import KeyValue, KVCache
 from model.wan.masks import FrameMask
+
+
+@dataclass(frozen=True, eq=False)
+class Taps:
+    """Collects the tokens that leave some layers, for networks that read another one's features."""
+
+    layers: Sequence[int]
+    tokens: list[Tensor] = field(default_factory=list)  # [B, N, D] each, filled by the pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,9 +24,11 @@ class Context:
     """How one transformer serves bidirectional, block-causal and streaming use."""
 
     mask: FrameMask | None = None  # None = every token sees every token
-    cache: KVCache | None = None  # the clean past; read in any mode
+    cache: KVCache | None = None  # the clean past; read in any mode, never beside a mask
     commit: bool = False  # append this call's keys and values to the cache; no_grad only
     frame_index: Tensor | None = None  # [F] rotary time positions; None = 0 .. F-1
+    taps: Taps | None = None
+    keys: list[KeyValue] | None = None  # filled with each layer's unrotated keys and values
 
 
 FULL_ATTENTION = Context()

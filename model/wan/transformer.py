@@ -7,6 +7,7 @@ frame). Module names are those of the official release, so its weights load as t
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,25 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.wan.attention import attend
+from model.wan.attention import attend, attend_past
+from model.wan.cache import KeyValue, KVCache
 from model.wan.config import WanConfig
 from model.wan.context import FULL_ATTENTION, Context
+from model.wan.masks import FrameMask
 from model.wan.rope import coordinate_channels, rotary_table, rotate
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What all blocks share in one forward pass."""
+
+    table: Tensor  # rotary positions of this pass's tokens, [N, 1, head_dim / 2] complex
+    mask: FrameMask | None
+    past_table: Tensor | None  # of the tokens in the cache; None = nothing is cached
+    past: list[list[KeyValue]] | None  # per layer, unrotated
+    cache: KVCache | None  # for the text's keys
+    recomputed: bool  # whether blocks run again in the backward pass
+    reports: bool  # whether somebody wants the blocks' keys and values
 
 
 class WanTransformer(nn.Module):
@@ -66,21 +82,24 @@ class WanTransformer(nn.Module):
                 f"latents of {height} x {width} do not divide into {patch_h} x {patch_w} patches"
             )
         rows, columns = height // patch_h, width // patch_w
-        frame_index = context.frame_index
-        if frame_index is None:
-            frame_index = torch.arange(frames, device=x.device)
-        table = rotary_table(frame_index, rows, columns, self.config.head_dim)
-        mask = None if context.mask is None else context.mask.tokens(rows * columns)
+        positions, view = self.view(context, frames, rows, columns, x.device)
 
-        tokens = self.embed_patches(x, frame_index)
+        tokens = self.embed_patches(x, positions)
         time, modulation = self.embed_time(timestep)
-        memory = self.embed_text(text, clip)
+        known = context.cache is not None and context.cache.has_text()
+        memory = None if known else self.embed_text(text, clip)
+        keys = []
         for layer, block in enumerate(self.blocks):
-            arguments = (tokens, modulation, memory, table, mask, context, layer)
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                tokens = checkpoint(block, *arguments, use_reentrant=False)
+            arguments = (tokens, modulation, memory, view, layer)
+            if view.recomputed:
+                tokens, own = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                tokens = block(*arguments)
+                tokens, own = block(*arguments)
+            if own is not None:
+                keys.append(own)
+            if context.taps is not None and layer in context.taps.layers:
+                context.taps.tokens.append(tokens)
+        self.report(context, keys, frames, x.device)
         patches = self.head(tokens, time)
         return rearrange(
             patches,
@@ -90,6 +109,45 @@ class WanTransformer(nn.Module):
             p=patch_h,
             q=patch_w,
         )
+
+    def view(
+        self, context: Context, frames: int, rows: int, columns: int, device: torch.device
+    ) -> tuple[Tensor, View]:
+        """Time positions [F] of the frames, and what the blocks share."""
+        mask, cache = context.mask, context.cache
+        if mask is not None and (cache is not None or mask.frames != frames):
+            raise ValueError(
+                f"a mask of {mask.frames} frames needs as many and no cache, got {frames} frames"
+                f"{' and a cache' if cache is not None else ''}"
+            )
+        positions = frame_positions(context, frames, device)
+        past, past_table = None, None
+        if cache is not None:
+            seen = cache.past(positions)
+            positions = seen.query_positions
+            if seen.layers:
+                past = seen.layers
+                past_table = rotary_table(seen.key_positions, rows, columns, self.config.head_dim)
+        return positions, View(
+            table=rotary_table(positions, rows, columns, self.config.head_dim),
+            mask=mask,
+            past_table=past_table,
+            past=past,
+            cache=cache,
+            recomputed=self.checkpoint_blocks and torch.is_grad_enabled(),
+            reports=context.commit or context.keys is not None,
+        )
+
+    def report(
+        self, context: Context, keys: list[KeyValue], frames: int, device: torch.device
+    ) -> None:
+        """Hand each layer's keys and values to whom the context names."""
+        if context.keys is not None:
+            context.keys.extend(keys)
+        if context.commit:
+            if context.cache is None:
+                raise ValueError("commit needs a cache to write to")
+            context.cache.commit(frame_positions(context, frames, device), keys)
 
     def embed_patches(self, x: Tensor, frame_index: Tensor) -> Tensor:
         """Latents [B, C, F, H, W] to tokens [B, N, D]: the patch convolution as one matmul."""
@@ -121,6 +179,13 @@ class WanTransformer(nn.Module):
         if clip is None:
             raise ValueError("an i2v model needs the first frame's CLIP states")
         return torch.cat([self.img_emb(clip), memory], dim=1)
+
+
+def frame_positions(context: Context, frames: int, device: torch.device) -> Tensor:
+    """Positions [F] of a pass's frames in the video."""
+    if context.frame_index is None:
+        return torch.arange(frames, device=device)
+    return context.frame_index
 
 
 def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -159,21 +224,26 @@ class Block(nn.Module):
         self,
         x: Tensor,
         modulation: Tensor,
-        memory: Tensor,
-        table: Tensor,
-        mask: Tensor | None,
-        context: Context,
+        memory: Tensor | None,
+        view: View,
         layer: int,
-    ) -> Tensor:
-        """x: [B, N, D]; modulation: [B, T, 6, D] fp32; memory: [B, L, D]; table: rotary."""
+    ) -> tuple[Tensor, KeyValue | None]:
+        """x: [B, N, D]; modulation: [B, T, 6, D] fp32; memory: [B, L, D], None if it is cached.
+
+        Returns tokens [B, N, D], and the self-attention's unrotated keys and values if wanted.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             self.modulation.float() + modulation
         ).unbind(2)
-        h = self.self_attn(modulate(self.norm1, x, shift1, scale1), table, mask, context, layer)
+        h, keys = self.self_attn(modulate(self.norm1, x, shift1, scale1), view, layer)
         x = add_gated(x, h, gate1)
-        x = x + self.cross_attn(self.norm3(x), memory)
+        x = x + self.cross_attn(self.norm3(x), memory, view.cache, layer)
         h = self.ffn(modulate(self.norm2, x, shift2, scale2))
-        return add_gated(x, h, gate2)
+        x = add_gated(x, h, gate2)
+        if not view.reports:
+            return x, None
+        # Not the views themselves: FSDP2 warns of any view that leaves a block under autograd.
+        return x, (keys[0].clone(), keys[1].clone()) if torch.is_grad_enabled() else keys
 
 
 class SelfAttention(nn.Module):
@@ -187,19 +257,31 @@ class SelfAttention(nn.Module):
         self.norm_k = nn.RMSNorm(config.dim, config.eps)
         self.attend = attend
 
-    def forward(
-        self, x: Tensor, table: Tensor, mask: Tensor | None, context: Context, layer: int
-    ) -> Tensor:
-        """x: [B, N, D]; table: [N, 1, head_dim / 2] complex; mask: [N, N] bool or None."""
+    def forward(self, x: Tensor, view: View, layer: int) -> tuple[Tensor, KeyValue]:
+        """x: [B, N, D]. Returns [B, N, D], and this call's unrotated keys and values."""
         heads = (self.num_heads, -1)
-        q = rotate(self.norm_q(self.q(x)).unflatten(-1, heads), table)
-        k = rotate(self.norm_k(self.k(x)).unflatten(-1, heads), table)
+        q = rotate(self.norm_q(self.q(x)).unflatten(-1, heads), view.table)
+        k = self.norm_k(self.k(x)).unflatten(-1, heads)
         v = self.v(x).unflatten(-1, heads)
-        if context.cache is not None:
-            k, v = context.cache.extend(layer, k, v)
-            if context.commit:
-                context.cache.commit(layer, k, v)
-        return self.o(self.attend(q, k, v, mask=mask).flatten(2))
+        rotated = rotate(k, view.table)
+        if view.past is None or view.past_table is None:
+            out = self.attend(q, rotated, v, mask=view.mask)
+            return self.o(out.flatten(2)), (k, v)
+        past, table = view.past[layer], view.past_table
+
+        def keys() -> Tensor:
+            return torch.cat(
+                [rotate(torch.cat([piece for piece, _ in past], 1), table), rotated], 1
+            )
+
+        def values() -> Tensor:
+            return torch.cat([*(piece for _, piece in past), v], dim=1)
+
+        if view.recomputed or not torch.is_grad_enabled():
+            out = self.attend(q, keys(), values())
+        else:
+            out = attend_past(self.attend, q, keys, values)
+        return self.o(out.flatten(2)), (k, v)
 
 
 class CrossAttention(nn.Module):
@@ -218,18 +300,38 @@ class CrossAttention(nn.Module):
             self.k_img, self.v_img = (nn.Linear(config.dim, config.dim) for _ in range(2))
             self.norm_k_img = nn.RMSNorm(config.dim, config.eps)
 
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, memory: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
         """x: [B, N, D]; memory: [B, L, D], image tokens first. Padding counts, as in Wan."""
-        heads = (self.num_heads, -1)
-        q = self.norm_q(self.q(x)).unflatten(-1, heads)
-        image = memory[:, : self.IMAGE_TOKENS] if self.sees_image else None
-        text = memory[:, self.IMAGE_TOKENS :] if self.sees_image else memory
-        k = self.norm_k(self.k(text)).unflatten(-1, heads)
-        out = attend(q, k, self.v(text).unflatten(-1, heads))
-        if image is not None:
-            k = self.norm_k_img(self.k_img(image)).unflatten(-1, heads)
-            out = out + attend(q, k, self.v_img(image).unflatten(-1, heads))
+
+        def compute() -> tuple[Tensor, ...]:
+            assert memory is not None, "the cache has no keys of the text yet"
+            return self.keys_and_values(memory)
+
+        q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
+        pairs = compute() if cache is None else cache.text(layer, compute)
+        out = attend(q, pairs[0], pairs[1])
+        if self.sees_image:
+            out = out + attend(q, pairs[2], pairs[3])
         return self.o(out.flatten(2))
+
+    def keys_and_values(self, memory: Tensor) -> tuple[Tensor, ...]:
+        """Of the text, and behind them of the image, [B, L, heads, head_dim] each."""
+        heads = (self.num_heads, -1)
+        text = memory[:, self.IMAGE_TOKENS :] if self.sees_image else memory
+        pairs = (
+            self.norm_k(self.k(text)).unflatten(-1, heads),
+            self.v(text).unflatten(-1, heads),
+        )
+        if not self.sees_image:
+            return pairs
+        image = memory[:, : self.IMAGE_TOKENS]
+        return (
+            *pairs,
+            self.norm_k_img(self.k_img(image)).unflatten(-1, heads),
+            self.v_img(image).unflatten(-1, heads),
+        )
 
 
 class ImageEmbedding(nn.Module):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.base import Parts
 from model.diffusion import Diffusion, DiffusionConfig
 from model.flow import shift
 from model.types import FULL_ATTENTION, Batch, Conditioning, Context, Prediction
@@ -30,7 +31,7 @@ class Stubborn:
         *,
         context: Context = FULL_ATTENTION,
     ) -> Prediction:
-        assert context is FULL_ATTENTION
+        assert vars(context) == vars(FULL_ATTENTION)
         self.asked.append((x, sigma, conditioning))
         return Prediction(x, torch.full_like(x, -3.0))
 
@@ -43,12 +44,12 @@ def real(size: int = SIZE) -> Batch:
 def ask(config: DiffusionConfig, batch: Batch) -> tuple[Tensor, Tensor, Conditioning]:
     """What the network is asked for one batch: x, sigma and conditioning."""
     net = Stubborn()
-    Diffusion(config, {"generator": net}).generator_loss(batch, streams_of_step(SIZE))
+    Diffusion(config, Parts({"generator": net})).generator_loss(batch, streams_of_step(SIZE))
     return net.asked[0]
 
 
 def test_the_target_is_noise_minus_latents() -> None:
-    method = Diffusion(DiffusionConfig(), {"generator": Stubborn()})
+    method = Diffusion(DiffusionConfig(), Parts({"generator": Stubborn()}))
     loss = method.generator_loss(real(), streams_of_step(SIZE)).loss
     # noise - 3, minus the -3 that was said: the error is the noise.
     assert float(loss) == pytest.approx(1.0, abs=0.02)

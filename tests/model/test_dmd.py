@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.base import Parts, Scores
 from model.dmd import DMD, DMDConfig
 from model.types import LossOutput, Sample
 from pipeline.bidirectional import BidirectionalTrainingPipeline
@@ -18,12 +19,14 @@ def random(seed: int, scale: float = 1.0) -> Tensor:
 
 def method(cfg_scale: float = 1.0) -> DMD:
     networks = {"generator": Affine(), "critic": Exact(2.0), "teacher": Exact(1.0)}
-    rollout = BidirectionalTrainingPipeline([1.0])
-    return DMD(DMDConfig(cfg_scale=cfg_scale), networks, rollout)
+    parts = Parts(networks, BidirectionalTrainingPipeline([1.0]))
+    return DMD(DMDConfig(cfg_scale=cfg_scale), parts)
 
 
 def objective(x0: Tensor, x0_teacher: Tensor, x0_critic: Tensor) -> LossOutput:
-    return method().objective(Sample(x0), x0_teacher, x0_critic)
+    nothing = torch.zeros_like(x0)  # the noisy samples do not enter
+    scores = Scores(nothing, torch.ones(len(x0), 1), nothing, x0_teacher, x0_critic)
+    return method().objective(Sample(x0), scores)
 
 
 def test_the_gradient_is_that_of_the_paper() -> None:
@@ -91,10 +94,8 @@ def test_guidance_acts_on_the_teacher_alone() -> None:
 
 
 def test_noise_levels_stay_within_their_bounds() -> None:
-    dmd = method()
     config = DMDConfig(timestep_shift=1.0, min_sigma=0.4, max_sigma=0.6)
-    dmd.config = config
-    sigma = dmd.draw_sigma(streams_of_step(200).samples, torch.zeros(200))
+    sigma = config.draw_sigma(streams_of_step(200).samples, torch.zeros(200))
     assert (float(sigma.min()), float(sigma.max())) == pytest.approx((0.4, 0.6))
     assert 0.4 < float(sigma.median()) < 0.6
 
@@ -106,7 +107,7 @@ def test_the_critic_learns_the_velocity_of_noised_samples() -> None:
     # the critic, exact for a deviation of 2, is asked about: noise - x0 has variance 2.
     rng = streams_of_step(64, phase="critic").samples
     x0 = rng.randn(SHAPE)
-    sigma, noise = dmd.draw_sigma(rng, x0), rng.randn(SHAPE)
+    sigma, noise = dmd.config.draw_sigma(rng, x0), rng.randn(SHAPE)
     level = sigma[:, :, None, None, None]
     x = (1.0 - level) * x0 + level * noise
     guess = Exact(2.0)(x, sigma, batch_of(64).conditioning).velocity

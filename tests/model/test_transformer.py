@@ -1,4 +1,4 @@
-"""The Wan2.1 transformer: parity with diffusers, and one network for every mode of use."""
+"""The Wan2.1 transformer: parity with diffusers, and whole videos at once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 
 from model.types import Conditioning
-from model.wan.cache import KVCache
 from model.wan.config import PRESETS, WanConfig
-from model.wan.context import FULL_ATTENTION, Context
-from model.wan.masks import block_causal
 from model.wan.transformer import WanTransformer
 from model.wan.weights import to_diffusers
 from model.wan_wrapper import WanDiffusionWrapper
@@ -122,11 +119,8 @@ def test_presets_have_the_published_number_of_parameters(name: str, count: int) 
 
 
 @torch.no_grad()
-def run(
-    model: WanTransformer, x: Tensor, timestep: Tensor, context: Context = FULL_ATTENTION
-) -> Tensor:
-    text = random(len(x), model.config.text_len, model.config.text_dim, seed=1)
-    return model(x, timestep, text, context=context)
+def run(model: WanTransformer, x: Tensor, timestep: Tensor) -> Tensor:
+    return model(x, timestep, random(len(x), model.config.text_len, model.config.text_dim, seed=1))
 
 
 def test_one_noise_level_per_frame_equals_one_per_sample_if_all_are_the_same(
@@ -147,50 +141,6 @@ def test_a_frames_noise_level_matters_to_it_most(tiny_wan: WanFactory) -> None:
     assert change[1] > 3.0 * change[2]
 
 
-@pytest.mark.parametrize("block", [1, 2, 3])
-def test_the_block_causal_mask_equals_block_by_block_with_a_cache(
-    tiny_wan: WanFactory, block: int
-) -> None:
-    model, x = tiny_wan(), random(2, 16, 6, 4, 6)
-    timestep = 1000.0 * torch.rand(2, 6, generator=torch.Generator().manual_seed(3))
-    masked = run(model, x, timestep, Context(mask=block_causal(6, block)))
-    cache = KVCache(model.config.num_layers)
-    parts = []
-    for first in range(0, 6, block):
-        frames = torch.arange(first, first + block)
-        context = Context(cache=cache, commit=True, frame_index=frames)
-        parts.append(run(model, x[:, :, frames], timestep[:, frames], context))
-    assert cache.tokens == 6 * 2 * 3
-    torch.testing.assert_close(torch.cat(parts, dim=2), masked, atol=1e-5, rtol=0.0)
-
-
-def test_a_cache_that_is_only_read_stays_as_it_is(tiny_wan: WanFactory) -> None:
-    model, x, timestep = tiny_wan(), random(1, 16, 2, 4, 4), torch.tensor([[500.0]])
-    cache = KVCache(model.config.num_layers)
-    first, second = (torch.tensor([i]) for i in range(2))
-    run(model, x[:, :, :1], timestep, Context(cache=cache, commit=True, frame_index=first))
-    reading = Context(cache=cache, frame_index=second)
-    outputs = [run(model, x[:, :, 1:], timestep, reading) for _ in range(2)]
-    assert cache.tokens == 4
-    assert torch.equal(*outputs)
-
-
-def test_committing_under_autograd_is_refused(tiny_wan: WanFactory) -> None:
-    model = tiny_wan()
-    context = Context(cache=KVCache(model.config.num_layers), commit=True)
-    with pytest.raises(RuntimeError, match="written only under"):
-        model(random(1, 16, 1, 4, 4), torch.ones(1, 1), random(1, 12, 64), context=context)
-
-
-def test_under_a_causal_mask_later_frames_do_not_matter(tiny_wan: WanFactory) -> None:
-    model, x = tiny_wan(), random(1, 16, 4, 4, 4)
-    changed = torch.cat([x[:, :, :2], x[:, :, 2:] + 1.0], dim=2)
-    context = Context(mask=block_causal(4, 2))
-    before, after = (run(model, v, torch.tensor([[500.0]]), context) for v in (x, changed))
-    torch.testing.assert_close(before[:, :, :2], after[:, :, :2], atol=1e-6, rtol=0.0)
-    assert (before[:, :, 2:] - after[:, :, 2:]).abs().max() > 1e-2
-
-
 def gradients(model: WanTransformer) -> dict[str, Tensor]:
     model.zero_grad()
     model(
@@ -206,21 +156,6 @@ def test_recomputing_blocks_gives_the_same_gradients_bit_for_bit(tiny_wan: WanFa
     recomputed = gradients(model)
     assert kept.keys() == recomputed.keys() == dict(model.named_parameters()).keys()
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
-
-
-def test_recomputing_blocks_beside_a_cache_is_exact(tiny_wan: WanFactory) -> None:
-    model, x, timestep = tiny_wan(), random(1, 16, 2, 4, 4), torch.tensor([[500.0]])
-    cache = KVCache(model.config.num_layers)
-    first, second = (torch.tensor([i]) for i in range(2))
-    run(model, x[:, :, :1], timestep, Context(cache=cache, commit=True, frame_index=first))
-    found = []
-    for recompute in (False, True):
-        model.checkpoint_blocks = recompute
-        model.zero_grad()
-        context = Context(cache=cache, frame_index=second)
-        model(x[:, :, 1:], timestep, random(1, 12, 64), context=context).sum().backward()
-        found.append(model.blocks[0].self_attn.q.weight.grad.clone())
-    assert torch.equal(*found)
 
 
 def test_a_sample_does_not_depend_on_its_batch(tiny_wan: WanFactory) -> None:

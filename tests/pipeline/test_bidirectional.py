@@ -11,6 +11,7 @@ from torch import Tensor
 from model.flow import step_sigmas
 from model.types import FULL_ATTENTION, Conditioning, Context, Denoiser, Prediction
 from pipeline.bidirectional import BidirectionalInferencePipeline, BidirectionalTrainingPipeline
+from pipeline.protocol import sample
 from tests.gaussian import (
     CPU,
     SHAPE,
@@ -106,8 +107,12 @@ def test_the_rollouts_of_both_phases_make_the_same_samples() -> None:
 
 def test_a_rollout_that_exits_last_makes_what_inference_makes() -> None:
     step = step_with(3)
-    inferred = BidirectionalInferencePipeline(Exact(), SIGMAS).sample(
-        saying(2.0, 2), saying(0.0, 2), SHAPE, streams_of_step(2, step).samples
+    inferred = sample(
+        BidirectionalInferencePipeline(Exact(), SIGMAS),
+        saying(2.0, 2),
+        saying(0.0, 2),
+        SHAPE,
+        streams_of_step(2, step).samples,
     )
     assert torch.equal(rollout(Exact(), step), inferred)
 
@@ -115,36 +120,48 @@ def test_a_rollout_that_exits_last_makes_what_inference_makes() -> None:
 def test_inference_calls_the_generator_four_times_at_the_listed_levels() -> None:
     net = Exact()
     pipeline = BidirectionalInferencePipeline(net, SIGMAS)
-    pipeline.sample(saying(2.0, 3), saying(0.0, 3), SHAPE, streams(3))
+    sample(pipeline, saying(2.0, 3), saying(0.0, 3), SHAPE, streams(3))
     assert [sigma for _, sigma in net.calls] == pytest.approx([1.0, 0.9375, 5 / 6, 0.625])
 
 
 def test_inference_counts_its_evaluations_right() -> None:
     net = Exact()
     pipeline = BidirectionalInferencePipeline(net, SIGMAS)
-    pipeline.sample(saying(2.0, 3), saying(0.0, 3), SHAPE, streams(3))
-    assert pipeline.network_evaluations == sum(size for size, _ in net.calls) / 3
+    sample(pipeline, saying(2.0, 3), saying(0.0, 3), SHAPE, streams(3))
+    assert pipeline.network_evaluations(SHAPE[1]) == sum(size for size, _ in net.calls) / 3
 
 
 def test_inference_runs_without_autograd() -> None:
     net = Watched(Affine())
     pipeline = BidirectionalInferencePipeline(net, SIGMAS)
-    x0 = pipeline.sample(saying(2.0, 1), saying(0.0, 1), SHAPE, streams(1))
+    x0 = sample(pipeline, saying(2.0, 1), saying(0.0, 1), SHAPE, streams(1))
     assert not x0.requires_grad
     assert not any(grad for _, grad in net.calls)
 
 
 def test_inference_follows_the_prompt_and_not_the_negative_one() -> None:
     pipeline = BidirectionalInferencePipeline(Exact(std=0.1), SIGMAS)
-    x0 = pipeline.sample(saying(2.0, 8), saying(-50.0, 8), SHAPE, streams(8))
+    x0 = sample(pipeline, saying(2.0, 8), saying(-50.0, 8), SHAPE, streams(8))
     assert float(x0.mean()) == pytest.approx(2.0, abs=0.02)
 
 
 def test_inference_tells_its_progress_once_per_step() -> None:
     told: list[tuple[int, int]] = []
     pipeline = BidirectionalInferencePipeline(Exact(), SIGMAS)
-    pipeline.sample(
-        saying(2.0, 1), saying(0.0, 1), SHAPE, streams(1), on_step=lambda *s: told.append(s)
+    sample(
+        pipeline,
+        saying(2.0, 1),
+        saying(0.0, 1),
+        SHAPE,
+        streams(1),
+        on_step=lambda *s: told.append(s),
     )
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert pipeline.steps == 4
+    assert pipeline.steps(SHAPE[1]) == 4
+
+
+def test_frames_to_begin_with_are_refused() -> None:
+    pipeline = BidirectionalInferencePipeline(Exact(), SIGMAS)
+    first = torch.zeros(1, SHAPE[0], 1, *SHAPE[2:])
+    with pytest.raises(ValueError, match="makes whole clips and cannot begin with given frames"):
+        sample(pipeline, saying(2.0, 1), saying(0.0, 1), SHAPE, streams(1), initial=first)

@@ -8,8 +8,15 @@ import pytest
 import torch
 
 from model.flow import shift
-from pipeline.build import inference_pipeline
-from pipeline.teacher import SamplingConfig, TeacherInferencePipeline
+from pipeline.build import few_step_pipeline, many_step_pipeline
+from pipeline.causal import CausalConfig
+from pipeline.protocol import sample
+from pipeline.teacher import (
+    SamplingConfig,
+    TeacherInferencePipeline,
+    integrate,
+    trajectory,
+)
 from tests.gaussian import SHAPE, Exact, saying, streams
 
 STD = 2.0  # of the data; noise has 1
@@ -19,7 +26,7 @@ def ratio(steps: int, solver: str = "euler", timestep_shift: float = 5.0) -> flo
     """The final deviation that sampling reaches, as a fraction of the data's."""
     config = SamplingConfig(steps, 1.0, timestep_shift, solver)  # type: ignore[arg-type]
     pipeline = TeacherInferencePipeline(Exact(STD), config)
-    x0 = pipeline.sample(saying(0.0, 4), saying(0.0, 4), SHAPE, streams(4))
+    x0 = sample(pipeline, saying(0.0, 4), saying(0.0, 4), SHAPE, streams(4))
     noise = streams(4).randn(SHAPE)
     factors = x0 / noise  # every element is stretched alike: the field is linear
     assert float(factors.std()) < 1e-3 * STD
@@ -64,15 +71,16 @@ def test_the_second_order_solver_converges() -> None:
 def test_evaluations_are_counted_right(solver: str, cfg_scale: float) -> None:
     net = Exact()
     pipeline = TeacherInferencePipeline(net, SamplingConfig(6, cfg_scale, 5.0, solver))  # type: ignore[arg-type]
-    pipeline.sample(saying(1.0, 3), saying(0.0, 3), SHAPE, streams(3))
-    assert pipeline.network_evaluations == sum(size for size, _ in net.calls) / 3
+    sample(pipeline, saying(1.0, 3), saying(0.0, 3), SHAPE, streams(3))
+    assert pipeline.network_evaluations(SHAPE[1]) == sum(size for size, _ in net.calls) / 3
 
 
 @pytest.mark.parametrize("solver", ["euler", "unipc"])
 def test_levels_fall_from_noise_along_the_shifted_schedule(solver: str) -> None:
     net = Exact()
     config = SamplingConfig(5, 1.0, 3.0, solver)  # type: ignore[arg-type]
-    TeacherInferencePipeline(net, config).sample(saying(1.0, 1), saying(0.0, 1), SHAPE, streams(1))
+    pipeline = TeacherInferencePipeline(net, config)
+    sample(pipeline, saying(1.0, 1), saying(0.0, 1), SHAPE, streams(1))
     expected = [shift(1.0 - i / 5, 3.0) for i in range(5)]
     # UniPC of diffusers spreads its levels from 1 to 1/1000 before it shifts them.
     assert [sigma for _, sigma in net.calls] == pytest.approx(expected, abs=2e-3)
@@ -80,43 +88,67 @@ def test_levels_fall_from_noise_along_the_shifted_schedule(solver: str) -> None:
 
 def test_the_mean_follows_the_prompt() -> None:
     pipeline = TeacherInferencePipeline(Exact(0.5), SamplingConfig(50, 1.0, 5.0, "euler"))
-    x0 = pipeline.sample(saying(3.0, 64), saying(0.0, 64), SHAPE, streams(64))
+    x0 = sample(pipeline, saying(3.0, 64), saying(0.0, 64), SHAPE, streams(64))
     assert float(x0.mean()) == pytest.approx(3.0, abs=0.02)
 
 
 def test_guidance_exaggerates_what_the_prompt_changes() -> None:
     pipeline = TeacherInferencePipeline(Exact(0.5), SamplingConfig(50, 2.0, 5.0, "euler"))
-    x0 = pipeline.sample(saying(3.0, 64), saying(1.0, 64), SHAPE, streams(64))
+    x0 = sample(pipeline, saying(3.0, 64), saying(1.0, 64), SHAPE, streams(64))
     assert float(x0.mean()) == pytest.approx(1.0 + 2.0 * (3.0 - 1.0), abs=0.02)
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:
-    def sample(size: int) -> torch.Tensor:
+    def alone_or_not(size: int) -> torch.Tensor:
         pipeline = TeacherInferencePipeline(Exact(), SamplingConfig(4, 2.0, 5.0, "unipc"))
-        return pipeline.sample(saying(3.0, size), saying(0.0, size), SHAPE, streams(size))
+        return sample(pipeline, saying(3.0, size), saying(0.0, size), SHAPE, streams(size))
 
-    torch.testing.assert_close(sample(4)[:1], sample(1))
+    torch.testing.assert_close(alone_or_not(4)[:1], alone_or_not(1))
 
 
 def test_progress_is_told_once_per_step_however_guided() -> None:
     told: list[tuple[int, int]] = []
     pipeline = TeacherInferencePipeline(Exact(), SamplingConfig(3, 2.0, 5.0, "euler"))
-    pipeline.sample(
-        saying(0.0, 1), saying(0.0, 1), SHAPE, streams(1), on_step=lambda *s: told.append(s)
+    sample(
+        pipeline,
+        saying(0.0, 1),
+        saying(0.0, 1),
+        SHAPE,
+        streams(1),
+        on_step=lambda *s: told.append(s),
     )
     assert told == [(1, 3), (2, 3), (3, 3)]
-    assert pipeline.steps == 3
+    assert pipeline.steps(SHAPE[1]) == 3
 
 
-@pytest.mark.parametrize(("distilled", "evaluations"), [(True, 3), (False, 14)])
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+def test_a_trajectory_runs_from_its_noise_to_what_is_sampled(solver: str) -> None:
+    config = SamplingConfig(5, 2.0, 5.0, solver)  # type: ignore[arg-type]
+    noise, told = streams(2).randn(SHAPE), (saying(3.0, 2), saying(0.0, 2))
+    states = list(trajectory(Exact(), noise, *told, config))
+    assert len(states) == 6
+    assert torch.equal(states[0], noise)
+    assert torch.equal(states[-1], integrate(Exact(), noise, *told, config))
+
+
+def test_frames_to_begin_with_are_refused() -> None:
+    pipeline = TeacherInferencePipeline(Exact(), SamplingConfig(3))
+    first = torch.zeros(1, SHAPE[0], 1, *SHAPE[2:])
+    with pytest.raises(ValueError, match="makes whole clips and cannot begin with given frames"):
+        sample(pipeline, saying(0.0, 1), saying(0.0, 1), SHAPE, streams(1), initial=first)
+
+
+BLOCKS = CausalConfig(num_frame_per_block=2, independent_first_frame=True)
+
+
+@pytest.mark.parametrize(
+    ("causal", "few", "many"),
+    [(None, 3, 14), (BLOCKS, (3 + 1) * 3 - 1, (7 + 1) * 2 * 3 - 2)],
+    ids=["whole", "blocks"],
+)
 def test_a_students_run_is_served_in_few_steps_and_a_teachers_in_many(
-    distilled: bool, evaluations: int
+    causal: CausalConfig | None, few: int, many: int
 ) -> None:
-    pipeline = inference_pipeline(
-        Exact(),
-        distilled=distilled,
-        denoising_step_list=[1000, 600, 300],
-        timestep_shift=5.0,
-        sampling=SamplingConfig(7, 2.0),
-    )
-    assert pipeline.network_evaluations == evaluations
+    student = few_step_pipeline(Exact(), [1.0, 0.6, 0.3], causal)
+    teacher = many_step_pipeline(Exact(), SamplingConfig(7, 2.0), causal)
+    assert (student.network_evaluations(5), teacher.network_evaluations(5)) == (few, many)

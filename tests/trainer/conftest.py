@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import write_config
+from tests.runs import CONFIGS, write_config
 
 
 @pytest.fixture(scope="session")
 def configs(tmp_path_factory: pytest.TempPathFactory, tiny_root: Path) -> dict[str, Path]:
-    """The config file of each method."""
+    """The config files of tests.runs.CONFIGS."""
     folder = tmp_path_factory.mktemp("configs")
-    return {name: write_config(folder, tiny_root, name) for name in ("dmd", "diffusion")}
+    return {name: write_config(folder, tiny_root, name) for name in CONFIGS}

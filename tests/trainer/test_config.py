@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 
 import pytest
 
-from model.diffusion import DiffusionConfig
-from model.dmd import DMDConfig
+from model.base import Method
+from model.diffusion import Diffusion, DiffusionConfig
+from model.dmd import DMD, DMDConfig
+from model.gan import GAN
+from model.ode import ODE
 from tests.methods import methods
 from trainer.config import (
     DEFAULT_CONFIG,
@@ -19,6 +23,7 @@ from trainer.config import (
     Config,
     TrainedNetworkConfig,
     load,
+    method_class,
     problems,
     role_model,
 )
@@ -103,21 +108,67 @@ def test_a_key_of_another_methods_loss_is_unknown(minimal: Path) -> None:
     )
 
 
-def test_an_unknown_method_names_its_source_and_the_nearest(minimal: Path) -> None:
-    message = error_of(minimal, "distribution_loss=dmdd")
-    assert message.startswith("command line: distribution_loss: 'dmdd' is unknown, choose one of ")
-    assert message.endswith("; did you mean 'dmd'?")
+CHOICES = {
+    "score_distillation": "causvid, dmd, sid",
+    "diffusion": "diffusion",
+    "gan": "gan",
+    "ode": "consistency, ode",
+}
 
 
-def test_a_method_of_another_trainer_is_no_distribution_loss(minimal: Path) -> None:
-    message = error_of(minimal, "distribution_loss=diffusion")
-    assert message == ("command line: distribution_loss: 'diffusion' is unknown, choose one of dmd")
+@pytest.mark.parametrize("trainer", CHOICES)
+def test_an_unknown_method_is_answered_with_those_of_the_trainer(
+    minimal: Path, trainer: str
+) -> None:
+    message = error_of(minimal, f"trainer={trainer}", "distribution_loss=unheard_of")
+    assert message == (
+        "command line: distribution_loss: 'unheard_of' is unknown, choose one of "
+        f"{CHOICES[trainer]} (trainer: {trainer})"
+    )
+
+
+def test_a_misspelt_method_names_its_source_and_the_nearest(minimal: Path) -> None:
+    minimal.write_text(MINIMAL + "distribution_loss: dmdd\n")
+    assert error_of(minimal) == (
+        f"{minimal}: distribution_loss: 'dmdd' is unknown, choose one of causvid, dmd, sid; "
+        "did you mean 'dmd'? (trainer: score_distillation)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("trainer", "method"),
+    [("score_distillation", "diffusion"), ("ode", "diffusion"), ("gan", "dmd"), ("ode", "gan")],
+)
+def test_a_method_of_another_trainer_is_no_distribution_loss(
+    minimal: Path, trainer: str, method: str
+) -> None:
+    assert error_of(minimal, f"trainer={trainer}", f"distribution_loss={method}") == (
+        f"command line: distribution_loss: '{method}' is unknown, choose one of "
+        f"{CHOICES[trainer]} (trainer: {trainer})"
+    )
+
+
+@pytest.mark.parametrize(
+    ("trainer", "method"),
+    [
+        ("score_distillation", DMD),
+        ("diffusion", Diffusion),
+        ("gan", GAN),
+        ("ode", ODE),
+    ],
+)
+def test_a_trainer_has_a_method_that_it_takes_unless_told_otherwise(
+    minimal: Path, trainer: str, method: type[Method]
+) -> None:
+    config = load(minimal, [f"trainer={trainer}"])
+    assert method_class(config) is method
+    assert isinstance(config.loss, method.config_class)
 
 
 def test_an_unknown_trainer_lists_the_known_ones(minimal: Path) -> None:
     assert error_of(minimal, "trainer=difusion") == (
         "command line: trainer: Invalid value 'difusion', "
-        "expected one of ['score_distillation', 'diffusion']"
+        "expected one of ['score_distillation', 'diffusion', 'gan', 'ode']"
     )
 
 
@@ -137,6 +188,10 @@ def test_an_unknown_trainer_lists_the_known_ones(minimal: Path) -> None:
         ("gradient_checkpointing", "parallel.activation_checkpoint=block"),
         ("ema_weight", "ema.decay"),
         ("max_iters", "steps"),
+        ("num_frame_per_block", "causal.num_frame_per_block"),
+        ("sid_alpha", "loss.alpha"),
+        ("noise_augmentation_max_timestep", "loss.clean_noise, a noise level in [0, 1]"),
+        ("discriminator_lr_multiplier", "discriminator.lr"),
     ],
 )
 def test_a_key_of_the_reference_is_answered_with_ours(minimal: Path, key: str, advice: str) -> None:
@@ -145,7 +200,7 @@ def test_a_key_of_the_reference_is_answered_with_ours(minimal: Path, key: str, a
 
 def test_advice_names_keys_that_exist() -> None:
     known = {part for key in all_keys() for part in (key, key.split(".")[0])}
-    known |= {key.replace("loss[dmd]", "loss") for key in known}
+    known |= {re.sub(r"^loss\[\w+\]", "loss", key) for key in known}
     for key, advice in RENAMED.items():
         if not advice.startswith("nothing"):
             assert advice.split(" ")[0].split("=")[0].rstrip(",") in known, key
@@ -238,6 +293,124 @@ def test_an_impossible_value_is_told_with_what_is_allowed(
     minimal: Path, override: str, message: str
 ) -> None:
     assert error_of(minimal, override) == message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("causal.num_frame_per_block=4",),
+            "causal.num_frame_per_block: a block of 4 frames must divide the 21 latent frames",
+        ),
+        (
+            ("causal.independent_first_frame=true",),
+            "causal.num_frame_per_block: a block of 3 frames must divide the 20 latent frames "
+            "after the first",
+        ),
+        (
+            ("causal.num_frame_per_block=0",),
+            "causal.num_frame_per_block: a block of 0 frames must divide the 21 latent frames",
+        ),
+        (
+            ("causal.local_attn_size=2",),
+            "causal.local_attn_size: a window of 2 frames, 0 of them the video's first, is "
+            "smaller than a block of 3",
+        ),
+        (
+            ("causal.local_attn_size=6", "causal.sink_size=4"),
+            "causal.local_attn_size: a window of 6 frames, 4 of them the video's first, is "
+            "smaller than a block of 3",
+        ),
+        (("causal.sink_size=-1",), "causal.sink_size: must be at least 0, got -1"),
+        (
+            ("causal.given_first_frame=true",),
+            "causal.given_first_frame: 1 given frames of 21 must end where a block ends: at one "
+            "of 3, 6, 9, 12, 15, 18; set causal.independent_first_frame=true",
+        ),
+        (
+            ("causal.rollout_frames=18",),
+            "causal.rollout_frames: must be at least the 21 frames of latent_shape, got 18",
+        ),
+        (
+            ("causal.rollout_frames=25",),
+            "causal.rollout_frames: a block of 3 frames must divide the 25 latent frames",
+        ),
+        (("causal.context_noise=1000",), "causal.context_noise: must lie in [0, 1000), got 1000.0"),
+        (
+            ("causal.gradient_frames=0",),
+            "causal.gradient_frames: must hold the last block, 3 or more, or be null, got 0",
+        ),
+    ],
+)
+def test_blocks_that_do_not_come_out_even_are_told(
+    minimal: Path, overrides: tuple[str, ...], message: str
+) -> None:
+    assert error_of(minimal, "generator_type=causal", *overrides) == message
+
+
+def test_blocks_of_a_bidirectional_generator_are_not_asked_about(minimal: Path) -> None:
+    assert load(minimal, ["causal.num_frame_per_block=4"]).causal.num_frame_per_block == 4
+
+
+@pytest.mark.parametrize(
+    ("method", "override", "message"),
+    [
+        ("dmd", "gan_weight=-0.5", "loss.gan_weight: must be at least 0 and finite, got -0.5"),
+        ("dmd", "gan_weight=inf", "loss.gan_weight: must be at least 0 and finite, got inf"),
+        ("dmd", "critic_pull=1", "loss.critic_pull: must lie in [0, 1), got 1.0"),
+        (
+            "causvid",
+            "adversarial.r1_weight=-1",
+            "loss.adversarial.r1_weight: must be at least 0, got -1.0",
+        ),
+        (
+            "dmd",
+            "adversarial.r2_weight=nan",
+            "loss.adversarial.r2_weight: must be at least 0, got nan",
+        ),
+        (
+            "dmd",
+            "adversarial.r1_sigma=0",
+            "loss.adversarial.r1_sigma: must be positive, got 0.0",
+        ),
+        (
+            "gan",
+            "adversarial.r2_sigma=-1",
+            "loss.adversarial.r2_sigma: must be positive, got -1.0",
+        ),
+        (
+            "gan",
+            "discriminator_warmup_steps=-1",
+            "loss.discriminator_warmup_steps: must be at least 0, got -1",
+        ),
+        ("gan", "generator_every=0", "loss.generator_every: must be at least 1, got 0"),
+        ("sid", "cfg_scale=inf", "loss.cfg_scale: must be finite, got inf"),
+        ("consistency", "grid=0", "loss.grid: must be at least 1, got 0"),
+        ("consistency", "timestep_shift=0", "loss.timestep_shift: must be positive, got 0.0"),
+        ("diffusion", "clean_noise=1.5", "loss.clean_noise: must lie in [0, 1], got 1.5"),
+        ("diffusion", "caption_dropout=-1", "loss.caption_dropout: must lie in [0, 1], got -1.0"),
+    ],
+)
+def test_an_impossible_value_of_a_method_is_told_with_what_is_allowed(
+    minimal: Path, method: str, override: str, message: str
+) -> None:
+    trainer = next(name for name, known in CHOICES.items() if method in known.split(", "))
+    words = (f"trainer={trainer}", f"distribution_loss={method}", f"loss.{override}")
+    assert error_of(minimal, *words) == message
+
+
+def test_a_value_that_is_none_of_a_few_lists_them(minimal: Path) -> None:
+    assert error_of(minimal, "loss.divergence=kl") == (
+        "command line: loss.divergence: Invalid value 'kl', expected one of ['reverse_kl', "
+        "'forward_kl', 'jensen_shannon', 'softened_reverse_kl', 'neyman', 'hellinger', 'jeffreys']"
+    )
+
+
+def test_the_optimizer_of_the_discriminator_is_checked_as_the_others(minimal: Path) -> None:
+    assert error_of(minimal, "discriminator.lr=-1", "discriminator.betas=[0.9]").splitlines() == [
+        "discriminator.lr: must be positive and finite, got -1.0",
+        "discriminator.betas: must be two numbers in [0, 1), got [0.9]",
+    ]
 
 
 def test_random_weights_and_given_weights_exclude_each_other(minimal: Path) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model.types import Denoiser
-from tests.runs import build, built, rows, run
+from tests.runs import CONFIGS, build, built, rows, run
 from trainer.base import Interrupted, Phase, Trainer
 from trainer.build import RunOptions, build_trainer
 from trainer.config import load
@@ -86,7 +86,7 @@ def exit_step(phase: str, step: int) -> int:
 def one_phase(trainer: Trainer, role: str, step: int) -> None:
     """Run only the phase of `role` as at `step`."""
     trainer.state.step = step
-    (phase,) = [phase for phase in trainer.phases(0) if phase.role == role]
+    (phase,) = [phase for phase in trainer.phases(0) if phase.name == role]
     trainer.optimise(phase)
 
 
@@ -151,6 +151,19 @@ def weights_of(network: Denoiser) -> Weights:
     return {name: p.detach().clone() for name, p in network.named_parameters()}
 
 
+# Methods with several trained roles, and what lets all of them move at the first step.
+AT_ONCE: dict[str, tuple[str, ...]] = {
+    "dmd": (),
+    "dmd_gan": (),
+    "dmd_fdistill": ("loss.critic_pull=0.0",),  # or the generator's phase moves the critic too
+    "sid": (),
+    "causvid": (),
+    "self_forcing_sid": (),
+    "gan": ("loss.discriminator_warmup_steps=0",),
+    "gan_teacher": (),
+}
+
+
 def moved(before: Weights, network: Denoiser) -> bool:
     """Whether any weight changed."""
     after = weights_of(network)
@@ -196,8 +209,75 @@ def test_the_generator_moves_at_the_first_and_then_every_nth_step_and_the_critic
 
 
 def test_the_generator_is_optimised_before_the_critic(dmd: ScoreDistillationTrainer) -> None:
-    assert [phase.role for phase in dmd.phases(0)] == ["generator", "critic"]
-    assert [phase.role for phase in dmd.phases(1)] == ["critic"]
+    assert [phase.roles for phase in dmd.phases(0)] == [("generator",), ("critic",)]
+    assert [phase.roles for phase in dmd.phases(1)] == [("critic",)]
+
+
+@pytest.mark.parametrize(
+    ("method", "opponents"),
+    [
+        ("dmd_gan", ("critic", "discriminator")),
+        ("gan", ("critic", "discriminator")),
+        ("gan_teacher", ("discriminator",)),
+    ],
+)
+def test_critic_and_discriminator_move_together_after_the_generator(
+    method: str, opponents: tuple[str, ...], configs: dict[str, Path], tmp_path: Path
+) -> None:
+    with built(configs[method], tmp_path, *AT_ONCE[method]) as trainer:
+        assert [phase.roles for phase in trainer.phases(0)] == [("generator",), opponents]
+
+
+@pytest.mark.parametrize(
+    ("warmup", "every", "generator_steps"), [(0, 1, [1, 2, 3, 4]), (2, 1, [3, 4]), (1, 2, [2, 4])]
+)
+def test_the_discriminator_moves_alone_until_its_warm_up_ends(
+    warmup: int,
+    every: int,
+    generator_steps: list[int],
+    configs: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    overrides = (f"loss.discriminator_warmup_steps={warmup}", f"loss.generator_every={every}")
+    with built(configs["gan"], tmp_path, *overrides, "steps=4", "batch_size=1") as trainer:
+        trainer.train()
+        expected = {role: trainer.total_updates(role) for role in trainer.roles}
+        assert trainer.state.updates == expected
+    found = rows(tmp_path)
+    assert [row["step"] for row in found if "generator/loss" in row] == generator_steps
+    assert [row["step"] for row in found if "critic/loss" in row] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("method", AT_ONCE)
+def test_a_phase_leaves_no_gradient_in_other_roles_and_does_not_move_them(
+    method: str, configs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Losses of SiD and of discriminators reach the generator through other roles' networks."""
+    with built(configs[method], tmp_path, *AT_ONCE[method], "batch_size=2") as trainer:
+        for _ in range(2):  # the first time no role has been moved before
+            for phase in trainer.phases(0):
+                before = {name: weights_of(role.network) for name, role in trainer.roles.items()}
+                trainer.optimise(phase)
+                now = {name: role.network for name, role in trainer.roles.items()}
+                assert {name for name in now if moved(before[name], now[name])} == set(phase.roles)
+                weights = [p for network in now.values() for p in network.parameters()]
+                assert all(p.grad is None and p.requires_grad for p in weights)
+
+
+def test_the_critic_is_pulled_after_the_generator_and_not_after_itself(
+    configs: dict[str, Path], tmp_path: Path
+) -> None:
+    """The config's critic_pull is 0.1."""
+    with built(configs["dmd_fdistill"], tmp_path, "batch_size=2") as trainer:
+        critic, generator_ = (trainer.roles[name].network for name in ("critic", "generator"))
+        before = weights_of(critic)
+        one_phase(trainer, "generator", 0)
+        after = weights_of(generator_)
+        pulled = weights_of(critic)
+        assert all(torch.equal(pulled[n], before[n].lerp(after[n], 0.1)) for n in before)
+        with patch.object(trainer, "apply_gradients", lambda _: None):
+            one_phase(trainer, "critic", 0)
+        assert not moved(pulled, critic)
 
 
 def test_the_average_equals_the_weights_before_its_start_and_lags_from_it_on(
@@ -270,7 +350,7 @@ def test_checkpoints_lie_at_the_interval_and_at_the_end_and_the_newest_are_kept(
 VALIDATION = ("steps=5", "batch_size=1", "validation.every=2", "validation.count=3")
 
 
-@pytest.mark.parametrize("method", ["dmd", "diffusion"])
+@pytest.mark.parametrize("method", ["dmd", "diffusion", "self_forcing_dmd", "causal_diffusion"])
 def test_pictures_are_made_at_their_interval_and_at_the_end(
     method: str, configs: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -329,6 +409,7 @@ SYNCS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "
 # Reads of tensors that always lie on the CPU, by the file that does them.
 ON_THE_CPU = {
     "pipeline/bidirectional.py": "the exit step, drawn by the generator that all ranks share",
+    "pipeline/causal.py": "exit steps and frame counts, from the same generator",
     "torch/optim/adam.py": "AdamW's step counters",
     "utils/dataset.py": "the order of the data, once per epoch",
 }
@@ -343,7 +424,8 @@ def counted_syncs() -> Iterator[Counter[str]]:
     def counting(name: str) -> Callable[..., Any]:
         def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
             frames = [frame.filename for frame in traceback.extract_stack()[:-1]]
-            if not any(frame.endswith(tuple(ON_THE_CPU)) for frame in frames[-6:]):
+            near = frames[-6:] if name == "item" else frames[-1:]  # Adam's reads lie deeper
+            if not any(frame.endswith(tuple(ON_THE_CPU)) for frame in near):
                 counts[f"{name} in {frames[-1]}"] += 1
             return originals[name](self, *args, **kwargs)
 
@@ -353,11 +435,11 @@ def counted_syncs() -> Iterator[Counter[str]]:
         yield counts
 
 
-@pytest.mark.parametrize("method", ["dmd", "diffusion"])
+@pytest.mark.parametrize("method", CONFIGS)
 def test_an_update_reads_no_tensor_on_the_host(
     method: str, configs: dict[str, Path], tmp_path: Path
 ) -> None:
-    muon = ("generator.muon_lr=0.01", "accumulation=2")
+    muon = ("generator.muon_lr=0.01", "accumulation=2", *AT_ONCE.get(method, ()))
     with built(configs[method], tmp_path, *muon) as trainer:
         # A prompt's first encoding does wait, in transformers; it is remembered afterwards.
         drawn = [trainer.parts.dataset[trainer.order[draw]] for draw in range(16)]
@@ -399,10 +481,13 @@ def test_two_trainings_in_one_process_do_not_touch_each_other(
 
 
 @pytest.mark.parametrize("precision", ["mixed_precision=false", "mixed_precision=true"])
+@pytest.mark.parametrize("method", ["dmd", "gan", "self_forcing_dmd", "self_forcing_sid"])
 def test_recomputing_blocks_changes_no_number(
-    configs: dict[str, Path], tmp_path: Path, precision: str
+    configs: dict[str, Path], tmp_path: Path, method: str, precision: str
 ) -> None:
-    run(configs["dmd"], tmp_path / "kept", "steps=2", precision)
+    causal = ("causal.kv_gradient=straight_through",) if "forcing" in method else ()
+    settings = ("steps=2", "batch_size=2", precision, *causal)
+    run(configs[method], tmp_path / "kept", *settings)
     recompute = "parallel.activation_checkpoint=block"
-    run(configs["dmd"], tmp_path / "recomputed", "steps=2", precision, recompute)
+    run(configs[method], tmp_path / "recomputed", *settings, recompute)
     assert rows(tmp_path / "recomputed") == rows(tmp_path / "kept")

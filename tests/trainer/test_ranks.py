@@ -6,10 +6,11 @@ import gc
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tests.ranks import run_on_ranks
@@ -22,14 +23,24 @@ from utils.distributed import Session, distributed_session
 from utils.parallel import build_mesh
 
 TOLERANCE = 1e-5  # relative; measured: below 5e-7
-CASES = ("dmd-adamw", "dmd-muon", "diffusion-adamw", "diffusion-muon")
+CASES = (
+    "dmd-adamw", "dmd-muon", "diffusion-adamw", "diffusion-muon", "sid-adamw", "gan-adamw",
+    "dmd_gan-adamw", "self_forcing_dmd-adamw", "ode-adamw",
+)  # fmt: skip
+# Rollouts of several lengths, whose blocks exit apart: all that ranks must agree on.
+ROLLOUTS = ("causal.rollout_frames=9", "causal.same_step_across_blocks=false")
+# Of a relativistic discriminator the logits' bias moves by nothing but rounding, and Adam by lr.
+ABSOLUTE = ("loss.adversarial.relativistic=false",)
+OVERRIDES = {"self_forcing_dmd": ROLLOUTS, "gan": ABSOLUTE, "dmd_gan": ABSOLUTE}
 WIDE_CASES = ("dmd-muon", "diffusion-adamw")  # on four ranks, slow where cores are few
+PENALTIES = ("/r1", "/r2")  # steps between nearly equal logits: compared as they are
 STEPS = "steps=3"  # generator_every is 2, so the generator moves twice
 HYBRID = "sharding_strategy=hybrid_full"
 MICRO = "accumulation=2"
 BF16 = "mixed_precision=true"
 
 Gradients = dict[str, Tensor]
+Call = tuple[int, int, float]  # first frame, number of frames, noise level
 
 
 @dataclass(frozen=True)
@@ -48,14 +59,17 @@ class Findings:
     gradients: dict[str, Gradients] = field(default_factory=dict)
     precisions: dict[str, set[torch.dtype]] = field(default_factory=dict)
     timesteps: list[Tensor] = field(default_factory=list)
+    rounded: set[str] = field(default_factory=set)  # gradients that bf16 would hold exactly
+    calls: list[Call] = field(default_factory=list)  # of the self-forcing generator
 
 
 def job(base: Path, root: Path, layout: str, case: str, *overrides: str) -> Job:
     """The job `case` (method-optimizer) under `layout`, logging below `base`."""
     method, optimizer = case.split("-")
     muon = MUON[method] if optimizer == "muon" else ()
+    own = OVERRIDES.get(method, ())
     config = write_config(base, root, method)
-    return Job(config, base / layout / case, (STEPS, *muon, *overrides))
+    return Job(config, base / layout / case, (STEPS, *muon, *own, *overrides))
 
 
 def train_all(jobs: list[Job], gradient_jobs: list[Job]) -> Findings:
@@ -72,13 +86,46 @@ def train_all(jobs: list[Job], gradient_jobs: list[Job]) -> Findings:
 
 
 def train_one(one: Job, session: Session, found: Findings) -> None:
-    """Train from start to end; look closer at a run in bf16."""
+    """Train from start to end; look closer at a run in bf16, or block by block."""
     trainer = build(one.config, one.logdir, session, *one.overrides)
-    seen = watch_timesteps(trainer)
-    trainer.train()
-    if BF16 in one.overrides:
+    if ROLLOUTS[0] in one.overrides:
+        watch_calls(trainer, found.calls)
+    if BF16 not in one.overrides:
+        trainer.train()
+    elif one.config.stem == "sid":
+        watch_gradients(trainer, found.rounded)
+        trainer.train()
+    else:
+        seen = watch_timesteps(trainer)
+        trainer.train()
         found.precisions = precisions(trainer)
         found.timesteps = seen
+
+
+def watch_calls(trainer: Trainer, calls: list[Call]) -> None:
+    """Note what the generator is called for."""
+
+    def note(_: nn.Module, inputs: tuple[Any, ...], words: dict[str, Any]) -> None:
+        x, sigma, _ = inputs
+        calls.append((int(words["context"].frame_index[0]), x.shape[2], float(sigma[0, 0])))
+
+    trainer.roles["generator"].network.register_forward_pre_hook(note, with_kwargs=True)
+
+
+def watch_gradients(trainer: Trainer, rounded: set[str]) -> None:
+    """Note which gradients of the critic, at any step, are all numbers that bf16 has."""
+    apply = trainer.apply_gradients
+
+    def watched(name: str) -> None:
+        for key, parameter in trainer.roles[name].network.model.named_parameters():
+            assert parameter.grad is not None, f"{name}.{key} got no gradient"
+            gradient = whole(parameter.grad)
+            assert gradient.dtype == torch.float32, f"{name}.{key} got {gradient.dtype}"
+            if name == "critic" and torch.equal(gradient, gradient.bfloat16().float()):
+                rounded.add(key)
+        apply(name)
+
+    trainer.apply_gradients = watched  # type: ignore[method-assign]
 
 
 def watch_timesteps(trainer: Trainer) -> list[Tensor]:
@@ -137,8 +184,12 @@ def difference(left: Path, right: Path) -> float:
     """The largest relative difference of any number in two runs' metrics."""
     first, second = rows(left), rows(right)
     assert [row.keys() for row in first] == [row.keys() for row in second]
-    pairs = [(a[key], b[key]) for a, b in zip(first, second, strict=True) for key in a]
-    return max(abs(a - b) / abs(b) for a, b in pairs)
+    found = []
+    for a, b in zip(first, second, strict=True):
+        for key in a:
+            size = 1.0 if key.endswith(PENALTIES) else max(abs(b[key]), 1e-9)
+            found.append(abs(a[key] - b[key]) / size)
+    return max(found)
 
 
 @pytest.fixture(scope="module")
@@ -157,15 +208,22 @@ def one_rank(base: Path, tiny_root: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(base: Path, tiny_root: Path) -> Findings:
-    """Every case on two ranks, one in bf16, and gradients; one spawn."""
+def both_ranks(base: Path, tiny_root: Path) -> list[Findings]:
+    """Every case on two ranks, two in bf16, and gradients; one spawn. What each rank reports."""
     jobs = [job(base, tiny_root, "2", case) for case in CASES]
     jobs.append(job(base, tiny_root, "2-bf16", "dmd-muon", BF16))
+    jobs.append(job(base, tiny_root, "2-bf16", "sid-adamw", BF16, "loss.generator_every=1"))
     gradients = [
         job(base, tiny_root, "2-gradients", "dmd-adamw", MICRO),
         job(base, tiny_root, "2-gradients", "diffusion-adamw", MICRO),
     ]
-    return run_on_ranks(2, train_all, jobs, gradients)[0]
+    return run_on_ranks(2, train_all, jobs, gradients)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(both_ranks: list[Findings]) -> Findings:
+    """What the first of two ranks reports."""
+    return both_ranks[0]
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +242,24 @@ def test_two_ranks_report_the_losses_and_gradient_norms_of_one(
     case: str, base: Path, one_rank: Path
 ) -> None:
     assert difference(base / "2" / case, one_rank / case) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_every_block_and_its_noise_level(both_ranks: list[Findings]) -> None:
+    first, second = (found.calls for found in both_ranks)
+    assert first == second
+    ends = {begin + frames for begin, frames, _ in first}
+    assert {frames for _, frames, _ in first} == {1, 2}
+    assert len(ends & {5, 7, 9}) >= 2, "all rollouts were of one length"
+    assert {round(sigma, 4) for _, _, sigma in first} == {0.0, 1.0, 0.9375, 0.8333, 0.625}
+
+
+@pytest.mark.slow
+def test_a_critic_that_is_frozen_between_its_updates_keeps_its_gradients_in_fp32(
+    two_ranks: Findings,
+) -> None:
+    """Of a network that is frozen at its first forward pass, FSDP2 would reduce them in bf16."""
+    assert two_ranks.rounded == set()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.ranks import run_on_ranks
 from tests.runs import (
+    CONFIGS,
     MUON,
     assert_same_end,
     build,
@@ -30,7 +31,7 @@ from utils.config import ConfigError
 from utils.distributed import distributed_session
 
 STEPS = 5
-# Case -> method, overrides. Between them: both methods, both optimizers, both schedules.
+# Case -> method, overrides. Between them: both optimizers, both schedules.
 CASES = {
     "dmd-muon": ("dmd", MUON["dmd"]),
     "dmd-adamw": ("dmd", ("loss.generator_every=3",)),
@@ -68,6 +69,59 @@ def test_a_resumed_run_ends_bit_for_bit_as_the_unbroken_one(
     resumed = cut_after(straight / case, tmp_path / "run", stop)
     run(configs[method], resumed, *SAVE_LAST, *overrides)
     assert_same_end(resumed, straight / case, STEPS)
+
+
+FEW = ("steps=3", "batch_size=2")
+LONGER = "causal.rollout_frames=9"
+# Every other pair of trainer and method, and what changes a causal rollout: case -> the step after
+# which it is broken off, method, overrides. At that step the generator is next to move.
+BROKEN = {
+    "dmd_gan": (2, "dmd_gan", ()),
+    "dmd_fdistill": (2, "dmd_fdistill", ()),
+    "sid": (2, "sid", ()),
+    "causvid": (2, "causvid", ()),
+    "gan": (1, "gan", ()),
+    "gan-again": (2, "gan", ("loss.generator_every=1",)),
+    "gan_teacher": (2, "gan_teacher", ()),
+    "ode": (1, "ode", ()),
+    "consistency": (1, "consistency", ()),
+    "teacher-forcing": (1, "causal_diffusion", ()),
+    "diffusion-forcing": (1, "causal_diffusion", ("loss.teacher_forcing=false",)),
+    "self_forcing_dmd": (2, "self_forcing_dmd", ()),
+    "self_forcing_sid": (2, "self_forcing_sid", ()),
+    "straight-through": (2, "self_forcing_dmd", ("causal.kv_gradient=straight_through",)),
+    "exits-apart": (2, "self_forcing_dmd", ("causal.same_step_across_blocks=false",)),
+    "given-first-frame": (2, "self_forcing_dmd", ("causal.given_first_frame=true",)),
+    "longer-rollouts": (2, "self_forcing_dmd", (LONGER, "causal.local_attn_size=4")),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_run_of_any_method_resumes_bit_for_bit(
+    case: str, configs: dict[str, Path], tiny_root: Path, tmp_path: Path
+) -> None:
+    stop, method, overrides = BROKEN[case]
+    if case == "given-first-frame":
+        overrides = (*overrides, f"data.path={tiny_root / 'data' / 'tiny' / 'latents'}")
+    settings = (*FEW, f"save_every={stop}", *overrides)
+    whole = run(configs[method], tmp_path / "whole", *settings)
+    resumed = cut_after(whole, tmp_path / "resumed", stop)
+    run(configs[method], resumed, *settings)
+    assert_same_end(resumed, whole, 3)
+
+
+def test_saving_changes_nothing_while_the_generator_still_waits_for_its_first_update(
+    configs: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = ("steps=3", "batch_size=2")  # the generator waits for one step
+    often = run(configs["gan"], tmp_path / "often", *settings, "save_every=1")
+    once = run(configs["gan"], tmp_path / "once", *settings)
+    assert_same_end(often, once, 3)
+
+
+def test_every_kind_of_run_is_broken_off_and_resumed() -> None:
+    resumed = {method for _, method, _ in BROKEN.values()} | {name for name, _ in CASES.values()}
+    assert resumed == set(CONFIGS)
 
 
 def test_a_checkpoint_holds_all_that_moves(straight: Path) -> None:

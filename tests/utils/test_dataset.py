@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from utils.dataset import DataOrder, open_dataset, read_prompt_file, read_prompt_folder
+from utils.dataset import (
+    DataOrder,
+    TrajectoryManifest,
+    manifest_path,
+    open_dataset,
+    read_manifest,
+    read_prompt_file,
+    read_prompt_folder,
+)
 
 
 def test_a_prompt_file_holds_one_prompt_per_line(tmp_path: Path) -> None:
@@ -101,6 +111,37 @@ def test_shards_give_captions_with_latents(tiny_root: Path) -> None:
     assert item.latents is not None
     assert item.latents.dtype == torch.float32
     assert item.prompt.startswith("a ")
+    assert (data.trajectory_shape, item.trajectory) == (None, None)
+
+
+def test_shards_of_ode_pairs_give_captions_with_trajectories(tiny_root: Path) -> None:
+    data = open_dataset(tiny_root / "data" / "tiny" / "ode_pairs")
+    item = data[15]
+    assert (len(data), data.latent_shape, data.trajectory_shape) == (16, None, (5, 16, 5, 4, 4))
+    assert item.latents is None
+    assert item.trajectory is not None
+    assert item.trajectory.dtype == torch.float32
+    assert item.prompt.startswith("a ")
+
+
+def test_a_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    written = TrajectoryManifest(7, [1000, 500], 5.0, [16, 5, 4, 4], 48, 2.0, 0, "digest", "run")
+    manifest_path(tmp_path).write_text(json.dumps(asdict(written)), encoding="utf-8")
+    assert read_manifest(tmp_path) == written
+
+
+def test_a_folder_of_other_data_has_no_manifest(tiny_root: Path) -> None:
+    assert read_manifest(tiny_root / "data" / "tiny" / "latents") is None
+    assert read_manifest(tiny_root / "data" / "tiny" / "prompts.txt") is None
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"count": 3}', '{"weather": "fine"}'])
+def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
+    manifest_path(tmp_path).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError) as caught:
+        read_manifest(tmp_path)
+    expected = f"{tmp_path}/manifest.json: not a manifest of ODE pairs: "
+    assert str(caught.value).startswith(expected)
 
 
 def test_each_epoch_is_a_permutation_of_all_records() -> None:

@@ -60,6 +60,63 @@ def test_prompts_alone_have_no_latent_shape(tmp_path: Path) -> None:
     assert ShardReader(write(tmp_path, "a", ["x"])).latent_shape is None
 
 
+def test_trajectories_come_back_in_their_own_layout(tmp_path: Path) -> None:
+    states = latents(6).view(2, 3, *SHAPE)
+    with ShardWriter(tmp_path / "a") as writer:
+        writer.append(["x", "y"], trajectories=states)
+    reader = ShardReader(tmp_path)
+    assert (reader.trajectory_shape, reader.latent_shape) == ((3, *SHAPE), None)
+    assert all(torch.equal(reader.trajectory(i), states[i]) for i in range(2))
+
+
+def test_trajectories_lie_in_the_file_as_half_precision_frames_first(tmp_path: Path) -> None:
+    states = latents(3).view(1, 3, *SHAPE)
+    with ShardWriter(tmp_path / "a") as writer:
+        writer.append(["x"], trajectories=states)
+    with lmdb.open(str(tmp_path / "a"), readonly=True, lock=False) as env, env.begin() as rows:
+        stored = np.frombuffer(bytes(rows.get(b"trajectories_0_data")), dtype=np.float16)
+        assert bytes(rows.get(b"trajectories_shape")) == b"1 3 2 3 4 5"
+    assert np.array_equal(stored.reshape(3, 2, 3, 4, 5), states[0].transpose(1, 2).numpy())
+
+
+def test_a_record_may_hold_latents_and_a_trajectory(tmp_path: Path) -> None:
+    values, states = latents(2), latents(6, start=5).view(2, 3, *SHAPE)
+    with ShardWriter(tmp_path / "a") as writer:
+        writer.append(["x", "y"], values, states)
+    reader = ShardReader(tmp_path)
+    assert torch.equal(reader.latents(1), values[1])
+    assert torch.equal(reader.trajectory(1), states[1])
+
+
+@pytest.mark.parametrize(
+    ("shape", "got"), [((1, 3, *SHAPE), r"\(1, 3, 3, 2, 4, 5\)"), ((2, 4, *SHAPE), r"\(2, 4, 3")]
+)
+def test_trajectories_of_another_number_or_length_are_refused(
+    tmp_path: Path, shape: tuple[int, ...], got: str
+) -> None:
+    with ShardWriter(tmp_path / "a") as writer:
+        writer.append(["w"], trajectories=torch.zeros(1, 3, *SHAPE))
+        with pytest.raises(ValueError, match=r"trajectories must be \(2, 3, 3, 2, .*got " + got):
+            writer.append(["x", "y"], trajectories=torch.zeros(shape))
+        assert writer.rows == 1
+
+
+def test_shards_with_trajectories_of_several_lengths_are_refused(tmp_path: Path) -> None:
+    for name, states in (("a", 3), ("b", 4)):
+        with ShardWriter(tmp_path / name) as writer:
+            writer.append(["x"], trajectories=torch.zeros(1, states, *SHAPE))
+    with pytest.raises(ValueError, match="shards hold trajectories of several shapes"):
+        ShardReader(tmp_path)
+
+
+def test_a_writer_counts_the_rows_that_its_shard_holds(tmp_path: Path) -> None:
+    write(tmp_path, "a", ["x", "y"])
+    with ShardWriter(tmp_path / "a") as writer:
+        assert writer.rows == 2
+        writer.append(["z"])
+        assert writer.rows == 3
+
+
 def test_a_reopened_shard_is_continued(tmp_path: Path) -> None:
     write(tmp_path, "a", ["x", "y"], latents(2))
     reader = ShardReader(write(tmp_path, "a", ["z"], latents(1, start=7)))

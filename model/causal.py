@@ -1,0 +1,172 @@
+"""Block-causal videos: how frames fall into blocks, and a network that sees them in one pass.
+
+Letters as in model/types.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from model.flow import constant_sigma
+from model.types import FULL_ATTENTION, Conditioning, Context, Denoiser, Prediction
+from model.wan.cache import KVCache
+from model.wan.masks import block_causal, frame_blocks, past_spans, teacher_forcing
+
+
+@dataclass(frozen=True)
+class CausalLayout:
+    """How the frames of a video fall into blocks that are made one after the other."""
+
+    num_frame_per_block: int = 3  # latent frames
+    independent_first_frame: bool = False  # whether frame 0 is a block of its own
+    local_attn_size: int | None = None  # frames that a block sees at most, itself included
+    sink_size: int = 0  # of these, how many are the video's first ones
+    relative_positions: bool = False  # with a cache, count positions from its first kept frame
+
+    def blocks(self, frames: int) -> list[int]:
+        """Block sizes of a video of `frames`. Raises ValueError unless they come out even."""
+        return frame_blocks(
+            frames,
+            self.num_frame_per_block,
+            independent_first_frame=self.independent_first_frame,
+        )
+
+    def split(self, frames: int, given: int) -> tuple[list[int], list[int]]:
+        """Blocks that are given at the start of a video, and those that are left to make.
+
+        Raises ValueError if the given frames end within a block, or fill the video.
+        """
+        blocks = self.blocks(frames)
+        ends = list(accumulate(blocks, initial=0))
+        if given not in ends[:-1]:
+            raise ValueError(
+                f"{given} given frames of {frames} must end where a block ends: at one of "
+                f"{', '.join(map(str, ends[1:-1])) or 'none, the video is one block'}"
+            )
+        count = ends.index(given)
+        return blocks[:count], blocks[count:]
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for one batch of videos."""
+        return KVCache(
+            window=self.local_attn_size,
+            sink=self.sink_size,
+            relative_positions=self.relative_positions,
+        )
+
+    def problems(self, frames: int) -> Iterator[str]:
+        """What is impossible about these settings for videos of `frames` latent frames."""
+        if self.sink_size < 0:
+            yield f"causal.sink_size: must be at least 0, got {self.sink_size}"
+            return
+        try:
+            blocks = self.blocks(frames)
+        except ValueError as error:
+            yield f"causal.num_frame_per_block: {error}"
+            return
+        try:
+            for size in {*blocks, self.num_frame_per_block}:
+                past_spans(10**6, size, window=self.local_attn_size, sink=self.sink_size)
+        except ValueError as error:
+            yield f"causal.local_attn_size: {error}"
+
+
+def per_block(values: Tensor, layout: CausalLayout | None, frames: int) -> Tensor:
+    """One value per block, [B, blocks], as one per frame, [B, F]; without blocks, [B, 1]."""
+    if layout is None:
+        return values
+    sizes = torch.tensor(layout.blocks(frames), device=values.device)
+    return values.repeat_interleave(sizes, dim=1, output_size=frames)
+
+
+def count_blocks(layout: CausalLayout | None, frames: int) -> int:
+    """How many blocks a video has; a bidirectional network sees it as one."""
+    return 1 if layout is None else len(layout.blocks(frames))
+
+
+@dataclass(frozen=True, eq=False)
+class BlockCausal:
+    """A Denoiser whose blocks see themselves and the noisy blocks before them."""
+
+    net: Denoiser
+    layout: CausalLayout
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        *,
+        context: Context = FULL_ATTENTION,
+    ) -> Prediction:
+        """x: [B, C, F, H, W]; sigma: [B, 1] or [B, F]."""
+        layout = self.layout
+        mask = block_causal(
+            layout.blocks(x.shape[2]), window=layout.local_attn_size, sink=layout.sink_size
+        )
+        return self.net(x, sigma, conditioning, context=replace(context, mask=mask))
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherForced:
+    """A Denoiser whose blocks see themselves and the clean blocks before them, in one pass.
+
+    What streaming inference computes block by block with a cache, if `clean` is what it made: the
+    network sees 2 F frames, the clean ones first. clean: [B, C, F, H, W], noised to `clean_sigma`
+    [B, 1] or [B, F] by the caller; None = it is clean. A batch that is a multiple of B, as
+    guidance makes, sees `clean` repeated.
+    """
+
+    net: Denoiser
+    layout: CausalLayout
+    clean: Tensor
+    clean_sigma: Tensor | None = None
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        *,
+        context: Context = FULL_ATTENTION,
+    ) -> Prediction:
+        """x: [B, C, F, H, W]; sigma: [B, 1] or [B, F]."""
+        batch, frames = x.shape[0], x.shape[2]
+        clean = self.clean.repeat(batch // len(self.clean), 1, 1, 1, 1)
+        level = self.clean_sigma
+        if level is None:
+            level = constant_sigma(0.0, self.clean)
+        level = level.repeat(batch // len(level), 1)
+        mask = teacher_forcing(
+            self.layout.blocks(frames),
+            window=self.layout.local_attn_size,
+            sink=self.layout.sink_size,
+        )
+        if conditioning.first_frame is not None:
+            doubled = torch.cat([conditioning.first_frame] * 2, dim=2)
+            conditioning = replace(conditioning, first_frame=doubled)
+        both = self.net(
+            torch.cat([clean.to(x.dtype), x], dim=2),
+            torch.cat([level.expand(-1, frames), sigma.expand(-1, frames)], dim=1),
+            conditioning,
+            context=replace(
+                context, mask=mask, frame_index=torch.arange(frames, device=x.device).repeat(2)
+            ),
+        )
+        return Prediction(both.x0[:, :, frames:], both.velocity[:, :, frames:])
+
+
+def on_real_video(net: Denoiser, layout: CausalLayout | None, clean: Tensor | None) -> Denoiser:
+    """`net` as a training pass over a real video uses it.
+
+    layout None: the whole video at once. Otherwise block-causal, on the past that it is given
+    noisy (diffusion forcing), or on the `clean` one (teacher forcing).
+    """
+    if layout is None:
+        return net
+    return BlockCausal(net, layout) if clean is None else TeacherForced(net, layout, clean)

@@ -1,0 +1,21 @@
+"""CausVid (arXiv:2412.07772): DMD on predictions from real videos, each block at its own noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.dmd import DMD, DMDConfig
+
+
+@dataclass(frozen=True)
+class CausVidConfig(DMDConfig):
+    """CausVid's own option."""
+
+    teacher_forcing: bool = False  # blocks see the clean past; false = the noisy one
+
+
+class CausVid(DMD):
+    """DMD's loss; only where samples come from differs."""
+
+    config_class = CausVidConfig
+    rollout_source = "data"

@@ -1,0 +1,219 @@
+"""A discriminator on the features of a denoiser: small heads, their losses, their penalties.
+
+Letters as in model/types.py; K heads, one per tapped layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.guidance import concatenate
+from model.types import Conditioning, Context, Denoiser
+from model.wan.attention import attend
+from model.wan.config import WanConfig
+from model.wan.context import Taps
+from utils.optim import OptimizerConfig
+from utils.seeding import SampleRNG
+
+DEPTHS = (0.45, 0.72, 0.98)  # of the tapped layers; 13, 21 and 29 of 30, as in the 1.3B reference
+SIGMA_BINS = 10  # noise levels share the mean weight of their bin
+MEAN_STEP = 0.01  # how far one Adam step moves a mean weight, whatever the learning rate
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig(OptimizerConfig):
+    """The heads; sizes that are left out follow from the network that they read."""
+
+    lr: float = 1e-5
+    layers: list[int] = field(default_factory=list)  # 0-based blocks to read; empty = three of them
+    ffn_dim: int | None = None  # None = 4 x the network's width
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """How real and generated samples are told apart."""
+
+    relativistic: bool = False  # judge the difference of a real and a fake logit (arXiv:1807.00734)
+    r1_weight: float = 0.0  # approximate gradient penalty on real samples (APT, arXiv:2501.08316)
+    r2_weight: float = 0.0  # the same on generated ones
+    r1_sigma: float = 0.01  # size of the perturbation, on noisy latents
+    r2_sigma: float = 0.01
+
+    def problems(self) -> Iterator[str]:
+        """What is impossible about these settings, one line each."""
+        for name in ("r1_weight", "r2_weight"):
+            if not getattr(self, name) >= 0:
+                yield f"loss.adversarial.{name}: must be at least 0, got {getattr(self, name)}"
+        for name in ("r1_sigma", "r2_sigma"):
+            if not getattr(self, name) > 0:
+                yield f"loss.adversarial.{name}: must be positive, got {getattr(self, name)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """What a discriminator says of noisy samples."""
+
+    logits: Tensor  # [B], positive = real
+    mean_weight: Tensor  # [B] running mean of f-divergence weights at the sample's noise level
+
+
+class DiscriminatorHeads(nn.Module):
+    """One learnt query per tapped layer, and a logit from all of them together."""
+
+    blocks: nn.ModuleList
+
+    def __init__(self, network: WanConfig, config: DiscriminatorConfig) -> None:
+        super().__init__()
+        self.layers = tapped_layers(network, config)
+        width, hidden = network.dim, config.ffn_dim or 4 * network.dim
+        self.blocks = nn.ModuleList(
+            Head(width, hidden, network.num_heads, network.eps) for _ in self.layers
+        )
+        self.norm = nn.LayerNorm(len(self.layers) * width)
+        self.hidden = nn.Linear(len(self.layers) * width, width)
+        self.logit = nn.Linear(width, 1)
+        # Fitted by regression with the heads: gradients keep ranks and resumed runs in agreement.
+        self.mean_weight_bias = nn.Parameter(torch.zeros(SIGMA_BINS))
+        self.mean_weight_scale = MEAN_STEP / config.lr
+
+    def forward(self, tokens: Sequence[Tensor], sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens: [B, N, D] per tapped layer; sigma: [B, 1]. Returns both fields of Judgement."""
+        pairs = zip(self.blocks, tokens, strict=True)
+        read = torch.cat([head(states.float()) for head, states in pairs], dim=-1)
+        logits = self.logit(F.silu(self.hidden(self.norm(read))))[:, 0]
+        bins = (sigma[:, 0] * SIGMA_BINS).long().clamp(max=SIGMA_BINS - 1)
+        return logits, 1.0 + self.mean_weight_scale * self.mean_weight_bias[bins]
+
+
+class Head(nn.Module):
+    """A learnt query reads all tokens of one layer; fp32."""
+
+    def __init__(self, width: int, hidden: int, heads: int, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.register_token = nn.Parameter(torch.empty(1, width))
+        self.norm_token = nn.RMSNorm(width, eps)
+        self.norm_states = nn.LayerNorm(width, eps)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.norm_q, self.norm_k = nn.RMSNorm(width, eps), nn.RMSNorm(width, eps)
+        self.norm_ffn = nn.LayerNorm(width, eps)
+        self.ffn = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width)
+        )
+
+    def forward(self, states: Tensor) -> Tensor:
+        """states: [B, N, D]. Returns [B, D]."""
+        token = self.norm_token(self.register_token).expand(len(states), 1, -1)
+        states, split = self.norm_states(states), (self.heads, -1)
+        q = self.norm_q(self.q(token)).unflatten(-1, split)
+        k = self.norm_k(self.k(states)).unflatten(-1, split)
+        read = attend(q, k, self.v(states).unflatten(-1, split)).flatten(2)
+        token = token + self.o(read)
+        return (token + self.ffn(self.norm_ffn(token)))[:, 0]
+
+
+def tapped_layers(network: WanConfig, config: DiscriminatorConfig) -> list[int]:
+    """Which blocks the heads read. Raises ValueError for layers that the network has not."""
+    if not config.layers:
+        return sorted({int(depth * network.num_layers) for depth in DEPTHS})
+    wrong = [layer for layer in config.layers if not 0 <= layer < network.num_layers]
+    if wrong or len(set(config.layers)) < len(config.layers):
+        raise ValueError(
+            f"discriminator.layers: must be different blocks of 0 .. {network.num_layers - 1}, "
+            f"got {config.layers}"
+        )
+    return sorted(config.layers)
+
+
+class Discriminator(nn.Module):
+    """The heads as a role: judges samples by the features of a network that it is handed."""
+
+    model: DiscriminatorHeads
+
+    def __init__(self, model: DiscriminatorHeads) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, net: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioning
+    ) -> Judgement:
+        """x: [B, C, F, H, W] at noise level sigma [B, 1]; gradients pass through `net` to x."""
+        taps = Taps(self.model.layers)
+        output = net(x, sigma, conditioning, context=Context(taps=taps)).velocity
+        logits, mean_weight = self.model(taps.tokens, sigma)
+        # FSDP2 gathers a network's outer weights for the backward pass when a gradient reaches its
+        # own output; with one at the taps alone it would find them released.
+        return Judgement(logits + 0.0 * output.mean(dim=(1, 2, 3, 4)), mean_weight)
+
+
+def adversarial_loss(fake: Tensor, real: Tensor | None) -> Tensor:
+    """What the generator minimises: softplus(-fake), or against a real logit if there is one."""
+    return F.softplus(-fake if real is None else real - fake).mean()
+
+
+def discrimination_loss(fake: Tensor, real: Tensor, *, relativistic: bool) -> Tensor:
+    """What the discriminator minimises; logits [B], positive = real."""
+    if relativistic:
+        return F.softplus(fake - real).mean()
+    return F.softplus(fake).mean() + F.softplus(-real).mean()
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A real and a generated batch at the same noise levels."""
+
+    real: Tensor  # [B, C, F, H, W]
+    fake: Tensor  # [B, C, F, H, W]
+    sigma: Tensor  # [B, 1]
+    conditioning: Conditioning
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What discriminating a pair gave."""
+
+    loss: Tensor
+    fake: Judgement
+    metrics: dict[str, Tensor]
+
+
+def discriminate(
+    discriminator: Discriminator,
+    net: Denoiser,
+    pair: Pair,
+    config: AdversarialConfig,
+    rng: SampleRNG,
+) -> Verdict:
+    """The discriminator's loss on a pair: one network pass for both, one more with penalties."""
+    both = _on_both(discriminator, net, pair, pair.real, pair.fake)
+    real, fake = both.logits.chunk(2)
+    loss = discrimination_loss(fake, real, relativistic=config.relativistic)
+    accuracy = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
+    metrics = {"discrimination": loss.detach(), "accuracy": accuracy}
+    if config.r1_weight or config.r2_weight:
+        moved = _on_both(
+            discriminator,
+            net,
+            pair,
+            pair.real + config.r1_sigma * rng.randn(pair.real.shape[1:]),
+            pair.fake + config.r2_sigma * rng.randn(pair.fake.shape[1:]),
+        )
+        steps = (moved.logits - both.logits).chunk(2)
+        r1 = (steps[0] / config.r1_sigma).square().mean()
+        r2 = (steps[1] / config.r2_sigma).square().mean()
+        loss = loss + 0.5 * (config.r1_weight * r1 + config.r2_weight * r2)
+        metrics |= {"r1": r1.detach(), "r2": r2.detach()}
+    return Verdict(loss, Judgement(fake, both.mean_weight.chunk(2)[1]), metrics)
+
+
+def _on_both(
+    discriminator: Discriminator, net: Denoiser, pair: Pair, real: Tensor, fake: Tensor
+) -> Judgement:
+    twice = concatenate(pair.conditioning, pair.conditioning)
+    sigma = torch.cat([pair.sigma, pair.sigma])
+    return discriminator(net, torch.cat([real, fake]), sigma, twice)

@@ -1,0 +1,47 @@
+"""Regression onto a teacher's stored trajectories: how a causal generator begins (CausVid 4.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from model.base import MethodConfig, Needs, RegressionMethod
+from model.causal import count_blocks, on_real_video, per_block
+from model.types import Batch, LossOutput
+from utils.seeding import StepRNG
+
+
+@dataclass(frozen=True)
+class ODEConfig(MethodConfig):
+    """What a block sees of the blocks before it."""
+
+    teacher_forcing: bool = False  # the clean past; false = as noisy as the trajectory has it there
+
+
+class ODE(RegressionMethod):
+    """|| x0(x_sigma) - x0 ||^2 along one trajectory, each block at one listed noise level."""
+
+    config_class = ODEConfig
+    config: ODEConfig
+
+    @classmethod
+    def needs(cls, config: ODEConfig) -> Needs:
+        """Stored trajectories: states at the listed noise levels, then the end."""
+        del config
+        return Needs(trajectories=True)
+
+    def generator_loss(self, batch: Batch, rng: StepRNG) -> LossOutput:
+        """Mean squared error of x0 over samples and elements."""
+        states = batch.trajectory
+        assert states is not None, "an ODE batch carries trajectories"
+        levels = torch.tensor(self.parts.sigmas, device=states.device)
+        target, frames = states[:, -1], states.shape[3]
+        draws = rng.samples.rand((count_blocks(self.parts.layout, frames),)).to(states.device)
+        index = per_block((draws * len(levels)).long(), self.parts.layout, frames)
+        where = index.expand(-1, frames)[:, None, None, :, None, None]
+        x = states.gather(1, where.expand(-1, -1, *states.shape[2:]))[:, 0]
+        clean = target if self.config.teacher_forcing else None
+        net = on_real_video(self.generator, self.parts.layout, clean)
+        return LossOutput(F.mse_loss(net(x, levels[index], batch.conditioning).x0, target))

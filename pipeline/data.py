@@ -1,0 +1,44 @@
+"""Samples of a generator from real videos: noised, and predicted in one pass (CausVid)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from model.causal import CausalLayout, count_blocks, on_real_video, per_block
+from model.flow import add_noise
+from model.types import Batch, Denoiser, Sample
+from utils.seeding import StepRNG
+
+
+class DataRollout:
+    """Real latents, each block at one listed noise level of its own, predicted at once.
+
+    What CausVid (arXiv:2412.07772) trains on in place of its own samples: cheap, since one pass
+    makes all blocks, but the past that a block sees is never the generator's own.
+    """
+
+    def __init__(
+        self, sigmas: Sequence[float], layout: CausalLayout | None, *, teacher_forcing: bool
+    ) -> None:
+        """layout None: a bidirectional generator, with one noise level per video.
+
+        teacher_forcing: blocks see the clean past instead of the noisy one.
+        """
+        self.sigmas = list(sigmas)
+        self.layout = layout
+        self.teacher_forcing = teacher_forcing
+
+    def __call__(self, generator: Denoiser, batch: Batch, rng: StepRNG, *, grad: bool) -> Sample:
+        """x0 [B, C, F, H, W], predicted from `batch.x0` and `batch.conditioning`."""
+        clean = batch.x0
+        assert clean is not None, "a DataRollout needs real latents"
+        frames = clean.shape[2]
+        draws = rng.samples.rand((count_blocks(self.layout, frames),)).to(clean.device)
+        levels = torch.tensor(self.sigmas, device=clean.device)
+        sigma = per_block(levels[(draws * len(levels)).long()], self.layout, frames)
+        noisy = add_noise(clean, rng.samples.randn(clean.shape[1:]), sigma)
+        seen = on_real_video(generator, self.layout, clean if self.teacher_forcing else None)
+        with torch.set_grad_enabled(grad):
+            return Sample(seen(noisy, sigma, batch.conditioning).x0)

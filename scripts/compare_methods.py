@@ -1,0 +1,368 @@
+"""Train one student per method from the same tiny-world teacher; one table and one page of clips.
+
+Every stage is a command of this repository that continues where it was interrupted, so this does
+too. Writes rows.json, table.md, methods.html, methods.png and the log directories of all runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from scripts.evaluate import fingerprint, markdown, sample
+from scripts.report import STYLE, inline
+from trainer.config import Config, load
+from trainer.serving import Request, VideoGenerator, check_source, load_generator
+from utils.cli import USER_ERRORS, fail, start_logging
+from utils.config import ConfigError
+from utils.files import write_text
+from utils.metrics import read_metrics
+from utils.shapes_metrics import Exam
+from utils.shapes_world import FPS
+from utils.video import contact_sheet, save_mp4, save_png
+
+ROOT = Path(__file__).resolve().parent.parent
+SHOWN = 4  # captions on the page
+STREAMED = 12  # clips whose first piece is timed
+COLUMNS = (
+    "method", "generator", "network_evaluations", "adherence", "validity", "both", "both_stderr",
+    "diversity", "frechet_features", "frechet_latents", "train_seconds", "seconds_per_clip",
+    "seconds_to_first",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run: a configuration, and where its start weights come from."""
+
+    config: str  # in configs/tiny/
+    start: str | None = None  # the stage whose averaged weights the generator starts from
+    teacher: str | None = None  # the same for the teacher; None = the model folder's
+    data: str = "prompts.txt"  # below the data folder
+
+
+STAGES = {
+    "dmd": Stage("dmd"),
+    "dmd_gan": Stage("dmd_gan", data="latents"),
+    "sid": Stage("sid"),
+    "bidirectional_ode": Stage("bidirectional_ode", data="ode_pairs"),
+    "gan": Stage("gan", start="bidirectional_ode", data="latents"),
+    "ode": Stage("ode", data="ode_pairs"),
+    "ode_dmd": Stage("self_forcing_dmd", start="ode"),
+    "ode_sid": Stage("self_forcing_sid", start="ode"),
+    "causvid": Stage("causvid", start="ode", data="latents"),
+    "causal_diffusion": Stage("causal_diffusion", data="latents"),
+    "consistency": Stage(
+        "consistency", start="causal_diffusion", teacher="causal_diffusion", data="latents"
+    ),
+    "consistency_dmd": Stage("self_forcing_dmd", start="consistency"),
+}
+# What the table shows: the stage that ends a recipe, and its name.
+METHODS = {
+    "dmd": "DMD",
+    "dmd_gan": "DMD + GAN",
+    "sid": "SiD",
+    "bidirectional_ode": "ODE regression, whole clips",
+    "gan": "ODE regression, then GAN",
+    "ode": "ODE regression, block by block",
+    "ode_dmd": "ODE regression, then self-forcing DMD",
+    "ode_sid": "ODE regression, then self-forcing SiD",
+    "causvid": "ODE regression, then CausVid",
+    "consistency": "causal consistency",
+    "consistency_dmd": "causal consistency, then self-forcing DMD",
+}
+TEACHERS = {"teacher": "teacher, 50 steps", "causal_diffusion": "causal teacher, 50 steps a block"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of compare_methods.py."""
+    result = argparse.ArgumentParser(description=__doc__)
+    result.add_argument(
+        "--run_folder", type=Path, default=Path("runs/quickstart"),
+        help="what quickstart.sh made: its world and teacher are used",
+    )  # fmt: skip
+    result.add_argument("--output_folder", type=Path, default=Path("runs/methods"))
+    result.add_argument(
+        "--methods", nargs="+", default=list(METHODS), metavar="NAME",
+        help=f"some of: {', '.join(METHODS)}",
+    )  # fmt: skip
+    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--clips", type=int, default=192, help="per row")
+    result.add_argument("--pairs", type=int, default=2048, help="ODE pairs")
+    result.add_argument("--steps", type=int, default=None, help="of every run; for a trial")
+    return result
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Where everything lies."""
+
+    args: argparse.Namespace
+
+    @property
+    def world(self) -> Path:
+        """The folder of the tiny world's data."""
+        return self.args.run_folder / "data"
+
+    def logdir(self, stage: str) -> Path:
+        """The log directory of a stage."""
+        return self.args.output_folder / stage
+
+    def weights(self, stage: str) -> Path:
+        """A stage's averaged weights as one file, for those that start from them."""
+        return self.args.output_folder / f"{stage}.safetensors"
+
+    def data(self, stage: Stage) -> Path:
+        """What a stage trains on."""
+        if stage.data == "ode_pairs":
+            return self.args.output_folder / "ode_pairs"
+        return self.world / stage.data
+
+    def config_path(self, name: str) -> Path:
+        """The configuration of a stage, or of the teacher."""
+        stem = "diffusion" if name == "teacher" else STAGES[name].config
+        return ROOT / "configs" / "tiny" / f"{stem}.yaml"
+
+    def shared(self) -> list[str]:
+        """What every command gets."""
+        return [f"model_root={self.args.run_folder / 'wan_models'}", f"seed={self.args.seed}"]
+
+    def overrides(self, name: str) -> list[str]:
+        """The settings of a run that depend on where things lie."""
+        if name == "teacher":
+            return [*self.shared(), f"data.path={self.world / 'latents'}"]
+        stage = STAGES[name]
+        words = [*self.shared(), f"data.path={self.data(stage)}"]
+        if stage.start is not None:
+            words.append(f"generator.weights={self.weights(stage.start)}")
+        if stage.teacher is not None:
+            words.append(f"teacher.weights={self.weights(stage.teacher)}")
+        if self.args.steps is not None:
+            words.append(f"steps={self.args.steps}")
+        return words
+
+    def source(self, name: str) -> Path:
+        """Where the weights of a row come from."""
+        return self.args.run_folder / "teacher" if name == "teacher" else self.logdir(name)
+
+
+def needed(methods: Sequence[str]) -> list[str]:
+    """The stages that lead to some methods, each after what it starts from."""
+    order: dict[str, None] = {}
+
+    def visit(name: str) -> None:
+        stage = STAGES[name]
+        for other in (stage.teacher, stage.start):
+            if other is not None:
+                visit(other)
+        order[name] = None
+
+    for name in methods:
+        visit(name)
+    return list(order)
+
+
+def commands(comparison: Comparison, name: str) -> Iterator[tuple[str, list[str]]]:
+    """What a stage runs, in order, each with what it is called in timings.json."""
+    stage, args = STAGES[name], comparison.args
+    python = [sys.executable]
+    if stage.data == "ode_pairs":
+        yield "ode_pairs", [
+            *python, "scripts/generate_ode_pairs.py",
+            "--config_path", str(comparison.config_path("teacher")),
+            "--checkpoint_path", str(args.run_folder / "teacher"), "--use_ema",
+            "--caption_path", str(comparison.world / "prompts.txt"),
+            "--output_folder", str(comparison.data(stage)), "--num_pairs", str(args.pairs),
+            "--batch_size", "64", "--seed", str(args.seed),
+            *comparison.shared(),
+        ]  # fmt: skip
+    yield name, [
+        *python, "train.py", "--config_path", str(comparison.config_path(name)),
+        "--logdir", str(comparison.logdir(name)), *comparison.overrides(name),
+    ]  # fmt: skip
+    if any(name in (other.start, other.teacher) for other in STAGES.values()):
+        yield f"{name} weights", [
+            *python, "convert_checkpoint.py", "--input_path", str(comparison.logdir(name)),
+            "--use_ema", "--output_path", str(comparison.weights(name)),
+        ]  # fmt: skip
+
+
+def train(comparison: Comparison, names: Sequence[str]) -> None:
+    """Run every stage that is not finished; what each command took is added up in timings.json."""
+    path = comparison.args.output_folder / "timings.json"
+    timings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    done = set(timings.get("finished", []))
+    seconds: dict[str, float] = timings.get("seconds", {})
+    for name in names:
+        for what, words in commands(comparison, name):
+            if what in done:
+                continue
+            print(f"\n== {what}\n   {' '.join(words)}", flush=True)
+            start = time.monotonic()
+            status = subprocess.run(words, cwd=ROOT, check=False, env=os.environ).returncode
+            seconds[what] = seconds.get(what, 0.0) + time.monotonic() - start
+            if status == 0:
+                done.add(what)
+            write_text(path, json.dumps({"finished": sorted(done), "seconds": seconds}, indent=1))
+            if status:
+                raise ConfigError(f"{what}: stopped with status {status}; run this again to go on")
+
+
+def train_seconds(comparison: Comparison, name: str) -> float:
+    """What a method's runs took, those that it starts from included; the teacher's not."""
+    total = 0.0
+    for stage in needed([name]):
+        previous = 0
+        for row in read_metrics(comparison.logdir(stage) / "metrics.jsonl"):
+            total += row["seconds_per_step"] * (row["step"] - previous)
+            previous = int(row["step"])
+        if STAGES[stage].data == "ode_pairs":
+            path = comparison.args.output_folder / "timings.json"
+            total += json.loads(path.read_text(encoding="utf-8"))["seconds"]["ode_pairs"]
+    return total
+
+
+def load_row(comparison: Comparison, name: str) -> tuple[Config, VideoGenerator]:
+    """A trained model behind its own pipeline."""
+    config = load(comparison.config_path(name), comparison.overrides(name))
+    source = check_source(config, comparison.source(name), use_ema=True)
+    return config, load_generator(config, source, torch.device("cpu"))
+
+
+def seconds_to_first(model: VideoGenerator, captions: Sequence[object]) -> float:
+    """Mean seconds until a clip's first decoded frames are there, one clip at a time."""
+    total = 0.0
+    for i, caption in enumerate(captions):
+        start = time.perf_counter()
+        next(model.stream(Request(str(caption), 1, i)))
+        total += time.perf_counter() - start
+    return total / len(captions)
+
+
+def measure(comparison: Comparison, names: Sequence[str]) -> list[dict[str, Any]]:
+    """All rows; each is written as soon as it is known, and known ones are not measured again."""
+    args = comparison.args
+    path = args.output_folder / "rows.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    _, teacher = load_row(comparison, "teacher")
+    exam = Exam.draw(args.clips, args.seed, teacher.vae)
+    sheets = {"real": exam.clips[:SHOWN]}
+    rows: list[dict[str, Any]] = [{"method": "real clips, through the codec", **exam.judge_real()}]
+    for name in tqdm(names, desc="rows"):
+        config, model = load_row(comparison, name)
+        title = {**METHODS, **TEACHERS}[name]
+        facts = {
+            "method": title,
+            "generator": config.generator_type,
+            "network_evaluations": model.pipeline.network_evaluations(config.latent_shape[1]),
+            "clips": args.clips,
+            "seed": args.seed,
+            "weights": fingerprint(model),
+        }
+        found = [row for row in known if all(row.get(k) == v for k, v in facts.items())]
+        wanted = exam.captions[:SHOWN] if found else exam.captions
+        model.latents([Request(str(exam.captions[0]), args.seed)])  # slow imports, warm-up
+        clips, latents, seconds = sample(model, wanted, args.seed)
+        sheets[title] = clips[:SHOWN]
+        if found:
+            rows.append(found[0])
+            continue
+        figures = exam.judge(clips, latents)
+        times = {"seconds_per_clip": seconds}
+        if name not in TEACHERS:
+            times["train_seconds"] = train_seconds(comparison, name)
+            times["seconds_to_first"] = seconds_to_first(model, exam.captions[:STREAMED])
+        rows.append({**facts, **figures, **times})
+        known.append(rows[-1])
+        write_text(path, json.dumps(known, indent=1))
+    show(args.output_folder, sheets, [str(caption) for caption in exam.captions[:SHOWN]])
+    return rows
+
+
+def show(folder: Path, sheets: dict[str, Tensor], captions: Sequence[str]) -> None:
+    """The same captions by each method, as a picture and as one mp4 per clip."""
+    clips = [sheet[i] for sheet in sheets.values() for i in range(len(captions))]
+    labels = [f"{name}: {caption}" for name in sheets for caption in captions]
+    page = contact_sheet(clips, labels, columns=len(captions), frames=4, side=56)
+    save_png(page, folder / "methods.png")
+    for number, sheet in enumerate(sheets.values()):
+        for i, clip in enumerate(sheet):
+            save_mp4(clip, folder / "clips" / f"{number}-{i}.mp4", fps=FPS)
+    names = {"captions": list(captions), "methods": list(sheets)}
+    write_text(folder / "clips" / "index.json", json.dumps(names, indent=1))
+
+
+def page(folder: Path, table: str) -> str:
+    """The table and all clips, as one HTML file."""
+    index = json.loads((folder / "clips" / "index.json").read_text(encoding="utf-8"))
+    head = "".join(f"<th>{html.escape(caption)}</th>" for caption in index["captions"])
+    lines = []
+    for number, name in enumerate(index["methods"]):
+        files = [folder / "clips" / f"{number}-{i}.mp4" for i in range(len(index["captions"]))]
+        cells = "".join(
+            f'<td><video autoplay loop muted playsinline src="{inline(file, "video/mp4")}">'
+            "</video></td>"
+            for file in files
+        )
+        lines.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell.strip())}</td>" for cell in row) + "</tr>"
+        for line in table.splitlines()
+        if "---" not in line and (row := line.strip("|").split("|"))
+    )
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>Fewstep methods</title><style>{STYLE}</style>
+<h1>One teacher, every method</h1>
+<div class="scroll"><table>{body}</table></div>
+<h2>Side by side</h2>
+<div class="scroll"><table class="clips"><tr><th></th>{head}</tr>{"".join(lines)}</table></div>
+</html>
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, measure, write, print the table."""
+    args = parser().parse_args(arguments)
+    start_logging()
+    comparison = Comparison(args)
+    try:
+        unknown = sorted(set(args.methods) - METHODS.keys())
+        if unknown:
+            raise ConfigError(f"--methods: {unknown} unknown, choose of {', '.join(METHODS)}")
+        args.output_folder.mkdir(parents=True, exist_ok=True)
+        check_source(
+            load(comparison.config_path("teacher"), comparison.overrides("teacher")),
+            comparison.source("teacher"),
+            use_ema=True,
+        )
+        stages = needed(args.methods)
+        train(comparison, stages)
+        teachers = [name for name in TEACHERS if name == "teacher" or name in stages]
+        rows = measure(comparison, [*teachers, *args.methods])
+    except USER_ERRORS as error:
+        return fail(error)
+    table = markdown(rows, COLUMNS)
+    write_text(args.output_folder / "table.md", table)
+    write_text(args.output_folder / "methods.html", page(args.output_folder, table))
+    print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""Store a teacher's trajectories from noise to clean latents: what `trainer: ode` learns from.
+
+The teacher's run is given by its configuration; it is sampled with Euler steps under guidance, and
+its states at the noise levels of --denoising_step_list, and the end, go to LMDB shards. Any number
+of processes (torchrun) makes the same pairs; an interrupted call continues after its last batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model.flow import shift
+from model.types import Conditioning
+from pipeline.teacher import trajectory
+from trainer.config import Config, load
+from trainer.serving import VideoGenerator, check_source, load_generator
+from utils.cli import USER_ERRORS, fail, start_logging
+from utils.config import ConfigError
+from utils.dataset import TrajectoryManifest, manifest_path, open_dataset, read_manifest
+from utils.distributed import Session, distributed_session
+from utils.files import write_text
+from utils.lmdb import ShardWriter
+from utils.seeding import sample_rng
+
+log = logging.getLogger(__name__)
+
+SHARD_PAIRS = 256  # a process works on one shard at a time
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of generate_ode_pairs.py."""
+    result = argparse.ArgumentParser(description=__doc__)
+    result.add_argument("--config_path", type=Path, required=True, help="the teacher's YAML file")
+    result.add_argument("--checkpoint_path", type=Path, required=True, help="its weights")
+    result.add_argument("--use_ema", action="store_true", help="the averaged weights")
+    result.add_argument("--caption_path", type=Path, required=True, help="as data.path of training")
+    result.add_argument("--output_folder", type=Path, required=True)
+    result.add_argument("--steps", type=int, default=48, help="of the teacher")
+    result.add_argument("--num_pairs", type=int, default=None, help="default: one per caption")
+    result.add_argument("--batch_size", type=int, default=1, help="pairs at a time on each process")
+    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("overrides", nargs="*", metavar="key=value", help="settings to override")
+    return result
+
+
+def plan(args: argparse.Namespace, config: Config) -> tuple[list[str], TrajectoryManifest]:
+    """The caption of each pair, and the manifest. Raises ConfigError for what cannot be."""
+    for flag in ("num_pairs", "batch_size", "steps"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{flag}: must be at least 1, got {value}")
+    if config.generator_type != "bidirectional":
+        raise ConfigError("generator_type: ODE pairs come from a bidirectional teacher")
+    steps = args.steps
+    off = [step for step in config.denoising_step_list if step * steps % 1000]
+    if off:
+        raise ConfigError(
+            f"--steps: {steps} Euler steps do not pass through {off} of denoising_step_list; "
+            f"choose a number that times step / 1000 is whole, as 48 for 750, 500, 250"
+        )
+    dataset = open_dataset(args.caption_path)
+    count = args.num_pairs or len(dataset)
+    captions = [dataset[i % len(dataset)].prompt for i in range(count)]
+    digest = hashlib.blake2b("\n".join(captions).encode(), digest_size=8).hexdigest()
+    return captions, TrajectoryManifest(
+        count=count,
+        denoising_step_list=config.denoising_step_list,
+        timestep_shift=config.timestep_shift,
+        latent_shape=config.latent_shape,
+        steps=steps,
+        cfg_scale=config.sampling.cfg_scale,
+        seed=args.seed,
+        prompts=digest,
+        weights=str(args.checkpoint_path) + (" (EMA)" if args.use_ema else ""),
+    )
+
+
+def claim_folder(folder: Path, manifest: TrajectoryManifest, session: Session) -> None:
+    """Write the manifest. Raises ConfigError if the folder holds pairs of other settings."""
+    there = read_manifest(folder)
+    if there is not None and there != manifest:
+        old, new = asdict(there), asdict(manifest)
+        changed = [f"{key} was {old[key]}, is {new[key]}" for key in new if old[key] != new[key]]
+        raise ConfigError(
+            f"--output_folder {folder}: holds pairs of other settings ({'; '.join(changed)}); "
+            f"use another folder"
+        )
+    session.barrier()
+    if session.is_main:
+        write_text(manifest_path(folder), json.dumps(asdict(manifest), indent=1))
+
+
+def run(
+    args: argparse.Namespace,
+    config: Config,
+    captions: Sequence[str],
+    generator: VideoGenerator,
+    session: Session,
+) -> None:
+    """Make what is missing of this process's shards."""
+    shards = range(-(-len(captions) // SHARD_PAIRS))
+    mine = shards[session.rank :: session.world_size]
+    total = sum(len(captions[k * SHARD_PAIRS : (k + 1) * SHARD_PAIRS]) for k in mine)
+    with tqdm(total=total, desc="pairs", disable=not session.is_main) as bar:
+        for number in mine:
+            first = number * SHARD_PAIRS
+            last = min(first + SHARD_PAIRS, len(captions))
+            with ShardWriter(args.output_folder / f"shard_{number:05d}") as writer:
+                bar.update(writer.rows)
+                while (begin := first + writer.rows) < last:
+                    indices = range(begin, min(begin + args.batch_size, last))
+                    prompts = [captions[i] for i in indices]
+                    pairs = make(prompts, indices, args.seed, config, generator)
+                    writer.append(prompts, trajectories=pairs.cpu())
+                    bar.update(len(prompts))
+    session.barrier()
+
+
+def make(
+    prompts: Sequence[str],
+    indices: Sequence[int],
+    seed: int,
+    config: Config,
+    generator: VideoGenerator,
+) -> Tensor:
+    """Trajectories [B, S, C, F, H, W] of some pairs; a pair's noise follows its number."""
+    rng = sample_rng(seed, "ode pairs", indices, generator.device)
+    conditioning: Conditioning = generator.encoder.encode(prompts)
+    steps = config.sampling.steps
+    kept = {round(steps * (1.0 - s / 1000.0)) for s in config.denoising_step_list} | {steps}
+    states = trajectory(
+        generator.network,
+        rng.randn(config.latent_shape),
+        conditioning,
+        generator.encoder.unconditional(len(prompts)),
+        config.sampling,
+    )
+    return torch.stack([x for step, x in enumerate(states) if step in kept], dim=1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make all pairs; returns the exit status."""
+    args = parser().parse_intermixed_args(arguments)
+    try:
+        config = load(args.config_path, args.overrides)
+        sampling = replace(
+            config.sampling, solver="euler", steps=args.steps, timestep_shift=config.timestep_shift
+        )
+        config = replace(config, sampling=sampling)
+        captions, manifest = plan(args, config)
+        source = check_source(config, args.checkpoint_path, use_ema=args.use_ema)
+    except USER_ERRORS as error:
+        return fail(error)
+    with distributed_session(timeout_s=config.timeout_s) as session:
+        start_logging(main_rank=session.is_main)
+        try:
+            claim_folder(args.output_folder, manifest, session)
+        except USER_ERRORS as error:
+            return fail(error)
+        try:
+            run(args, config, captions, load_generator(config, source, session.device), session)
+        except KeyboardInterrupt:
+            log.warning("stopped; run the same command again to continue")
+            return 130
+        if session.is_main:
+            levels = [shift(s / 1000.0, config.timestep_shift) for s in config.denoising_step_list]
+            log.info("%d pairs at noise levels %s in %s", len(captions), levels, args.output_folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

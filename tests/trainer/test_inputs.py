@@ -1,0 +1,160 @@
+"""What a run refuses before it reads a weight: data that its method cannot learn from."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.commands import no_weights
+from tests.runs import build
+from utils.dataset import manifest_path
+from utils.distributed import Session
+from utils.lmdb import ShardWriter
+
+__all__ = ["no_weights"]
+
+pytestmark = pytest.mark.usefixtures("no_weights")
+
+ALONE = Session(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+def refusal(config: Path, folder: Path, *overrides: str) -> str:
+    """What a run says that is not begun."""
+    try:
+        build(config, folder / "run", ALONE, *overrides)
+    except ValueError as error:
+        message = str(error)
+    else:
+        pytest.fail("the run was begun")
+    gc.collect()  # the traceback held the data in a cycle; LMDB opens a folder only once
+    assert not (folder / "run").exists()
+    return message
+
+
+@pytest.fixture
+def pairs(tiny_root: Path) -> Path:
+    """ODE pairs of shift 5, four steps and shape [16, 5, 4, 4]."""
+    return tiny_root / "data" / "tiny" / "ode_pairs"
+
+
+@pytest.mark.parametrize(
+    ("override", "there", "here"),
+    [
+        ("timestep_shift=3", "timestep_shift 5.0", "3.0"),
+        (
+            "denoising_step_list=[1000,500]",
+            "denoising_step_list [1000, 750, 500, 250]",
+            "[1000, 500]",
+        ),
+        ("latent_shape=[16,3,4,4]", "latent_shape [16, 5, 4, 4]", "[16, 3, 4, 4]"),
+    ],
+)
+def test_ode_pairs_of_another_making_are_refused(
+    override: str, there: str, here: str, pairs: Path, configs: dict[str, Path], tmp_path: Path
+) -> None:
+    assert refusal(configs["ode"], tmp_path, override) == (
+        f"data.path: the ODE pairs in {pairs} were made with {there}, here {here}; set the same, "
+        "or make pairs of your own with scripts/generate_ode_pairs.py"
+    )
+
+
+def test_all_that_differs_in_the_making_of_ode_pairs_is_told_together(
+    pairs: Path, configs: dict[str, Path], tmp_path: Path
+) -> None:
+    words = ("denoising_step_list=[1000]", "timestep_shift=1")
+    assert refusal(configs["ode"], tmp_path, *words) == (
+        f"data.path: the ODE pairs in {pairs} were made with denoising_step_list "
+        "[1000, 750, 500, 250], here [1000]; timestep_shift 5.0, here 1.0; set the same, or make "
+        "pairs of your own with scripts/generate_ode_pairs.py"
+    )
+
+
+@pytest.mark.parametrize("data", ["prompts.txt", "latents"])
+def test_data_without_ode_pairs_is_refused(
+    data: str, tiny_root: Path, configs: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tiny_root / "data" / "tiny" / data
+    assert refusal(configs["ode"], tmp_path, f"data.path={path}") == (
+        f"data.path: {path} holds no ODE pairs; make them with scripts/generate_ode_pairs.py"
+    )
+
+
+def test_unfinished_ode_pairs_are_refused(
+    pairs: Path, configs: dict[str, Path], tmp_path: Path
+) -> None:
+    path = shutil.copytree(pairs, tmp_path / "pairs")
+    manifest = json.loads(manifest_path(path).read_text(encoding="utf-8"))
+    manifest_path(path).write_text(json.dumps(manifest | {"count": 20}), encoding="utf-8")
+    assert refusal(configs["ode"], tmp_path, f"data.path={path}") == (
+        f"data.path: {path} holds 16 of 20 ODE pairs; run scripts/generate_ode_pairs.py again to "
+        "finish it"
+    )
+
+
+def test_ode_pairs_that_are_not_what_their_manifest_says_are_refused(
+    pairs: Path, configs: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "pairs"
+    with ShardWriter(path / "shard_00000") as writer:
+        writer.append(["a"] * 16, trajectories=torch.zeros(16, 3, 16, 5, 4, 4))
+    shutil.copy(manifest_path(pairs), path)
+    assert refusal(configs["ode"], tmp_path, f"data.path={path}") == (
+        f"data.path: trajectories in {path} are [3, 16, 5, 4, 4], not [5, 16, 5, 4, 4]"
+    )
+
+
+def test_a_damaged_manifest_is_named(pairs: Path, configs: dict[str, Path], tmp_path: Path) -> None:
+    path = shutil.copytree(pairs, tmp_path / "pairs")
+    manifest_path(path).write_text('{"count": 16}', encoding="utf-8")
+    message = refusal(configs["ode"], tmp_path, f"data.path={path}")
+    assert message.startswith(f"{path}/manifest.json: not a manifest of ODE pairs: ")
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "trainer"),
+    [
+        ("gan", (), "gan"),
+        ("diffusion", (), "diffusion"),
+        ("causvid", (), "score_distillation"),
+        ("consistency", (), "ode"),
+        ("dmd", ("loss.gan_weight=0.1",), "score_distillation"),
+        ("dmd", ("loss.divergence=forward_kl",), "score_distillation"),
+        ("self_forcing_dmd", ("causal.given_first_frame=true",), "score_distillation"),
+    ],
+)
+def test_prompts_alone_are_refused_where_real_latents_are_needed(
+    method: str,
+    overrides: tuple[str, ...],
+    trainer: str,
+    tiny_root: Path,
+    configs: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    path = tiny_root / "data" / "tiny" / "prompts.txt"
+    assert refusal(configs[method], tmp_path, f"data.path={path}", *overrides) == (
+        f"data.path: trainer '{trainer}' learns from real latents, but {path} holds none"
+    )
+
+
+def test_latents_of_another_shape_are_refused(
+    tiny_root: Path, configs: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tiny_root / "data" / "tiny" / "latents"
+    assert refusal(configs["gan"], tmp_path, "latent_shape=[16,4,4,4]") == (
+        f"latent_shape: is [16, 4, 4, 4], but the latents in {path} are [16, 5, 4, 4]"
+    )
+
+
+@pytest.mark.parametrize("layers", ["[0,2]", "[-1]", "[1,1]"])
+@pytest.mark.parametrize("method", ["gan", "dmd_gan"])
+def test_layers_that_a_discriminator_cannot_read_are_refused(
+    method: str, layers: str, configs: dict[str, Path], tmp_path: Path
+) -> None:
+    assert refusal(configs[method], tmp_path, f"discriminator.layers={layers}") == (
+        f"discriminator.layers: must be different blocks of 0 .. 1, got {json.loads(layers)}"
+    )
