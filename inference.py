@@ -171,9 +171,14 @@ def read_start(config: Config, path: Path | None) -> torch.Tensor | None:
 
     Raises ConfigError unless they fit the clips: in size, and in how many a block holds.
     """
-    if path is None:
-        return None
     causal = causal_config(config)
+    if path is None:
+        if causal is not None and causal.given_first_frame:
+            raise ConfigError(
+                "--initial_path: this model was trained to continue a first frame; give one, or "
+                "set causal.given_first_frame=false"
+            )
+        return None
     if causal is None:
         raise ConfigError(
             "--initial_path: this model makes whole clips and cannot begin with given frames; "

@@ -18,6 +18,8 @@ from model.guidance import guided_velocity
 from model.types import Batch, LossOutput, Rollout, Sample
 from utils.seeding import SampleRNG, StepRNG
 
+MIN_SIZE = 1e-6  # a sample that the teacher leaves exactly as it is would divide by zero
+
 
 @dataclass(frozen=True)
 class MethodConfig:
@@ -82,7 +84,7 @@ class Method(ABC):
 
 
 class RegressionMethod(Method):
-    """A method that moves the generator alone, toward a target that is known."""
+    """A method of `trainer: ode`: teaches the generator to jump along a teacher's path."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,13 @@ class DistributionMatching(Method):
     @abstractmethod
     def objective(self, sample: Sample, scores: Scores) -> LossOutput:
         """The method's loss on the frames that the generator made."""
+
+
+@torch.no_grad()
+def error_size(x0: Tensor, scores: Scores) -> Tensor:
+    """mean |x0 - x0_teacher| per sample, [B, 1, 1, 1, 1], by which losses are scaled; DMD eq. 8."""
+    size = (x0 - scores.x0_teacher).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    return size.clamp(min=MIN_SIZE)
 
 
 def learnt(sample: Sample, scores: Scores) -> tuple[Sample, Scores]:

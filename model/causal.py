@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from model.flow import constant_sigma
+from model.flow import constant_sigma, on_device
 from model.types import FULL_ATTENTION, Conditioning, Context, Denoiser, Prediction
 from model.wan.cache import KVCache
 from model.wan.masks import block_causal, frame_blocks, past_spans, teacher_forcing
@@ -61,9 +61,17 @@ class CausalLayout:
 
     def problems(self, frames: int) -> Iterator[str]:
         """What is impossible about these settings for videos of `frames` latent frames."""
+        if self.local_attn_size is not None and self.local_attn_size < 1:
+            yield (
+                f"causal.local_attn_size: must be at least 1, or null for all frames, "
+                f"got {self.local_attn_size}"
+            )
+            return
         if self.sink_size < 0:
             yield f"causal.sink_size: must be at least 0, got {self.sink_size}"
             return
+        if self.sink_size and self.local_attn_size is None:
+            yield f"causal.sink_size: {self.sink_size} has no effect without local_attn_size"
         try:
             blocks = self.blocks(frames)
         except ValueError as error:
@@ -80,7 +88,7 @@ def per_block(values: Tensor, layout: CausalLayout | None, frames: int) -> Tenso
     """One value per block, [B, blocks], as one per frame, [B, F]; without blocks, [B, 1]."""
     if layout is None:
         return values
-    sizes = torch.tensor(layout.blocks(frames), device=values.device)
+    sizes = on_device(layout.blocks(frames), values.device)
     return values.repeat_interleave(sizes, dim=1, output_size=frames)
 
 

@@ -5,6 +5,7 @@ An initialisation that needs no stored trajectories: the teacher makes one step 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ class ConsistencyConfig(MethodConfig):
 
     def problems(self) -> Iterator[str]:
         """See MethodConfig."""
+        if not math.isfinite(self.cfg_scale):
+            yield f"loss.cfg_scale: must be finite, got {self.cfg_scale}"
         if self.grid < 1:
             yield f"loss.grid: must be at least 1, got {self.grid}"
         if not self.timestep_shift > 0:

@@ -87,7 +87,9 @@ class DiscriminatorHeads(nn.Module):
         read = torch.cat([head(states.float()) for head, states in pairs], dim=-1)
         logits = self.logit(F.silu(self.hidden(self.norm(read))))[:, 0]
         bins = (sigma[:, 0] * SIGMA_BINS).long().clamp(max=SIGMA_BINS - 1)
-        return logits, 1.0 + self.mean_weight_scale * self.mean_weight_bias[bins]
+        bias = self.mean_weight_bias[bins]
+        # Scaled in value alone: its gradient shares one clipping norm with the heads'.
+        return logits, 1.0 + bias + (self.mean_weight_scale - 1.0) * bias.detach()
 
 
 class Head(nn.Module):
@@ -193,7 +195,10 @@ def discriminate(
     both = _on_both(discriminator, net, pair, pair.real, pair.fake)
     real, fake = both.logits.chunk(2)
     loss = discrimination_loss(fake, real, relativistic=config.relativistic)
-    accuracy = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
+    if config.relativistic:  # only differences mean anything
+        accuracy = (real > fake).float().mean()
+    else:
+        accuracy = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
     metrics = {"discrimination": loss.detach(), "accuracy": accuracy}
     if config.r1_weight or config.r2_weight:
         moved = _on_both(

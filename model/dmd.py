@@ -17,6 +17,7 @@ from model.base import (
     Needs,
     Parts,
     Scores,
+    error_size,
     learnt,
 )
 from model.discriminator import AdversarialConfig, Pair, adversarial_loss, discriminate
@@ -24,7 +25,6 @@ from model.flow import add_noise
 from model.types import Batch, LossOutput, Sample
 from utils.seeding import StepRNG
 
-MIN_SIZE = 1e-6  # a sample that the teacher leaves exactly as it is would divide by zero
 MAX_LOG_RATIO = 3.0  # density ratios are cut to e^-3 .. e^3: a discriminator may be sure of itself
 
 Divergence = Literal[
@@ -48,6 +48,11 @@ class DMDConfig(DistributionMatchingConfig):
         yield from self.adversarial.problems()
         if not 0.0 <= self.gan_weight < math.inf:
             yield f"loss.gan_weight: must be at least 0 and finite, got {self.gan_weight}"
+        if self.adversarial.relativistic and self.divergence != "reverse_kl":
+            yield (
+                f"loss.divergence: '{self.divergence}' needs logits that are density ratios; "
+                f"set loss.adversarial.relativistic=false"
+            )
         if not 0.0 <= self.critic_pull < 1.0:
             yield f"loss.critic_pull: must lie in [0, 1), got {self.critic_pull}"
 
@@ -90,8 +95,7 @@ class DMD(DistributionMatching):
         """
         with torch.no_grad():
             x0 = sample.x0
-            size = (x0 - scores.x0_teacher).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
-            gradient = (scores.x0_critic - scores.x0_teacher) / size.clamp(min=MIN_SIZE)
+            gradient = (scores.x0_critic - scores.x0_teacher) / error_size(x0, scores)
             if weight is not None:
                 gradient = gradient * weight.view(-1, 1, 1, 1, 1)
             target = x0 - gradient  # the stop-gradient of eq. 7
@@ -103,8 +107,9 @@ class DMD(DistributionMatching):
         if self.discriminator is None:
             return super().generator_loss(batch, rng)
         sample, scores = self.simulate(batch, rng)
-        x = add_noise(sample.x0, scores.noise, scores.sigma)  # once more, now with the gradient
-        judged = self.discriminator(self.teacher, x, scores.sigma, batch.conditioning)
+        with torch.set_grad_enabled(self.config.gan_weight > 0.0):
+            x = add_noise(sample.x0, scores.noise, scores.sigma)  # once more, with the gradient
+            judged = self.discriminator(self.teacher, x, scores.sigma, batch.conditioning)
         weight = divergence_weight(self.config.divergence, judged.logits.detach())
         weight = weight / judged.mean_weight.detach().clamp(min=math.exp(-MAX_LOG_RATIO))
         output = self.objective(*learnt(sample, scores), weight)

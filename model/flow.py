@@ -59,6 +59,11 @@ def step_sigmas(denoising_step_list: Sequence[float], timestep_shift: float) -> 
     return [shift(step / TIMESTEPS, timestep_shift) for step in denoising_step_list]
 
 
+def on_device(values: Sequence[float], device: torch.device) -> Tensor:
+    """A few numbers as a tensor [n], copied without waiting for the device."""
+    return torch.tensor(values).to(device, non_blocking=True)
+
+
 def constant_sigma(value: float, like: Tensor) -> Tensor:
     """One noise level for a whole batch: [B, 1], fp32, on the device of `like`."""
     return torch.full((like.shape[0], 1), value, device=like.device)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 
 from model.base import MethodConfig, Needs, RegressionMethod
 from model.causal import count_blocks, on_real_video, per_block
+from model.flow import on_device
 from model.types import Batch, LossOutput
 from utils.seeding import StepRNG
 
@@ -36,7 +36,7 @@ class ODE(RegressionMethod):
         """Mean squared error of x0 over samples and elements."""
         states = batch.trajectory
         assert states is not None, "an ODE batch carries trajectories"
-        levels = torch.tensor(self.parts.sigmas, device=states.device)
+        levels = on_device(self.parts.sigmas, states.device)
         target, frames = states[:, -1], states.shape[3]
         draws = rng.samples.rand((count_blocks(self.parts.layout, frames),)).to(states.device)
         index = per_block((draws * len(levels)).long(), self.parts.layout, frames)

@@ -6,10 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from model.base import DistributionMatching, DistributionMatchingConfig, Scores
+from model.base import DistributionMatching, DistributionMatchingConfig, Scores, error_size
 from model.types import LossOutput, Sample
-
-MIN_SIZE = 1e-6  # a sample that the teacher leaves exactly as it is would divide by zero
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,6 @@ class SiD(DistributionMatching):
         """See the class."""
         gap = scores.x0_teacher - scores.x0_critic
         error = scores.x0_teacher - sample.x0
-        size = error.detach().abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp(min=MIN_SIZE)
+        size = error_size(sample.x0, scores)
         loss = (gap * (error - self.config.alpha * gap) / size).mean()
         return LossOutput(loss, {"score_gap": gap.detach().abs().mean()})

@@ -25,6 +25,12 @@ from pipeline.few_step import OnStep, backward_simulation, few_step, renoise
 from pipeline.teacher import SamplingConfig, evaluations_per_step, integrate
 from utils.seeding import SampleRNG, StepRNG
 
+# Settings of training rollouts alone.
+ROLLOUT_KEYS = (
+    "kv_gradient", "same_step_across_blocks", "last_step_only", "gradient_frames",
+    "rollout_frames", "given_first_frame",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class CausalConfig(CausalLayout):

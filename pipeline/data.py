@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from model.causal import CausalLayout, count_blocks, on_real_video, per_block
-from model.flow import add_noise
+from model.flow import add_noise, on_device
 from model.types import Batch, Denoiser, Sample
 from utils.seeding import StepRNG
 
@@ -36,7 +36,7 @@ class DataRollout:
         assert clean is not None, "a DataRollout needs real latents"
         frames = clean.shape[2]
         draws = rng.samples.rand((count_blocks(self.layout, frames),)).to(clean.device)
-        levels = torch.tensor(self.sigmas, device=clean.device)
+        levels = on_device(self.sigmas, clean.device)
         sigma = per_block(levels[(draws * len(levels)).long()], self.layout, frames)
         noisy = add_noise(clean, rng.samples.randn(clean.shape[1:]), sigma)
         seen = on_real_video(generator, self.layout, clean if self.teacher_forcing else None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import html
 import json
-import os
 import subprocess
 import sys
 import time
@@ -37,7 +36,7 @@ from utils.shapes_world import FPS
 from utils.video import contact_sheet, save_mp4, save_png
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN = 4  # captions on the page
+SHOWN = 3  # captions on the page
 STREAMED = 12  # clips whose first piece is timed
 COLUMNS = (
     "method", "generator", "network_evaluations", "adherence", "validity", "both", "both_stderr",
@@ -119,9 +118,9 @@ class Comparison:
         """The folder of the tiny world's data."""
         return self.args.run_folder / "data"
 
-    def logdir(self, stage: str) -> Path:
-        """The log directory of a stage."""
-        return self.args.output_folder / stage
+    def logdir(self, name: str) -> Path:
+        """The log directory of a stage, or of the teacher."""
+        return (self.args.run_folder if name == "teacher" else self.args.output_folder) / name
 
     def weights(self, stage: str) -> Path:
         """A stage's averaged weights as one file, for those that start from them."""
@@ -137,6 +136,20 @@ class Comparison:
         """The configuration of a stage, or of the teacher."""
         stem = "diffusion" if name == "teacher" else STAGES[name].config
         return ROOT / "configs" / "tiny" / f"{stem}.yaml"
+
+    @property
+    def timings(self) -> Path:
+        """What ran, for how long, and under which settings."""
+        return self.args.output_folder / "timings.json"
+
+    def settings(self) -> dict[str, Any]:
+        """What all runs of an output folder share."""
+        return {
+            "seed": self.args.seed,
+            "pairs": self.args.pairs,
+            "steps": self.args.steps,
+            "run_folder": str(self.args.run_folder),
+        }
 
     def shared(self) -> list[str]:
         """What every command gets."""
@@ -155,10 +168,6 @@ class Comparison:
         if self.args.steps is not None:
             words.append(f"steps={self.args.steps}")
         return words
-
-    def source(self, name: str) -> Path:
-        """Where the weights of a row come from."""
-        return self.args.run_folder / "teacher" if name == "teacher" else self.logdir(name)
 
 
 def needed(methods: Sequence[str]) -> list[str]:
@@ -203,9 +212,23 @@ def commands(comparison: Comparison, name: str) -> Iterator[tuple[str, list[str]
 
 
 def train(comparison: Comparison, names: Sequence[str]) -> None:
-    """Run every stage that is not finished; what each command took is added up in timings.json."""
-    path = comparison.args.output_folder / "timings.json"
+    """Run every stage that is not finished; what each command took is added up in timings.json.
+
+    Raises ConfigError if the folder holds runs of other settings, or if a stage fails.
+    """
+    path = comparison.timings
     timings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = comparison.settings()
+    changed = [
+        f"{key} was {there}, is {settings[key]}"
+        for key, there in timings.get("settings", settings).items()
+        if settings[key] != there
+    ]
+    if changed:
+        raise ConfigError(
+            f"--output_folder {comparison.args.output_folder}: holds runs of other settings "
+            f"({'; '.join(changed)}); use another folder"
+        )
     done = set(timings.get("finished", []))
     seconds: dict[str, float] = timings.get("seconds", {})
     for name in names:
@@ -214,11 +237,12 @@ def train(comparison: Comparison, names: Sequence[str]) -> None:
                 continue
             print(f"\n== {what}\n   {' '.join(words)}", flush=True)
             start = time.monotonic()
-            status = subprocess.run(words, cwd=ROOT, check=False, env=os.environ).returncode
+            status = subprocess.run(words, cwd=ROOT, check=False).returncode
             seconds[what] = seconds.get(what, 0.0) + time.monotonic() - start
             if status == 0:
                 done.add(what)
-            write_text(path, json.dumps({"finished": sorted(done), "seconds": seconds}, indent=1))
+            state = {"settings": settings, "finished": sorted(done), "seconds": seconds}
+            write_text(path, json.dumps(state, indent=1))
             if status:
                 raise ConfigError(f"{what}: stopped with status {status}; run this again to go on")
 
@@ -232,15 +256,15 @@ def train_seconds(comparison: Comparison, name: str) -> float:
             total += row["seconds_per_step"] * (row["step"] - previous)
             previous = int(row["step"])
         if STAGES[stage].data == "ode_pairs":
-            path = comparison.args.output_folder / "timings.json"
-            total += json.loads(path.read_text(encoding="utf-8"))["seconds"]["ode_pairs"]
+            known = json.loads(comparison.timings.read_text(encoding="utf-8"))
+            total += known["seconds"]["ode_pairs"]
     return total
 
 
 def load_row(comparison: Comparison, name: str) -> tuple[Config, VideoGenerator]:
     """A trained model behind its own pipeline."""
     config = load(comparison.config_path(name), comparison.overrides(name))
-    source = check_source(config, comparison.source(name), use_ema=True)
+    source = check_source(config, comparison.logdir(name), use_ema=True)
     return config, load_generator(config, source, torch.device("cpu"))
 
 
@@ -266,7 +290,7 @@ def measure(comparison: Comparison, names: Sequence[str]) -> list[dict[str, Any]
     for name in tqdm(names, desc="rows"):
         config, model = load_row(comparison, name)
         title = {**METHODS, **TEACHERS}[name]
-        facts = {
+        facts: dict[str, Any] = {
             "method": title,
             "generator": config.generator_type,
             "network_evaluations": model.pipeline.network_evaluations(config.latent_shape[1]),
@@ -287,6 +311,11 @@ def measure(comparison: Comparison, names: Sequence[str]) -> list[dict[str, Any]
         if name not in TEACHERS:
             times["train_seconds"] = train_seconds(comparison, name)
             times["seconds_to_first"] = seconds_to_first(model, exam.captions[:STREAMED])
+            facts["commands"] = [
+                " ".join(["python", *words[1:]]).replace(f"{ROOT}/", "")
+                for stage in needed([name])
+                for _, words in commands(comparison, stage)
+            ]
         rows.append({**facts, **figures, **times})
         known.append(rows[-1])
         write_text(path, json.dumps(known, indent=1))
@@ -297,9 +326,9 @@ def measure(comparison: Comparison, names: Sequence[str]) -> list[dict[str, Any]
 def show(folder: Path, sheets: dict[str, Tensor], captions: Sequence[str]) -> None:
     """The same captions by each method, as a picture and as one mp4 per clip."""
     clips = [sheet[i] for sheet in sheets.values() for i in range(len(captions))]
-    labels = [f"{name}: {caption}" for name in sheets for caption in captions]
-    page = contact_sheet(clips, labels, columns=len(captions), frames=4, side=56)
-    save_png(page, folder / "methods.png")
+    labels = [name if i == 0 else captions[i] for name in sheets for i in range(len(captions))]
+    picture = contact_sheet(clips, labels, columns=len(captions), frames=4, side=72)
+    save_png(picture, folder / "methods.png")
     for number, sheet in enumerate(sheets.values()):
         for i, clip in enumerate(sheet):
             save_mp4(clip, folder / "clips" / f"{number}-{i}.mp4", fps=FPS)
@@ -348,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.output_folder.mkdir(parents=True, exist_ok=True)
         check_source(
             load(comparison.config_path("teacher"), comparison.overrides("teacher")),
-            comparison.source("teacher"),
+            comparison.logdir("teacher"),
             use_ema=True,
         )
         stages = needed(args.methods)

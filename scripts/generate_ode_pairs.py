@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.flow import shift
 from model.types import Conditioning
 from pipeline.teacher import trajectory
 from trainer.config import Config, load
-from trainer.serving import VideoGenerator, check_source, load_generator
+from trainer.serving import Source, VideoGenerator, check_source, load_generator
 from utils.cli import USER_ERRORS, fail, start_logging
 from utils.config import ConfigError
 from utils.dataset import TrajectoryManifest, manifest_path, open_dataset, read_manifest
@@ -37,7 +36,7 @@ from utils.seeding import sample_rng
 
 log = logging.getLogger(__name__)
 
-SHARD_PAIRS = 256  # a process works on one shard at a time
+SHARD_PAIRS = 32  # a process works on one shard at a time; small, so that all have some
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,7 +55,9 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def plan(args: argparse.Namespace, config: Config) -> tuple[list[str], TrajectoryManifest]:
+def plan(
+    args: argparse.Namespace, config: Config, source: Source
+) -> tuple[list[str], TrajectoryManifest]:
     """The caption of each pair, and the manifest. Raises ConfigError for what cannot be."""
     for flag in ("num_pairs", "batch_size", "steps"):
         value = getattr(args, flag)
@@ -84,7 +85,9 @@ def plan(args: argparse.Namespace, config: Config) -> tuple[list[str], Trajector
         cfg_scale=config.sampling.cfg_scale,
         seed=args.seed,
         prompts=digest,
-        weights=str(args.checkpoint_path) + (" (EMA)" if args.use_ema else ""),
+        negative_prompt=config.data.negative_prompt,
+        mixed_precision=config.mixed_precision,
+        weights=str(source.weights.path) + (" (EMA)" if args.use_ema else ""),
     )
 
 
@@ -126,7 +129,6 @@ def run(
                     pairs = make(prompts, indices, args.seed, config, generator)
                     writer.append(prompts, trajectories=pairs.cpu())
                     bar.update(len(prompts))
-    session.barrier()
 
 
 def make(
@@ -160,8 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config.sampling, solver="euler", steps=args.steps, timestep_shift=config.timestep_shift
         )
         config = replace(config, sampling=sampling)
-        captions, manifest = plan(args, config)
         source = check_source(config, args.checkpoint_path, use_ema=args.use_ema)
+        captions, manifest = plan(args, config, source)
     except USER_ERRORS as error:
         return fail(error)
     with distributed_session(timeout_s=config.timeout_s) as session:
@@ -175,9 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             log.warning("stopped; run the same command again to continue")
             return 130
-        if session.is_main:
-            levels = [shift(s / 1000.0, config.timestep_shift) for s in config.denoising_step_list]
-            log.info("%d pairs at noise levels %s in %s", len(captions), levels, args.output_folder)
+        log.info("this process's share of %d pairs is in %s", len(captions), args.output_folder)
     return 0
 
 

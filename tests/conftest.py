@@ -99,5 +99,7 @@ def make_pairs(data: Path, count: int) -> None:
         states = torch.stack([(1.0 - s) * x0 + s * noise for s in levels], dim=1)
         writer.append([reader.prompt(i) for i in range(count)], trajectories=states)
     shape = list(x0.shape[1:])
-    manifest = TrajectoryManifest(count, steps, 5.0, shape, 8, 2.0, 0, "captions", "weights")
+    manifest = TrajectoryManifest(
+        count, steps, 5.0, shape, 8, 2.0, 0, "captions", "", False, "weights"
+    )
     manifest_path(folder).write_text(json.dumps(asdict(manifest)), encoding="utf-8")

@@ -38,7 +38,7 @@ def run_folder(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.mark.slow
 def test_a_recipe_is_trained_measured_and_shown_and_a_second_call_trains_nothing(
-    run_folder: Path, tmp_path: Path
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [
         "--run_folder", str(run_folder), "--output_folder", str(tmp_path), "--methods", "ode_dmd",
@@ -57,9 +57,17 @@ def test_a_recipe_is_trained_measured_and_shown_and_a_second_call_trains_nothing
         encoding="utf-8"
     )
     assert (tmp_path / "methods.png").is_file()
+    assert [line.split()[1] for line in rows[1]["commands"]] == [
+        "scripts/generate_ode_pairs.py", "train.py", "convert_checkpoint.py", "train.py",
+    ]  # fmt: skip
     timings = (tmp_path / "timings.json").read_bytes()
     assert compare_methods.main(words) == 0
     assert (tmp_path / "timings.json").read_bytes() == timings
+    capsys.readouterr()
+    assert refusal(compare_methods.main, [*words, "--seed", "7"], capsys) == (
+        f"--output_folder {tmp_path}: holds runs of other settings (seed was 0, is 7); "
+        f"use another folder"
+    )
 
 
 def test_an_unknown_method_is_answered_with_the_known_ones(

@@ -180,3 +180,14 @@ def test_the_quickstart_runs_in_miniature_and_its_second_call_does_nothing_twice
     run(words, ROOT)
     assert (tmp_path / "out" / "summary.json").stat().st_mtime_ns > summary
     assert (tmp_path / "out" / "student" / "checkpoints" / "latest").stat().st_mtime_ns == weights
+
+
+def test_no_page_was_left_with_a_placeholder() -> None:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    found = [
+        f"{page.name}: {line}"
+        for page in pages
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if line.strip() in ("TABLE", "TODO", "TBD")
+    ]
+    assert not found

@@ -227,7 +227,7 @@ def test_diffusion_without_latents_is_refused(
     prompts = tiny_root / "data" / "tiny" / "prompts.txt"
     line = words(configs["diffusion"], tmp_path / "run", f"data.path={prompts}")
     assert refusal(train.main, line, capsys) == (
-        f"data.path: trainer 'diffusion' learns from real latents, but {prompts} holds none"
+        f"data.path: method 'diffusion' needs real latents, but {prompts} holds none"
     )
 
 

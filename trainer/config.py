@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, cast
 
@@ -15,8 +15,8 @@ from model.diffusion import Diffusion
 from model.discriminator import DiscriminatorConfig
 from model.dmd import DMDConfig
 from model.flow import step_sigmas
-from model.gan import GAN
-from pipeline.causal import CausalConfig
+from model.gan import GAN, GANConfig
+from pipeline.causal import ROLLOUT_KEYS, CausalConfig
 from pipeline.teacher import SamplingConfig
 from utils.config import ConfigError, Layer, load_config, read_overrides, read_yaml
 from utils.ema import EMAConfig
@@ -189,6 +189,11 @@ def method_class(config: Config) -> type[Method]:
     return find_method(config.trainer, config.distribution_loss)
 
 
+def method_name(config: Config) -> str:
+    """The run's method, by its file in model/."""
+    return method_class(config).__module__.rpartition(".")[2]
+
+
 def method_needs(config: Config) -> Needs:
     """What the run's method must be given."""
     return method_class(config).needs(config.loss)
@@ -265,8 +270,8 @@ def problems(config: Config) -> Iterator[str]:
     if config.validation.every < 0:
         yield f"validation.every: must be at least 0 (0 = never), got {config.validation.every}"
     yield from _role_problems(config)
-    if causal_config(config) is not None and len(config.latent_shape) == 4:
-        yield from config.causal.problems(config.latent_shape[1])
+    if len(config.latent_shape) == 4:
+        yield from _causal_problems(config)
     if not 0.0 <= config.ema.decay < 1.0:
         yield f"ema.decay: must lie in [0, 1), got {config.ema.decay}"
     yield from config.loss.problems()
@@ -274,7 +279,27 @@ def problems(config: Config) -> Iterator[str]:
         yield "generator.model: must name a model folder (or teacher.model must)"
 
 
+def _causal_problems(config: Config) -> Iterator[str]:
+    """Impossible layouts, and settings that would have no effect."""
+    layout, usual = config.causal, CausalConfig()
+    set_ = [f.name for f in fields(usual) if getattr(layout, f.name) != getattr(usual, f.name)]
+    if config.generator_type != "causal":
+        if set_:
+            yield f"causal.{set_[0]}: has no effect without generator_type: causal"
+        return
+    yield from layout.problems(config.latent_shape[1])
+    idle = [name for name in set_ if name in ROLLOUT_KEYS]
+    if idle and method_needs(config).rollout != "simulation":
+        yield f"causal.{idle[0]}: has no effect on method '{method_name(config)}', without rollouts"
+
+
 def _role_problems(config: Config) -> Iterator[str]:
+    loss = config.loss
+    if isinstance(loss, GANConfig) and loss.discriminator_warmup_steps >= config.steps:
+        yield (
+            f"loss.discriminator_warmup_steps: must be below steps={config.steps}, or the "
+            f"generator never moves; got {loss.discriminator_warmup_steps}"
+        )
     for name, settings in optimizer_settings(config).items():
         yield from _optimizer_problems(name, settings)
     for name, network in trained_networks(config).items():

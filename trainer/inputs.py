@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from model.base import Method, Needs
 from model.discriminator import tapped_layers
+from model.dmd import DMDConfig
 from model.folder import ModelFolder, check_model, find_model
 from model.loading import check_weights, find_weights
 from trainer.config import (
@@ -18,6 +19,7 @@ from trainer.config import (
     TrainedNetworkConfig,
     causal_config,
     method_class,
+    method_name,
     role_model,
     role_settings,
     sigmas,
@@ -76,11 +78,16 @@ def _check_networks(config: Config, needs: Needs) -> dict[str, ModelFolder]:
             f"{' and '.join(f'{role}.model' for role in needs.alike)}: this method needs them of "
             f"the same architecture, got {', '.join(str(folders[r].path) for r in needs.alike)}"
         )
-    shape, sizes = config.latent_shape, folders["generator"].wan_config()
+    check_latent_shape(config, folders["generator"])
+    return folders
+
+
+def check_latent_shape(config: Config, folder: ModelFolder) -> None:
+    """Raise ConfigError unless the model in `folder` makes latents of the configured shape."""
+    shape, sizes = config.latent_shape, folder.wan_config()
     if shape[0] != sizes.out_dim:
         raise ConfigError(
-            f"latent_shape: has {shape[0]} channels, {folders['generator'].path} makes "
-            f"{sizes.out_dim}"
+            f"latent_shape: has {shape[0]} channels, {folder.path} makes {sizes.out_dim}"
         )
     _, patch_h, patch_w = sizes.patch_size
     if shape[2] % patch_h or shape[3] % patch_w:
@@ -88,7 +95,6 @@ def _check_networks(config: Config, needs: Needs) -> dict[str, ModelFolder]:
             f"latent_shape: {shape[2]} x {shape[3]} does not divide into patches of "
             f"{patch_h} x {patch_w}"
         )
-    return folders
 
 
 def _check_data(config: Config, needs: Needs, dataset: Dataset) -> None:
@@ -97,9 +103,10 @@ def _check_data(config: Config, needs: Needs, dataset: Dataset) -> None:
     rolled = needs.rollout == "simulation" and causal is not None
     wanted = needs.latents or (rolled and causal is not None and causal.given_first_frame)
     if wanted and dataset.latent_shape is None:
-        raise ConfigError(
-            f"data.path: trainer '{config.trainer}' learns from real latents, but {path} holds none"
-        )
+        who = f"method '{method_name(config)}'" if needs.latents else "causal.given_first_frame"
+        if needs.latents and isinstance(config.loss, DMDConfig) and config.loss.judges:
+            who += " with loss.gan_weight or loss.divergence"
+        raise ConfigError(f"data.path: {who} needs real latents, but {path} holds none")
     if wanted and dataset.latent_shape != shape:
         raise ConfigError(
             f"latent_shape: is {list(shape)}, but the latents in {path} "

@@ -16,6 +16,7 @@ from model.wan_wrapper import VideoVAE, WanDiffusionWrapper, WanTextEncoder, loa
 from pipeline.protocol import InferencePipeline
 from trainer.build import run_pipeline
 from trainer.config import Config, generator_model
+from trainer.inputs import check_latent_shape
 from utils.seeding import sample_rng
 from utils.video import to_unit
 from utils.weights import Weights
@@ -116,6 +117,7 @@ def check_source(config: Config, checkpoint_path: Path, *, use_ema: bool) -> Sou
     """
     folder = find_model(Path(config.model_root), generator_model(config))
     check_model(folder, weights=False)
+    check_latent_shape(config, folder)
     weights = find_weights(checkpoint_path, averaged=use_ema)
     check_weights(folder.wan_config(), weights, what=f"generator {folder.path}")
     return Source(folder, weights)

@@ -81,6 +81,8 @@ class TrajectoryManifest:
     cfg_scale: float
     seed: int
     prompts: str  # a hash of them
+    negative_prompt: str
+    mixed_precision: bool
     weights: str  # where the teacher came from
 
 

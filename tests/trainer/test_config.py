@@ -348,8 +348,27 @@ def test_blocks_that_do_not_come_out_even_are_told(
     assert error_of(minimal, "generator_type=causal", *overrides) == message
 
 
-def test_blocks_of_a_bidirectional_generator_are_not_asked_about(minimal: Path) -> None:
-    assert load(minimal, ["causal.num_frame_per_block=4"]).causal.num_frame_per_block == 4
+@pytest.mark.parametrize("key", ["num_frame_per_block=4", "given_first_frame=true"])
+def test_causal_settings_of_a_bidirectional_generator_are_refused(minimal: Path, key: str) -> None:
+    name = key.partition("=")[0]
+    assert error_of(minimal, f"causal.{key}") == (
+        f"causal.{name}: has no effect without generator_type: causal"
+    )
+
+
+def test_rollout_settings_of_a_method_without_rollouts_are_refused(minimal: Path) -> None:
+    words = ("generator_type=causal", "trainer=ode", "causal.last_step_only=true")
+    assert error_of(minimal, *words) == (
+        "causal.last_step_only: has no effect on method 'ode', without rollouts"
+    )
+
+
+def test_a_generator_that_would_never_move_is_refused(minimal: Path) -> None:
+    words = ("trainer=gan", "steps=5", "loss.discriminator_warmup_steps=5")
+    assert error_of(minimal, *words) == (
+        "loss.discriminator_warmup_steps: must be below steps=5, or the generator never moves; "
+        "got 5"
+    )
 
 
 @pytest.mark.parametrize(

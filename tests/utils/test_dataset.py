@@ -125,7 +125,9 @@ def test_shards_of_ode_pairs_give_captions_with_trajectories(tiny_root: Path) ->
 
 
 def test_a_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    written = TrajectoryManifest(7, [1000, 500], 5.0, [16, 5, 4, 4], 48, 2.0, 0, "digest", "run")
+    written = TrajectoryManifest(
+        7, [1000, 500], 5.0, [16, 5, 4, 4], 48, 2.0, 0, "digest", "", False, "run"
+    )
     manifest_path(tmp_path).write_text(json.dumps(asdict(written)), encoding="utf-8")
     assert read_manifest(tmp_path) == written
 
