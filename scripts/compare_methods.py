@@ -167,6 +167,8 @@ class Comparison:
             words.append(f"teacher.weights={self.weights(stage.teacher)}")
         if self.args.steps is not None:
             words.append(f"steps={self.args.steps}")
+            if stage.config == "gan":  # or a trial might be all warm-up, which is refused
+                words.append("loss.discriminator_warmup_steps=0")
         return words
 
 
