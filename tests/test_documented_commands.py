@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 import train
+from model.gan import GANConfig
 from tests.methods import methods
 from trainer.build import TRAINERS
-from model.gan import GANConfig
 from trainer.config import DEFAULT_CONFIG, Config, load, method_class, method_needs
 
 ROOT = Path(__file__).resolve().parent.parent
