@@ -25,13 +25,21 @@ from utils.parallel import build_mesh
 TOLERANCE = 1e-5  # relative; measured: below 5e-7
 CASES = (
     "dmd-adamw", "dmd-muon", "diffusion-adamw", "diffusion-muon", "sid-adamw", "gan-adamw",
-    "dmd_gan-adamw", "self_forcing_dmd-adamw", "ode-adamw",
+    "dmd_gan-adamw", "self_forcing_dmd-adamw", "self_forcing_sid-adamw", "causvid-adamw",
+    "ode-adamw",
 )  # fmt: skip
 # Rollouts of several lengths, whose blocks exit apart: all that ranks must agree on.
 ROLLOUTS = ("causal.rollout_frames=9", "causal.same_step_across_blocks=false")
 # Of a relativistic discriminator the logits' bias moves by nothing but rounding, and Adam by lr.
 ABSOLUTE = ("loss.adversarial.relativistic=false",)
-OVERRIDES = {"self_forcing_dmd": ROLLOUTS, "gan": ABSOLUTE, "dmd_gan": ABSOLUTE}
+# As shipped at real size: blocks run again in the backward pass; and a gradient through the cache.
+RECOMPUTED = ("parallel.activation_checkpoint=block", "causal.kv_gradient=straight_through")
+OVERRIDES = {
+    "self_forcing_dmd": ROLLOUTS,
+    "self_forcing_sid": RECOMPUTED,
+    "gan": ABSOLUTE,
+    "dmd_gan": ABSOLUTE,
+}
 WIDE_CASES = ("dmd-muon", "diffusion-adamw")  # on four ranks, slow where cores are few
 PENALTIES = ("/r1", "/r2")  # steps between nearly equal logits: compared as they are
 STEPS = "steps=3"  # generator_every is 2, so the generator moves twice
