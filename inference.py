@@ -18,7 +18,7 @@ from tqdm import tqdm
 from trainer.config import Config, causal_config, generator_model, load, problems
 from trainer.serving import Request, Source, VideoGenerator, check_source, load_generator
 from utils.cli import USER_ERRORS, fail, start_logging
-from utils.config import ConfigError
+from utils.config import ConfigError, refuse_other_settings
 from utils.dataset import open_dataset, read_prompt_file
 from utils.distributed import Session, distributed_session
 from utils.files import write_text
@@ -138,14 +138,9 @@ def claim_folder(
     wanted["weights"] = source.weights.path  # a log directory's newest checkpoint moves on
     text = json.dumps(wanted, indent=1, default=str)
     path = args.output_folder / "settings.json"
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
+    if path.is_file():
         there = json.loads(path.read_text(encoding="utf-8"))
-        here = json.loads(text)
-        changed = [f"{k} was {there.get(k)}, is {here[k]}" for k in here if there.get(k) != here[k]]
-        raise ConfigError(
-            f"--output_folder {args.output_folder}: holds clips of other settings "
-            f"({'; '.join(changed)}); use another folder"
-        )
+        refuse_other_settings(args.output_folder, there, json.loads(text), holds="clips")
     session.barrier()
     if session.is_main:
         write_text(path, text)

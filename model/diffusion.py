@@ -32,6 +32,8 @@ class DiffusionConfig(MethodConfig):
         for name in ("caption_dropout", "clean_noise"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 yield f"loss.{name}: must lie in [0, 1], got {getattr(self, name)}"
+        if self.clean_noise and not self.teacher_forcing:
+            yield f"loss.clean_noise: {self.clean_noise} has no effect without loss.teacher_forcing"
 
 
 class Diffusion(Method):

@@ -28,7 +28,7 @@ from scripts.report import STYLE, inline
 from trainer.config import Config, load
 from trainer.serving import Request, VideoGenerator, check_source, load_generator
 from utils.cli import USER_ERRORS, fail, start_logging
-from utils.config import ConfigError
+from utils.config import ConfigError, refuse_other_settings
 from utils.files import write_text
 from utils.metrics import read_metrics
 from utils.shapes_metrics import Exam
@@ -221,16 +221,8 @@ def train(comparison: Comparison, names: Sequence[str]) -> None:
     path = comparison.timings
     timings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     settings = comparison.settings()
-    changed = [
-        f"{key} was {there}, is {settings[key]}"
-        for key, there in timings.get("settings", settings).items()
-        if settings[key] != there
-    ]
-    if changed:
-        raise ConfigError(
-            f"--output_folder {comparison.args.output_folder}: holds runs of other settings "
-            f"({'; '.join(changed)}); use another folder"
-        )
+    there = timings.get("settings", settings)
+    refuse_other_settings(comparison.args.output_folder, there, settings, holds="runs")
     done = set(timings.get("finished", []))
     seconds: dict[str, float] = timings.get("seconds", {})
     for name in names:

@@ -27,7 +27,7 @@ from pipeline.teacher import trajectory
 from trainer.config import Config, load
 from trainer.serving import Source, VideoGenerator, check_source, load_generator
 from utils.cli import USER_ERRORS, fail, start_logging
-from utils.config import ConfigError
+from utils.config import ConfigError, refuse_other_settings
 from utils.dataset import TrajectoryManifest, manifest_path, open_dataset, read_manifest
 from utils.distributed import Session, distributed_session
 from utils.files import write_text
@@ -49,7 +49,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--output_folder", type=Path, required=True)
     result.add_argument("--steps", type=int, default=48, help="of the teacher")
     result.add_argument("--num_pairs", type=int, default=None, help="default: one per caption")
-    result.add_argument("--batch_size", type=int, default=1, help="pairs at a time on each process")
+    result.add_argument(
+        "--batch_size", type=int, default=1,
+        help=f"pairs at a time on each process; more than a shard's {SHARD_PAIRS} are not taken",
+    )  # fmt: skip
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("overrides", nargs="*", metavar="key=value", help="settings to override")
     return result
@@ -94,13 +97,8 @@ def plan(
 def claim_folder(folder: Path, manifest: TrajectoryManifest, session: Session) -> None:
     """Write the manifest. Raises ConfigError if the folder holds pairs of other settings."""
     there = read_manifest(folder)
-    if there is not None and there != manifest:
-        old, new = asdict(there), asdict(manifest)
-        changed = [f"{key} was {old[key]}, is {new[key]}" for key in new if old[key] != new[key]]
-        raise ConfigError(
-            f"--output_folder {folder}: holds pairs of other settings ({'; '.join(changed)}); "
-            f"use another folder"
-        )
+    if there is not None:
+        refuse_other_settings(folder, asdict(there), asdict(manifest), holds="pairs")
     session.barrier()
     if session.is_main:
         write_text(manifest_path(folder), json.dumps(asdict(manifest), indent=1))

@@ -11,7 +11,7 @@ from omegaconf import MISSING, OmegaConf
 
 import model
 from model.base import DistributionMatching, Method, MethodConfig, Needs, RegressionMethod
-from model.diffusion import Diffusion
+from model.diffusion import Diffusion, DiffusionConfig
 from model.discriminator import DiscriminatorConfig
 from model.dmd import DMDConfig
 from model.flow import step_sigmas
@@ -286,6 +286,8 @@ def _causal_problems(config: Config) -> Iterator[str]:
     if config.generator_type != "causal":
         if set_:
             yield f"causal.{set_[0]}: has no effect without generator_type: causal"
+        if isinstance(config.loss, DiffusionConfig) and 0.0 < config.loss.clean_noise <= 1.0:
+            yield "loss.clean_noise: has no effect without generator_type: causal"
         return
     yield from layout.problems(config.latent_shape[1])
     idle = [name for name in set_ if name in ROLLOUT_KEYS]

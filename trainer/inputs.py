@@ -17,7 +17,6 @@ from trainer.config import (
     CHANGEABLE,
     Config,
     TrainedNetworkConfig,
-    causal_config,
     method_class,
     method_name,
     role_model,
@@ -99,9 +98,7 @@ def check_latent_shape(config: Config, folder: ModelFolder) -> None:
 
 def _check_data(config: Config, needs: Needs, dataset: Dataset) -> None:
     shape, path = tuple(config.latent_shape), config.data.path
-    causal = causal_config(config)
-    rolled = needs.rollout == "simulation" and causal is not None
-    wanted = needs.latents or (rolled and causal is not None and causal.given_first_frame)
+    wanted = needs.latents or config.causal.given_first_frame
     if wanted and dataset.latent_shape is None:
         who = f"method '{method_name(config)}'" if needs.latents else "causal.given_first_frame"
         if needs.latents and isinstance(config.loss, DMDConfig) and config.loss.judges:

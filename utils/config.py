@@ -152,6 +152,21 @@ def _siblings(path: str, known: Sequence[str]) -> str:
     return ", ".join(key for key in known if key.rpartition(".")[0] == parent)
 
 
+def refuse_other_settings(
+    folder: Path, there: Mapping[str, object], here: Mapping[str, object], *, holds: str
+) -> None:
+    """Raise ConfigError, with what differs, unless an output folder was begun with these settings.
+
+    holds: what lies in the folder, for the message.
+    """
+    changed = [f"{k} was {there.get(k)}, is {here[k]}" for k in here if there.get(k) != here[k]]
+    if changed:
+        raise ConfigError(
+            f"--output_folder {folder}: holds {holds} of other settings ({'; '.join(changed)}); "
+            f"use another folder"
+        )
+
+
 def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return "; ".join(line for line in lines if not line.startswith(OMITTED))

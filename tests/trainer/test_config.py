@@ -363,6 +363,21 @@ def test_rollout_settings_of_a_method_without_rollouts_are_refused(minimal: Path
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        ((), "generator_type: causal"),
+        (("generator_type=causal", "loss.teacher_forcing=false"), "loss.teacher_forcing"),
+    ],
+)
+def test_noise_on_a_clean_past_that_nobody_sees_is_refused(
+    minimal: Path, words: tuple[str, ...], missing: str
+) -> None:
+    message = error_of(minimal, "trainer=diffusion", "loss.clean_noise=0.5", *words)
+    assert message.startswith("loss.clean_noise: ")
+    assert message.endswith(f"has no effect without {missing}")
+
+
 def test_a_generator_that_would_never_move_is_refused(minimal: Path) -> None:
     words = ("trainer=gan", "steps=5", "loss.discriminator_warmup_steps=5")
     assert error_of(minimal, *words) == (
