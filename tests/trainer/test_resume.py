@@ -86,7 +86,11 @@ BROKEN = {
     "ode": (1, "ode", ()),
     "consistency": (1, "consistency", ()),
     "teacher-forcing": (1, "causal_diffusion", ()),
-    "diffusion-forcing": (1, "causal_diffusion", ("loss.teacher_forcing=false",)),
+    "diffusion-forcing": (
+        1,
+        "causal_diffusion",
+        ("loss.teacher_forcing=false", "loss.clean_noise=0"),
+    ),
     "self_forcing_dmd": (2, "self_forcing_dmd", ()),
     "self_forcing_sid": (2, "self_forcing_sid", ()),
     "straight-through": (2, "self_forcing_dmd", ("causal.kv_gradient=straight_through",)),
