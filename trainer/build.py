@@ -21,7 +21,8 @@ from model.loading import (
     random_network,
 )
 from model.types import Denoiser, Rollout
-from model.wan_wrapper import WanDiffusionWrapper, WanTextEncoder, load_vae
+from model.vae import load_vae
+from model.wan_wrapper import WanDiffusionWrapper, WanTextEncoder
 from pipeline.bidirectional import BidirectionalTrainingPipeline
 from pipeline.build import few_step_pipeline, many_step_pipeline
 from pipeline.causal import SelfForcingTrainingPipeline

@@ -12,7 +12,8 @@ from torch import Tensor
 from model.conditioning import ConditioningEncoder
 from model.folder import ModelFolder, check_model, find_model
 from model.loading import Placement, check_weights, find_weights, load_network
-from model.wan_wrapper import VideoVAE, WanDiffusionWrapper, WanTextEncoder, load_vae
+from model.vae import VideoVAE, load_vae
+from model.wan_wrapper import WanDiffusionWrapper, WanTextEncoder
 from pipeline.protocol import InferencePipeline
 from trainer.build import run_pipeline
 from trainer.config import Config, generator_model

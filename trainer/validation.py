@@ -8,7 +8,7 @@ from pathlib import Path
 
 from model.conditioning import ConditioningEncoder
 from model.types import Denoiser
-from model.wan_wrapper import VideoVAE
+from model.vae import VideoVAE
 from pipeline.protocol import InferencePipeline, sample
 from utils.distributed import Session
 from utils.seeding import sample_rng

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.wan_wrapper import WanVAEWrapper
+from model.vae import WanVAEWrapper
 from utils.weights import WeightsError
 
 SIZES = {"base_dim": 8, "z_dim": 16, "num_res_blocks": 2}  # the official depth, a twelfth as wide
