@@ -129,7 +129,7 @@ def test_one_noise_level_per_frame_equals_one_per_sample_if_all_are_the_same(
     model, x = tiny_wan(), random(2, 16, 3, 4, 4)
     timestep = torch.tensor([[700.0], [20.0]])
     per_frame = run(model, x, timestep.expand(2, 3))
-    torch.testing.assert_close(run(model, x, timestep), per_frame, atol=1e-6, rtol=0.0)
+    torch.testing.assert_close(run(model, x, timestep), per_frame, atol=5e-6, rtol=0.0)
 
 
 def test_a_frames_noise_level_matters_to_it_most(tiny_wan: WanFactory) -> None:
