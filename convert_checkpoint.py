@@ -1,4 +1,4 @@
-"""Turn a training checkpoint into one weight file with official names."""
+"""Turn a checkpoint or weight file into one weight file, or into a complete model folder."""
 
 from __future__ import annotations
 
@@ -9,26 +9,140 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from model.export import LAYOUTS, Export, write_model_folder
+from model.folder import CONFIGS, ModelFolder
 from model.loading import find_weights
+from model.wan.weights import to_diffusers
 from utils.cli import USER_ERRORS, fail, start_logging
-from utils.weights import WeightsError, write_weights
+from utils.config import ConfigError
+from utils.files import replaced_atomically
+from utils.weights import Weights, write_weights
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NAMINGS = ("official", "diffusers", "reference")
+FILES = (".safetensors", ".pt")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of convert_checkpoint.py."""
     result = argparse.ArgumentParser(description=__doc__)
     result.add_argument(
-        "--input_path", type=Path, required=True, help="log directory, checkpoint or weight file"
+        "--input_path", "--input-checkpoint", type=Path, required=True,
+        help="log directory, training checkpoint, weight file or model folder",
+    )  # fmt: skip
+    result.add_argument(
+        "--output_path", "--output-checkpoint", type=Path, required=True,
+        help="a .safetensors or .pt file; with --layout, a folder",
+    )  # fmt: skip
+    result.add_argument("--weights", choices=("generator", "ema", "critic"), default="generator")
+    result.add_argument(
+        "--use_ema", "--ema", dest="weights", action="store_const", const="ema",
+        help="the averaged weights, as --weights ema",
+    )  # fmt: skip
+    result.add_argument(
+        "--dtype", choices=DTYPES, default=None, help="of the transformer; default: as stored"
     )
-    result.add_argument("--output_path", type=Path, required=True, help=".safetensors or .pt")
-    result.add_argument("--use_ema", "--ema", action="store_true", help="the averaged weights")
-    result.add_argument("--dtype", choices=DTYPES, default=None, help="default: as stored")
+    result.add_argument("--to-bf16", dest="dtype", action="store_const", const="bfloat16")
+    result.add_argument(
+        "--naming", choices=NAMINGS, default=None,
+        help="of the weights in a single file; default: official",
+    )  # fmt: skip
+    result.add_argument(
+        "--layout", choices=LAYOUTS, default=None, help="write a complete model folder of this kind"
+    )
+    result.add_argument(
+        "--model_folder", type=Path, default=None,
+        help="gives a folder its sizes, VAE and encoders; default: the input, if it is one",
+    )  # fmt: skip
+    result.add_argument("--max_shard_gb", type=float, default=5.0, help="per file of a folder")
+    result.add_argument(
+        "--remove-prefix", default="model.", help="of the reference's tool; always removed"
+    )
     return result
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ConfigError for words that do not go together."""
+    if args.remove_prefix != "model.":
+        raise ConfigError(
+            f"--remove-prefix {args.remove_prefix}: only 'model.' and the segments of FSDP, "
+            f"checkpoint and compile wrappers are removed, and they always are; leave the flag out"
+        )
+    if args.layout is None:
+        check_file_arguments(args)
+        return
+    if args.output_path.suffix in FILES:
+        raise ConfigError(f"--output_path {args.output_path}: with --layout, give a folder's name")
+    if args.naming is not None:
+        raise ConfigError("--naming is of a single file; in a folder --layout decides the names")
+    if not args.max_shard_gb > 0:
+        raise ConfigError(f"--max_shard_gb: must be above 0, got {args.max_shard_gb}")
+
+
+def check_file_arguments(args: argparse.Namespace) -> None:
+    """Raise ConfigError for words that do not go with a single file."""
+    if args.output_path.suffix not in FILES:
+        raise ConfigError(
+            f"--output_path {args.output_path}: must end in .safetensors or .pt; for a model "
+            f"folder add --layout official or --layout diffusers"
+        )
+    if args.model_folder is not None:
+        raise ConfigError("--model_folder is for a model folder: add --layout")
+    if args.naming == "reference" and args.output_path.suffix != ".pt":
+        raise ConfigError(
+            f"--output_path {args.output_path}: --naming reference is a .pt file's, whose "
+            f"dictionaries a .safetensors file cannot hold"
+        )
+
+
+def write_file(args: argparse.Namespace, weights: Weights) -> None:
+    """Write one weight file."""
+    dtype = DTYPES.get(args.dtype)
+    rename = to_diffusers if args.naming == "diffusers" else str
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(weights.shapes()):
+        value = weights.read(name)
+        tensors[rename(name)] = value if dtype is None else value.to(dtype)
+    if args.naming == "reference":
+        write_reference(tensors, args.output_path, args.weights)
+    else:
+        source = {"source": str(weights.path), "weights": args.weights}
+        write_weights(tensors, args.output_path, source)
+    count = sum(value.numel() for value in tensors.values())
+    log.info("%s: %d tensors, %d parameters", args.output_path, len(tensors), count)
+
+
+def write_reference(tensors: dict[str, Tensor], path: Path, kind: str) -> None:
+    """Write a .pt file as Self-Forcing does: a dictionary per network, names with `model.`."""
+    group = {"generator": "generator", "ema": "generator_ema", "critic": "critic"}[kind]
+    named = {f"model.{name}": value.contiguous() for name, value in tensors.items()}
+    with replaced_atomically(path) as part:
+        torch.save({group: named}, part)
+
+
+def write_folder(args: argparse.Namespace, source: ModelFolder, weights: Weights) -> None:
+    """Write a model folder."""
+    dtype, max_bytes = DTYPES.get(args.dtype), int(args.max_shard_gb * 1e9)
+    write_model_folder(Export(source, weights, args.layout, dtype, max_bytes), args.output_path)
+    log.info("%s: a complete model folder, %s layout", args.output_path, args.layout)
+
+
+def source_folder(args: argparse.Namespace) -> ModelFolder:
+    """Where a new folder's sizes, VAE and encoders come from. Raises ConfigError."""
+    if args.model_folder is not None:
+        if not args.model_folder.is_dir():
+            raise ConfigError(f"--model_folder {args.model_folder}: no such folder")
+        return ModelFolder(args.model_folder)
+    if not any((args.input_path / name).is_file() for name in CONFIGS):
+        raise ConfigError(
+            f"--layout {args.layout}: {args.input_path} is no model folder; say with "
+            f"--model_folder where the sizes, the VAE and the encoders come from"
+        )
+    return ModelFolder(args.input_path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,18 +150,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     start_logging()
     try:
-        if args.output_path.suffix not in (".safetensors", ".pt"):
-            raise WeightsError(f"--output_path {args.output_path}: must end in .safetensors or .pt")
-        weights = find_weights(args.input_path, averaged=args.use_ema)
-        tensors = {name: weights.read(name) for name in sorted(weights.shapes())}
-        if args.dtype is not None:
-            tensors = {name: value.to(DTYPES[args.dtype]) for name, value in tensors.items()}
-        source = {"source": str(weights.path), "weights": "ema" if args.use_ema else "generator"}
-        write_weights(tensors, args.output_path, source)
+        check_arguments(args)
+        folder = None if args.layout is None else source_folder(args)
+        role = "critic" if args.weights == "critic" else "generator"
+        weights = find_weights(args.input_path, role=role, averaged=args.weights == "ema")
+        if folder is None:
+            write_file(args, weights)
+        else:
+            write_folder(args, folder, weights)
     except USER_ERRORS as error:
         return fail(error)
-    count = sum(value.numel() for value in tensors.values())
-    log.info("%s: %d tensors, %d parameters", args.output_path, len(tensors), count)
+    except KeyboardInterrupt:
+        log.warning("stopped; nothing was written")
+        return 130
     return 0
 
 

@@ -23,8 +23,8 @@ from trainer.config import Config, generator_model, load
 from trainer.serving import Request, VideoGenerator, check_source, load_generator
 from utils.cli import USER_ERRORS, fail, start_logging
 from utils.config import ConfigError
-from utils.dataset import read_prompt_file
 from utils.jobs import Job, JobQueue, OnStep
+from utils.prompts import read_prompt_file
 from utils.video import save_mp4
 
 WEB = Path(__file__).resolve().parent / "utils" / "web"
@@ -46,9 +46,18 @@ class About:
 def parser() -> argparse.ArgumentParser:
     """The command line of demo.py."""
     result = argparse.ArgumentParser(description=__doc__)
-    result.add_argument("--config_path", type=Path, required=True, help="the run's YAML file")
-    result.add_argument("--checkpoint_path", type=Path, required=True, help="a run, or weights")
-    result.add_argument("--use_ema", action="store_true", help="the averaged weights")
+    result.add_argument(
+        "--config_path", type=Path, default=Path("configs/self_forcing_dmd.yaml"),
+        help="the run's YAML file (default: %(default)s)",
+    )  # fmt: skip
+    result.add_argument(
+        "--checkpoint_path", type=Path, default=Path("checkpoints/self_forcing_dmd.pt"),
+        help="a run, or weights (default: %(default)s)",
+    )  # fmt: skip
+    result.add_argument(
+        "--use_ema", action=argparse.BooleanOptionalAction, default=None,
+        help="the averaged weights (default: if there are any)",
+    )  # fmt: skip
     result.add_argument("--host", default="127.0.0.1", help="0.0.0.0 = open to the network")
     result.add_argument("--port", type=int, default=5001, help="0 = any free one")
     result.add_argument("--fps", type=float, default=16.0)
@@ -159,6 +168,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load(args.config_path, args.overrides)
         source = check_source(config, args.checkpoint_path, use_ema=args.use_ema)
+        if source.folder.wan_config().sees_images:
+            raise ConfigError(
+                f"generator.model: {source.folder.path} makes clips from images, and this page "
+                f"asks for none; use inference.py --i2v"
+            )
         if not args.fps > 0:
             raise ConfigError(f"--fps: must be positive, got {args.fps}")
         address = listen(args.host, args.port)

@@ -5,30 +5,50 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import imageio.v3 as iio
 import torch
 from tqdm import tqdm
 
+from model.types import SPATIAL_STRIDE, Keyframes
 from trainer.config import Config, causal_config, generator_model, load, problems
 from trainer.serving import Request, Source, VideoGenerator, check_source, load_generator
+from trainer.starts import check_images, pixel_frames, pixel_size, read_start
 from utils.cli import USER_ERRORS, fail, start_logging
-from utils.config import ConfigError, refuse_other_settings
-from utils.dataset import open_dataset, read_prompt_file
+from utils.clip_names import clip_stems, default_samples
+from utils.config import ConfigError
+from utils.dataset import open_dataset
 from utils.distributed import Session, distributed_session
-from utils.files import write_text
+from utils.given_frames import (
+    Given,
+    Size,
+    describe_picture,
+    picture_size,
+    read_clip,
+    read_fitted,
+)
+from utils.images import snapped_size
+from utils.lmdb import shard_paths
+from utils.manifest import ClipRecord, claim_folder, finish_manifest, sha256_of
+from utils.prompts import (
+    Picture,
+    PromptItem,
+    merged,
+    read_image_prompts,
+    read_prompts,
+    with_extended,
+)
 from utils.video import contact_sheet, save_mp4, save_png
 
 log = logging.getLogger(__name__)
 
 SHEET_CLIPS = 12  # on the contact sheet
-STRIDE = 8  # pixels per latent row and column, of Wan's autoencoder
-MAX_STEM_BYTES = 200  # of a file name; most file systems take 255 with what is appended
+PATCH_PIXELS = 2 * SPATIAL_STRIDE  # a side's least step: Wan's patches have 2 x 2 latents
+VBENCH_FOLDER = "videos"  # the tool takes every file beside a clip for one
 
 
 @dataclass(frozen=True)
@@ -36,114 +56,111 @@ class Job:
     """One clip and the file that it goes to."""
 
     request: Request
-    title: str  # the prompt as its user wrote it
+    item: PromptItem
+    size: Size  # of the clip
     file: Path
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of inference.py."""
     result = argparse.ArgumentParser(description=__doc__)
-    result.add_argument("--config_path", type=Path, required=True, help="the run's YAML file")
-    result.add_argument(
+    add = result.add_argument
+    add("--config_path", type=Path, required=True, help="the run's YAML file")
+    add(
         "--checkpoint_path", type=Path, required=True,
         help="log directory, training checkpoint, weight file or model folder",
     )  # fmt: skip
-    result.add_argument(
+    add(
         "--data_path", type=Path, required=True,
-        help="a file with one prompt per line, or a folder of .txt files",
+        help="one prompt per line, a table (.json, .jsonl, .csv, .tsv), or a folder of .txt files",
     )  # fmt: skip
-    result.add_argument("--extended_prompt_path", type=Path, help="line by line for --data_path")
-    result.add_argument("--output_folder", type=Path, required=True)
-    result.add_argument("--use_ema", action="store_true", help="the averaged weights")
-    result.add_argument("--num_samples", type=int, default=1, help="clips per prompt")
-    result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--save_with_index", action="store_true", help="name files by number")
-    result.add_argument("--num_output_frames", type=int, default=None, help="latent frames")
-    result.add_argument(
+    add("--extended_prompt_path", type=Path, help="line by line, or file by file, for --data_path")
+    add(
+        "--i2v", action="store_true",
+        help="clips begin with images: --data_path is a folder of images, each with its .txt",
+    )  # fmt: skip
+    add(
+        "--image_size", choices=("configured", "aspect"), default="configured",
+        help="of clips that begin with images: as configured, or of that area with their aspect",
+    )  # fmt: skip
+    add("--output_folder", type=Path, required=True)
+    add("--use_ema", action="store_true", help="the averaged weights")
+    add("--num_samples", type=int, default=None, help="clips per prompt (1; --vbench: 5 or 25)")
+    add("--seed", type=int, default=0)
+    add("--save_with_index", action="store_true", help="name files by number")
+    add("--vbench", action="store_true", help="names and numbers of clips as VBench wants them")
+    add("--num_output_frames", type=int, default=None, help="latent frames")
+    add(
         "--initial_path", type=Path,
         help="an image or a video that every clip begins with (causal models)",
     )  # fmt: skip
-    result.add_argument("--batch_size", type=int, default=1, help="clips at a time on each process")
-    result.add_argument("--fps", type=float, default=16.0)
-    result.add_argument("overrides", nargs="*", metavar="key=value", help="settings to override")
+    add("--batch_size", type=int, default=1, help="clips at a time on each process")
+    add("--fps", type=float, default=16.0)
+    add("overrides", nargs="*", metavar="key=value", help="settings to override")
     return result
 
 
-def plan(args: argparse.Namespace) -> list[Job]:
+def plan(args: argparse.Namespace, config: Config) -> list[Job]:
     """All clips to make, in order. Raises ValueError or FileNotFoundError for bad prompts."""
+    check_arguments(args)
+    items = read_items(args)
+    stems = clip_stems(items, by_index=args.save_with_index, vbench=args.vbench)
+    jobs = []
+    for stem, item in zip(stems, items, strict=True):
+        kind = ("_ema" if args.use_ema else "_regular") if args.save_with_index else ""
+        size = clip_size(args, config, item.image)
+        for sample in range(args.num_samples or default_samples(item, vbench=args.vbench)):
+            file = clip_folder(args) / f"{stem}-{sample}{kind}.mp4"
+            jobs.append(Job(Request(item.text, args.seed, sample), item, size, file))
+    return jobs
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ConfigError for values and combinations that mean nothing."""
     for flag in ("num_samples", "batch_size", "num_output_frames"):
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise ConfigError(f"--{flag}: must be at least 1, got {value}")
     if not args.fps > 0:
         raise ConfigError(f"--fps: must be positive, got {args.fps}")
-    dataset = open_dataset(args.data_path)
-    titles = [dataset[i].prompt for i in range(len(dataset))]
-    prompts = titles
-    if args.extended_prompt_path is not None:
-        prompts = read_prompt_file(args.extended_prompt_path)
-        if len(prompts) != len(titles):
-            raise ConfigError(
-                f"--extended_prompt_path: {args.extended_prompt_path} has {len(prompts)} prompts, "
-                f"{args.data_path} has {len(titles)}; they must match line by line"
-            )
-    stems = [str(i) if args.save_with_index else file_stem(t) for i, t in enumerate(titles)]
-    jobs = []
-    for stem, title, prompt in zip(distinct(stems), titles, prompts, strict=True):
-        kind = ("_ema" if args.use_ema else "_regular") if args.save_with_index else ""
-        for sample in range(args.num_samples):
-            file = args.output_folder / f"{stem}-{sample}{kind}.mp4"
-            jobs.append(Job(Request(prompt, args.seed, sample), title, file))
-    return jobs
+    if args.vbench and args.save_with_index:
+        raise ConfigError("--save_with_index: VBench finds clips by their prompts; drop one flag")
+    if args.i2v and args.initial_path is not None:
+        raise ConfigError("--initial_path: with --i2v each clip begins with its own image")
+    if args.image_size != "configured" and not args.i2v:
+        raise ConfigError(f"--image_size {args.image_size}: has no effect without --i2v")
 
 
-def file_stem(prompt: str) -> str:
-    """The first 100 characters of a prompt, as far as file systems take them."""
-    allowed = re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", prompt[:100])
-    return allowed.encode()[:MAX_STEM_BYTES].decode(errors="ignore").strip(" .") or "_"
-
-
-def distinct(stems: Sequence[str]) -> list[str]:
-    """The same file stems, later ones of a kind with their number appended."""
-    used: set[str] = set()
-    result = []
-    for index, stem in enumerate(stems):
-        while stem in used:
-            stem = f"{stem}-{index}"  # noqa: PLW2901
-        used.add(stem)
-        result.append(stem)
-    return result
-
-
-def claim_folder(
-    args: argparse.Namespace, config: Config, source: Source, session: Session
-) -> None:
-    """Write the folder's manifest. Raises ConfigError if it holds clips of other settings."""
-    keys = (
-        "data_path", "extended_prompt_path", "use_ema", "seed", "save_with_index",
-        "num_output_frames", "initial_path", "batch_size", "fps",
-    )  # fmt: skip
-    wanted = {key: getattr(args, key) for key in keys}
-    wanted["model"] = generator_model(config)
-    wanted["latent_shape"] = config.latent_shape
-    wanted["mixed_precision"] = config.mixed_precision
-    wanted["negative_prompt"] = config.data.negative_prompt
-    if config.trainer == "diffusion":
-        wanted["sampling"] = asdict(config.sampling)
+def read_items(args: argparse.Namespace) -> list[PromptItem]:
+    """The prompts of --data_path, longer ones in their place if given."""
+    if args.i2v:
+        items = read_image_prompts(args.data_path, named_by_prompt=args.vbench)
+    elif args.data_path.is_file():
+        items = read_prompts(args.data_path)
+    elif any(args.data_path.glob("*.txt")) and not shard_paths(args.data_path):
+        items = read_prompts(args.data_path)  # with their names
     else:
-        wanted["denoising_step_list"] = config.denoising_step_list
-        wanted["timestep_shift"] = config.timestep_shift
-    causal = causal_config(config)
-    wanted["causal"] = None if causal is None else asdict(causal)
-    wanted["weights"] = source.weights.path  # a log directory's newest checkpoint moves on
-    text = json.dumps(wanted, indent=1, default=str)
-    path = args.output_folder / "settings.json"
-    if path.is_file():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        refuse_other_settings(args.output_folder, there, json.loads(text), holds="clips")
-    session.barrier()
-    if session.is_main:
-        write_text(path, text)
+        dataset = open_dataset(args.data_path)
+        items = [PromptItem(p, p) for p in (dataset[i].prompt for i in range(len(dataset)))]
+    if args.extended_prompt_path is not None:
+        items = with_extended(items, args.extended_prompt_path, args.data_path)
+    return merged(items) if args.vbench else items
+
+
+def clip_folder(args: argparse.Namespace) -> Path:
+    """Where clips go."""
+    return args.output_folder / VBENCH_FOLDER if args.vbench else args.output_folder
+
+
+def clip_size(args: argparse.Namespace, config: Config, image: Picture | None) -> Size:
+    """Height and width of a clip. Raises FileNotFoundError or ValueError for a bad image."""
+    size = pixel_size(config)
+    if image is None:
+        return size
+    shape = picture_size(image)
+    if args.image_size == "configured":
+        return size
+    return snapped_size(shape, size[0] * size[1], PATCH_PIXELS)
 
 
 def sized(config: Config, args: argparse.Namespace) -> Config:
@@ -161,48 +178,50 @@ def sized(config: Config, args: argparse.Namespace) -> Config:
     return longer
 
 
-def read_start(config: Config, path: Path | None) -> torch.Tensor | None:
-    """The frames that clips begin with, [1, 3, P, H, W] in [-1, 1].
-
-    Raises ConfigError unless they fit the clips: in size, and in how many a block holds.
-    """
+def settings_of(args: argparse.Namespace, config: Config, source: Source) -> dict[str, Any]:
+    """What all clips of a folder share, as JSON has it."""
+    keys = (
+        "data_path", "extended_prompt_path", "use_ema", "seed", "save_with_index", "i2v",
+        "image_size", "vbench", "num_output_frames", "initial_path", "batch_size", "fps",
+    )  # fmt: skip
+    wanted: dict[str, Any] = {key: getattr(args, key) for key in keys}
+    original = args.extended_prompt_path is None
+    wanted["protocol"] = "original prompts" if original else "extended prompts"
+    wanted["model"] = generator_model(config)
+    wanted["latent_shape"] = config.latent_shape
+    wanted["frames"] = pixel_frames(config)
+    wanted["size"] = list(pixel_size(config))
+    wanted["mixed_precision"] = config.mixed_precision
+    wanted["negative_prompt"] = config.data.negative_prompt
+    if config.trainer == "diffusion":
+        wanted["sampling"] = asdict(config.sampling)
+    else:  # a few steps without a solver or guidance
+        wanted["denoising_step_list"] = config.denoising_step_list
+        wanted["timestep_shift"] = config.timestep_shift
     causal = causal_config(config)
-    if path is None:
-        if causal is not None and causal.given_first_frame:
-            raise ConfigError(
-                "--initial_path: this model was trained to continue a first frame; give one, or "
-                "set causal.given_first_frame=false"
-            )
-        return None
-    if causal is None:
-        raise ConfigError(
-            "--initial_path: this model makes whole clips and cannot begin with given frames; "
-            "use one with generator_type: causal"
+    wanted["causal"] = None if causal is None else asdict(causal)
+    wanted["weights"] = source.weights.path  # a log directory's newest checkpoint moves on
+    return dict(json.loads(json.dumps(wanted, default=str)))
+
+
+def records(jobs: Sequence[Job], folder: Path) -> list[ClipRecord]:
+    """The lines of the manifest."""
+    images = {str(p.path): p.path for job in jobs for p in job.item.pictures}
+    digests = sha256_of(images)
+    return [
+        ClipRecord(
+            file=job.file.relative_to(folder).as_posix(),
+            prompt=job.item.title,
+            conditioning_prompt=job.item.text,
+            seed=job.request.seed,
+            sample=job.request.sample,
+            height=job.size[0],
+            width=job.size[1],
+            images=[str(picture.path) for picture in job.item.pictures],
+            images_sha256=[digests[str(picture.path)] for picture in job.item.pictures],
         )
-    try:
-        clip = read_clip(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]  # imageio goes on with advice
-        raise ConfigError(f"--initial_path: {path} is not readable: {reason}") from error
-    _, frames, rows, columns = config.latent_shape
-    pixels, size = clip.shape[1], (STRIDE * rows, STRIDE * columns)
-    enlarged = clip.shape[2] // size[0]  # small clips are written enlarged
-    if enlarged > 1 and clip.shape[2:] == (enlarged * size[0], enlarged * size[1]):
-        clip = torch.nn.functional.avg_pool2d(clip, enlarged)
-    if clip.shape[2:] != size:
-        raise ConfigError(
-            f"--initial_path: {path} is {clip.shape[2]} x {clip.shape[3]}, the clips are "
-            f"{size[0]} x {size[1]} (height x width)"
-        )
-    if (pixels - 1) % 4:
-        raise ConfigError(
-            f"--initial_path: {path} has {pixels} frames; give 1 + 4 k, as latent frames hold them"
-        )
-    try:
-        causal.split(frames, 1 + (pixels - 1) // 4)
-    except ValueError as error:
-        raise ConfigError(f"--initial_path: {path}: {error}") from error
-    return 2.0 * clip[None] - 1.0
+        for job in jobs
+    ]
 
 
 def run(
@@ -210,21 +229,22 @@ def run(
     config: Config,
     source: Source,
     jobs: list[Job],
-    start: torch.Tensor | None,
+    start: Given | None,
     session: Session,
 ) -> None:
     """Make what is missing. Batches are cut before ranks, so a clip's neighbours never change."""
-    batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
     mine = [
         batch
-        for batch in batches[session.rank :: session.world_size]
+        for batch in list(batches(jobs, args.batch_size))[session.rank :: session.world_size]
         if not all(job.file.is_file() for job in batch)
     ]
     if mine:
         model = load_generator(config, source, session.device)
         frames = config.latent_shape[1]
         log.info("%d network evaluations per clip", model.pipeline.network_evaluations(frames))
-        initial = None if start is None else model.vae.encode_to_latent(start.to(session.device))
+        initial = None
+        if start is not None:
+            initial = model.vae.encode_to_latent(start.frames.to(session.device))
         with tqdm(total=sum(map(len, mine)), desc="clips", disable=not session.is_main) as bar:
             for batch in mine:
                 make(batch, model, args.fps, initial)
@@ -233,9 +253,21 @@ def run(
     if session.is_main:
         shown = jobs[:SHEET_CLIPS]
         clips = [read_clip(job.file) for job in shown]
-        sheet = contact_sheet(clips, [job.title for job in shown])
+        sheet = contact_sheet(clips, [job.item.title for job in shown])
         save_png(sheet, args.output_folder / "contact_sheet.png")
+        finish_manifest(args.output_folder)
         log.info("%d clips in %s", len(jobs), args.output_folder)
+
+
+def batches(jobs: Sequence[Job], count: int) -> Iterator[list[Job]]:
+    """Jobs in groups of up to `count`, all of one size."""
+    open_: dict[Size, list[Job]] = {}
+    for job in jobs:
+        batch = open_.setdefault(job.size, [])
+        batch.append(job)
+        if len(batch) == count:
+            yield open_.pop(job.size)
+    yield from open_.values()
 
 
 def make(
@@ -244,19 +276,32 @@ def make(
     """Sample one batch and write its files. initial: [1, C, g, H, W], what all clips begin with."""
     if initial is not None:
         initial = initial.expand(len(batch), -1, -1, -1, -1)
-    clips = model.clips([job.request for job in batch], initial=initial)
+    size = batch[0].size
+    clips = model.clips(
+        [job.request for job in batch],
+        keyframes=keyframes(batch, model.device),
+        initial=initial,
+        latent_shape=[*model.latent_shape[:2], *(side // SPATIAL_STRIDE for side in size)],
+    )
     for job, clip in zip(batch, clips, strict=True):
         save_mp4(clip, job.file, fps=fps)
 
 
-def read_clip(path: Path) -> torch.Tensor:
-    """A video or an image as [3, P, H, W] in [0, 1]. Raises OSError or ValueError."""
-    frames = torch.from_numpy(iio.imread(path))
-    if frames.ndim == 3:
-        frames = frames[None]
-    if frames.ndim != 4 or frames.shape[-1] != 3:
-        raise ValueError(f"expected RGB frames, got an array of shape {tuple(frames.shape)}")
-    return frames.permute(3, 0, 1, 2).float() / 255.0
+def keyframes(batch: Sequence[Job], device: torch.device) -> Keyframes | None:
+    """The images of a batch, or None if its clips begin without."""
+    size = batch[0].size
+    rows = [[read_fitted(picture, size) for picture in job.item.pictures] for job in batch]
+    images = [torch.stack(column).to(device) for column in zip(*rows, strict=True)]
+    return Keyframes(*images) if images else None
+
+
+def tell_fits(jobs: Sequence[Job], start: Given | None) -> None:
+    """Log what is done to each image, once."""
+    pictures = {picture: job.size for job in jobs for picture in job.item.pictures}
+    for picture, size in pictures.items():
+        log.info("%s", describe_picture(picture, size))
+    if start is not None:
+        log.info("%s", start.fit)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -264,18 +309,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_intermixed_args(arguments)
     try:
         config = load(args.config_path, args.overrides)
-        jobs = plan(args)
+        jobs = plan(args, config)
         config = sized(config, args)
-        start = read_start(config, args.initial_path)
+        start = read_start(config, args.initial_path, images=args.i2v)
         source = check_source(config, args.checkpoint_path, use_ema=args.use_ema)
+        items = [job.item for job in jobs] if args.i2v else None
+        check_images(config, source.folder, items)
     except USER_ERRORS as error:
         return fail(error)
     with distributed_session(timeout_s=config.timeout_s) as session:
         start_logging(main_rank=session.is_main)
         try:
-            claim_folder(args, config, source, session)
+            settings, clips = settings_of(args, config, source), records(jobs, args.output_folder)
+            claim_folder(args.output_folder, settings, source.weights.path, clips, session)
         except USER_ERRORS as error:
             return fail(error)
+        if session.is_main:
+            tell_fits(jobs, start)
         try:
             run(args, config, source, jobs, start, session)
         except KeyboardInterrupt:

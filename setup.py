@@ -20,6 +20,7 @@ setup(
         "safetensors",
         "diffusers>=0.38",
         "transformers>=5",
+        "ftfy>=6.3",
         "imageio>=2.37",
         "imageio-ffmpeg",
         "pillow",
@@ -30,7 +31,14 @@ setup(
     extras_require={
         "report": ["matplotlib"],
         "flash": ["flash-attn"],
-        "test": ["matplotlib", "mypy==2.4.1", "pytest>=9", "pytest-timeout", "ruff==0.17.5"],
+        "test": [
+            "accelerate",  # diffusers' pipelines want it
+            "matplotlib",
+            "mypy==2.4.1",
+            "pytest>=9",
+            "pytest-timeout",
+            "ruff==0.17.5",
+        ],
     },
     entry_points={
         "console_scripts": [

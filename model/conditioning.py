@@ -1,14 +1,70 @@
-"""Prompts to Conditioning, each prompt encoded once per run as long as it is remembered."""
+"""Prompts and images to Conditioning; each prompt is encoded once as long as it is remembered."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from model.types import Conditioning
+from model.types import TEMPORAL_STRIDE, Conditioning, Keyframes
+from model.vae import VideoVAE
+
+
+@dataclass(frozen=True, eq=False)
+class ImageEncoder:
+    """Keyframes to what Wan's image-to-video transformers read of them."""
+
+    clip: Callable[[Tensor], Tensor]  # [B, 3, H, W] in [-1, 1] to states [B, n, image_dim]
+    vae: VideoVAE
+
+    @torch.no_grad()
+    def __call__(self, keyframes: Keyframes, frames: int) -> tuple[Tensor, Tensor]:
+        """CLIP states [B, n per image, image_dim], and mask and latents [B, 4 + C, F, H, W].
+
+        frames: F. What is encoded is a video of the keyframes with grey in the place of all other
+        pixel frames; the mask tells which are given, in four channels to a latent frame. Each
+        sample is encoded alone, so that it never depends on its neighbours in a batch.
+        """
+        samples = [keyframes.row(i) for i in range(len(keyframes.first))]
+        states = torch.cat([self.states(sample) for sample in samples])
+        channels = torch.cat([self.channels(sample, frames) for sample in samples])
+        return states, channels
+
+    def states(self, keyframes: Keyframes) -> Tensor:
+        """CLIP states of one image behind the other, [B, n per image, image_dim]."""
+        first = self.clip(keyframes.first)
+        if keyframes.last is None:
+            return first
+        return torch.cat([first, self.clip(keyframes.last)], dim=1)
+
+    def channels(self, keyframes: Keyframes, frames: int) -> Tensor:
+        """Mask and latents [B, 4 + C, F, H, W], four pixel frames in memory at a time."""
+        if keyframes.last is not None and frames == 1:
+            raise ValueError("a video of one latent frame has no last frame to give")
+        encoder = self.vae.stream_encoder()
+        first = keyframes.first[:, :, None]
+        grey = torch.zeros_like(first).repeat(1, 1, TEMPORAL_STRIDE, 1, 1)
+        end = grey
+        if keyframes.last is not None:
+            end = torch.cat([grey[:, :, 1:], keyframes.last[:, :, None]], dim=2)
+        groups = [grey] * (frames - 2) + [end] * min(1, frames - 1)
+        latents = torch.cat([encoder.encode(piece) for piece in (first, *groups)], dim=2)
+        mask = torch.zeros_like(latents[:, :1]).repeat(1, TEMPORAL_STRIDE, 1, 1, 1)
+        mask[:, :, 0] = 1.0
+        if keyframes.last is not None:
+            mask[:, -1, -1] = 1.0
+        return torch.cat([mask, latents], dim=1)
+
+
+def first_latents(vae: VideoVAE, images: Tensor) -> Tensor:
+    """Images [B, 3, H, W] in [-1, 1] as the first latent frames of videos, [B, C, 1, h, w].
+
+    Each is encoded alone, so that it never depends on its neighbours in a batch.
+    """
+    return torch.cat([vae.encode_to_latent(image) for image in images[:, :, None].split(1)])
 
 
 class ConditioningEncoder:
@@ -20,22 +76,49 @@ class ConditioningEncoder:
         *,
         negative_prompt: str,
         device: torch.device,
-        remembered: int = 4096,
+        images: ImageEncoder | None = None,
+        remembered_bytes: int = 2**28,
     ) -> None:
-        """`encode` maps prompts to [B, L, text_dim]; `remembered`: how many prompts are kept."""
+        """`encode` maps prompts to [B, L, text_dim]; remembered_bytes: of states on the device.
+
+        images: of a model that reads keyframes; None = of one that does not.
+        """
         self._encode = encode
         self._device = device
-        self._remembered = remembered
+        self._images = images
         self._states: OrderedDict[str, Tensor] = OrderedDict()
         self._negative = encode([negative_prompt])[0].to(device)
+        self._remembered = max(1, remembered_bytes // self._negative.nbytes)  # prompts
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """The conditioning of a batch of prompts, [B, L, text_dim]."""
-        return Conditioning(torch.stack([self._state(prompt) for prompt in prompts]))
+    @property
+    def reads_images(self) -> bool:
+        """Whether `encode` must be given keyframes."""
+        return self._images is not None
 
-    def unconditional(self, batch: int) -> Conditioning:
-        """The negative prompt's conditioning, `batch` times."""
-        return Conditioning(self._negative.expand(batch, -1, -1))
+    def encode(
+        self, prompts: Sequence[str], keyframes: Keyframes | None = None, *, frames: int = 1
+    ) -> Conditioning:
+        """The conditioning of a batch of prompts, [B, L, text_dim], and of their keyframes.
+
+        frames: of the video, in latents; matters only with keyframes. Raises ValueError if an
+        image-to-video model is given none, or another model some.
+        """
+        text = torch.stack([self._state(prompt) for prompt in prompts])
+        if (keyframes is None) != (self._images is None):
+            raise ValueError(
+                "this model begins with an image, but none is given"
+                if keyframes is None
+                else "this model reads no images; use an image-to-video model"
+            )
+        if keyframes is None or self._images is None:
+            return Conditioning(text)
+        clip, first_frame = self._images(keyframes, frames)
+        return Conditioning(text, clip, first_frame)
+
+    def unconditional(self, conditioning: Conditioning) -> Conditioning:
+        """The same images under the negative prompt."""
+        count = len(conditioning.text)
+        return replace(conditioning, text=self._negative.expand(count, -1, -1))
 
     def _state(self, prompt: str) -> Tensor:
         if prompt not in self._states:

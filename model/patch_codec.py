@@ -7,15 +7,17 @@ Letters: P = 1 + 4 (F - 1) pixel frames, pixels [B, 3, P, 8 H, 8 W] in [-1, 1], 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from model.types import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from utils.weights import WeightFile, load_weights, write_weights
 
-CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE = 16, 8, 4
+CHANNELS = 16
 FILE_NAME = "patch_codec.safetensors"
 
 
@@ -62,22 +64,25 @@ class PatchCodec(nn.Module):
     @torch.no_grad()
     def encode_to_latent(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, P, 8 H, 8 W] in [-1, 1] to latents [B, 16, F, H, W]."""
-        if (pixels.shape[2] - 1) % TEMPORAL_STRIDE:
-            raise ValueError(f"a clip must have 1 + 4 k frames, got {pixels.shape[2]}")
-        first = self._encode(pixels[:, :, :1], "first", 1)
-        group = self._encode(pixels[:, :, 1:], "group", TEMPORAL_STRIDE)
-        return torch.cat([first, group], dim=2)
+        return self.stream_encoder().encode(pixels)
 
     def decode_to_pixel(self, latents: Tensor) -> Tensor:
         """latents [B, 16, F, H, W] to pixels [B, 3, P, 8 H, 8 W] in [-1, 1]."""
         decoder = self.stream_decoder()
         return torch.cat([decoder.decode(frame) for frame in latents.split(1, dim=2)], dim=2)
 
+    def stream_encoder(self) -> PatchStreamEncoder:
+        """An encoder for one video that arrives in pieces."""
+        return PatchStreamEncoder(self)
+
     def stream_decoder(self) -> PatchStreamDecoder:
         """A decoder for one video that arrives in pieces."""
         return PatchStreamDecoder(self)
 
-    def _encode(self, frames: Tensor, name: str, stride: int) -> Tensor:
+    @torch.no_grad()
+    def encode_frame(self, pixels: Tensor, name: str, stride: int) -> Tensor:
+        """The pixels [B, 3, stride, 8 H, 8 W] of one latent frame to [B, 16, 1, H, W]."""
+        frames = pixels.to(self.get_buffer(f"{name}_mean").device)
         rows = _to_patches(frames, stride) - self.get_buffer(f"{name}_mean")
         return rearrange(rows @ self.get_buffer(f"{name}_encode"), "b f h w c -> b c f h w")
 
@@ -95,6 +100,23 @@ class PatchCodec(nn.Module):
         return pixels.clamp(-1.0, 1.0)
 
 
+class PatchStreamEncoder:
+    """Encodes successive pixel frames of one video; equal to encoding it whole."""
+
+    def __init__(self, codec: PatchCodec) -> None:
+        self._codec = codec
+        self._started = False
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The next pixels [B, 3, p, 8 H, 8 W] to latents, p = 1 + 4 k at first, then 4 k."""
+        parts = []
+        for piece in frame_groups(pixels, started=self._started):
+            name, stride = ("group", TEMPORAL_STRIDE) if self._started else ("first", 1)
+            parts.append(self._codec.encode_frame(piece, name, stride))
+            self._started = True
+        return torch.cat(parts, dim=2)
+
+
 class PatchStreamDecoder:
     """Decodes successive latent frames of one video; equal to decoding it whole."""
 
@@ -110,6 +132,22 @@ class PatchStreamDecoder:
             parts.append(self._codec.decode_frame(frame, name, stride))
             self._started = True
         return torch.cat(parts, dim=2)
+
+
+def frame_groups(pixels: Tensor, *, started: bool) -> Iterator[Tensor]:
+    """The pixels of one latent frame after the other: [B, 3, 1, H, W] at first, then four frames.
+
+    started: the clip's first frame came earlier. Raises ValueError for pixels [B, 3, P, H, W] whose
+    frames or sides cannot be grouped.
+    """
+    frames, height, width = pixels.shape[2:]
+    if (frames - (not started)) % TEMPORAL_STRIDE or not frames:
+        wanted = "every later piece of a clip must have" if started else "a clip must have 1 +"
+        raise ValueError(f"{wanted} 4 k frames, got {frames}")
+    if height % SPATIAL_STRIDE or width % SPATIAL_STRIDE:
+        raise ValueError(f"the sides of a clip must be multiples of 8, got {height} x {width}")
+    groups = [] if started else [1]
+    return iter(pixels.split(groups + [TEMPORAL_STRIDE] * (frames // TEMPORAL_STRIDE), dim=2))
 
 
 def _to_patches(frames: Tensor, stride: int) -> Tensor:

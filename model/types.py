@@ -21,10 +21,13 @@ from utils.seeding import StepRNG
 
 __all__ = [
     "FULL_ATTENTION",
+    "SPATIAL_STRIDE",
+    "TEMPORAL_STRIDE",
     "Batch",
     "Conditioning",
     "Context",
     "Denoiser",
+    "Keyframes",
     "LossOutput",
     "Prediction",
     "Rollout",
@@ -33,13 +36,30 @@ __all__ = [
 ]
 
 
+SPATIAL_STRIDE = 8  # pixels to a latent row or column
+TEMPORAL_STRIDE = 4  # pixel frames to a latent frame; the first holds one: P = 1 + 4 (F - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Keyframes:
+    """Images that videos begin with and, for first-last-frame models, end with."""
+
+    first: Tensor  # [B, 3, 8 H, 8 W] in [-1, 1]
+    last: Tensor | None = None  # of the same shape
+
+    def row(self, index: int) -> Keyframes:
+        """Those of one sample, as a batch of one."""
+        rows = slice(index, index + 1)
+        return Keyframes(self.first[rows], None if self.last is None else self.last[rows])
+
+
 @dataclass(frozen=True, eq=False)
 class Conditioning:
     """What the denoiser is conditioned on. Never mutated; `dataclasses.replace` makes a new one."""
 
     text: Tensor  # [B, L, text_dim] encoder states, zero past each prompt's end
-    clip: Tensor | None = None  # [B, 257, 1280] CLIP states of the first frame, I2V only
-    first_frame: Tensor | None = None  # [B, 20, F, H, W] mask and latent, I2V only
+    clip: Tensor | None = None  # [B, 257 per image, 1280] CLIP states of the keyframes, I2V only
+    first_frame: Tensor | None = None  # [B, 20, F, H, W] mask and latents of them, I2V only
 
     def frames(self, first: int, last: int) -> Conditioning:
         """The part that belongs to frames first .. last, the last one not included."""
@@ -78,6 +98,7 @@ class Batch:
     unconditional: Conditioning  # the negative prompt, same batch size, same image
     latent_shape: tuple[int, int, int, int]  # [C, F, H, W] of the samples to make
     x0: Tensor | None = None  # [B, C, F, H, W] real latents, when the data has them
+    given: Tensor | None = None  # [B, C, g, H, W], what causal.given_first_frame begins with
     trajectory: Tensor | None = None  # [B, S, C, F, H, W] a teacher's states, noise to clean
 
 

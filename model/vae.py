@@ -8,22 +8,34 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from model import component
 from model.folder import ModelFolder
-from model.patch_codec import PatchCodec
-from utils.weights import WeightFile, WeightsError
+from model.patch_codec import PatchCodec, frame_groups
+from model.vae_names import to_diffusers
+from utils.weights import WeightFile, Weights, WeightsError
 
 
 class VideoVAE(Protocol):
     """Pixels [B, 3, P, H, W] in [-1, 1] to normalised latents [B, C, F, h, w] and back."""
 
     def encode_to_latent(self, pixels: Tensor) -> Tensor:
-        """Pixels to latents; P = 1 + 4 (F - 1)."""
+        """Pixels to latents, all at once; P = 1 + 4 (F - 1)."""
 
     def decode_to_pixel(self, latents: Tensor) -> Tensor:
         """Latents to pixels, all at once."""
 
+    def stream_encoder(self) -> StreamEncoder:
+        """An encoder for one video that arrives in pieces."""
+
     def stream_decoder(self) -> StreamDecoder:
         """A decoder for one video that arrives in pieces."""
+
+
+class StreamEncoder(Protocol):
+    """Encodes successive pixel frames of one video."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The next pixels to latents: 1 + 4 k frames in the first call, 4 k in each other."""
 
 
 class StreamDecoder(Protocol):
@@ -36,8 +48,9 @@ class StreamDecoder(Protocol):
 class WanVAEWrapper(nn.Module):
     """diffusers' AutoencoderKLWan with Wan's latent normalisation, whole or as a stream.
 
-    Strides 4 in time and 8 in space: P = 1 + 4 (F - 1) pixel frames. Decoding goes one latent
-    frame at a time in either use, so a stream equals the whole bit for bit.
+    Strides 4 in time and 8 in space: P = 1 + 4 (F - 1) pixel frames. Both directions go one latent
+    frame at a time in either use, so a stream equals the whole bit for bit, and a long clip needs
+    no more device memory than a short one: its pixels may stay on the CPU.
     """
 
     vae: Any
@@ -48,44 +61,84 @@ class WanVAEWrapper(nn.Module):
         super().__init__()
         self.vae = vae.requires_grad_(False)
         config: Any = vae.config
-        mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1)
-        std = torch.tensor(config.latents_std).view(1, -1, 1, 1, 1)
+        mean = torch.tensor(config.latents_mean[: config.z_dim]).view(1, -1, 1, 1, 1)
+        std = torch.tensor(config.latents_std[: config.z_dim]).view(1, -1, 1, 1, 1)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
     @classmethod
     def load(cls, path: Path, dtype: torch.dtype) -> WanVAEWrapper:
-        """Read a diffusers VAE folder, or an official Wan2.1_VAE.pth. Raises WeightsError."""
-        from diffusers import AutoencoderKLWan  # slow to import
+        """Read a diffusers VAE folder, or an official Wan2.1_VAE.pth of any width.
 
-        if path.is_dir():
-            return cls(AutoencoderKLWan.from_pretrained(str(path), torch_dtype=dtype))
-        from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-
-        weights = WeightFile(path)
-        official = {name: weights.read(name) for name in weights.shapes()}
-        vae = AutoencoderKLWan()
-        try:
-            vae.load_state_dict(convert_wan_vae_to_diffusers(official))
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise WeightsError(f"{path}: not Wan2.1's autoencoder: {error}") from error
-        return cls(vae.to(dtype))
+        Raises WeightsError that lists what is missing, unexpected or of another shape.
+        """
+        vae, weights = open_vae(path)
+        component.fill(vae, weights, dtype, what="Wan2.1's autoencoder")
+        return cls(vae)
 
     @torch.no_grad()
     def encode_to_latent(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, P, 8 h, 8 w] in [-1, 1] to the posterior's mean [B, C, F, h, w]."""
-        if (pixels.shape[2] - 1) % 4:
-            raise ValueError(f"a clip must have 1 + 4 k frames, got {pixels.shape[2]}")
-        mode = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()
-        return (mode.float() - self.mean) / self.std
+        return self.stream_encoder().encode(pixels)
 
     def decode_to_pixel(self, latents: Tensor) -> Tensor:
         """latents [B, C, F, h, w] to pixels [B, 3, P, 8 h, 8 w] in [-1, 1], fp32."""
         return self.stream_decoder().decode(latents)
 
+    def stream_encoder(self) -> WanStreamEncoder:
+        """An encoder for one video that arrives in pieces."""
+        return WanStreamEncoder(self)
+
     def stream_decoder(self) -> WanStreamDecoder:
         """A decoder for one video that arrives in pieces."""
         return WanStreamDecoder(self)
+
+
+def open_vae(path: Path) -> tuple[Any, Weights]:
+    """An AutoencoderKLWan without weights, and what the folder or file `path` holds for it.
+
+    The weights are under diffusers' names. Raises WeightsError if the sizes cannot be told.
+    """
+    from diffusers import AutoencoderKLWan  # slow to import
+
+    weights: Weights
+    if path.is_dir():
+        config = component.folder_config(path, "AutoencoderKLWan")
+        if config.get("patch_size") is not None:
+            raise WeightsError(f"{path}: an autoencoder of Wan2.2; Wan2.1's is needed")
+        weights = component.folder_weights(path)
+    else:
+        file = WeightFile(path)
+        shapes = file.shapes()
+        try:
+            width, channels = shapes["encoder.conv1.weight"][0], shapes["conv2.weight"][0]
+        except (KeyError, IndexError) as error:
+            raise WeightsError(f"{path}: not Wan2.1's autoencoder: lacks {error}") from error
+        config = {"base_dim": width, "z_dim": channels}
+        weights = component.Renamed(file, {to_diffusers(name): name for name in shapes})
+    with torch.device("meta"):
+        return AutoencoderKLWan.from_config(config), weights
+
+
+class WanStreamEncoder:
+    """Keeps the last frames that each causal convolution saw between calls."""
+
+    def __init__(self, wrapper: WanVAEWrapper) -> None:
+        self._wrapper = wrapper
+        self._cache = _empty_cache(wrapper.vae.encoder)
+        self._started = False
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The next pixels [B, 3, p, 8 h, 8 w] to latents, p = 1 + 4 k at first, then 4 k."""
+        vae, mean = self._wrapper.vae, self._wrapper.mean
+        parts = []
+        for frames in frame_groups(pixels, started=self._started):
+            moved = frames.to(mean.device, vae.dtype)
+            features = vae.encoder(moved, feat_cache=self._cache, feat_idx=[0])
+            self._started = True
+            parts.append(vae.quant_conv(features)[:, : mean.shape[1]].float())
+        return (torch.cat(parts, dim=2) - mean) / self._wrapper.std
 
 
 class WanStreamDecoder:
@@ -93,16 +146,14 @@ class WanStreamDecoder:
 
     def __init__(self, wrapper: WanVAEWrapper) -> None:
         self._wrapper = wrapper
-        vae = wrapper.vae
-        count = sum(type(m).__name__ == "WanCausalConv3d" for m in vae.decoder.modules())
-        self._cache: list[Any] = [None] * count
+        self._cache = _empty_cache(wrapper.vae.decoder)
         self._started = False
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """The next latent frames [B, C, f, h, w] to their pixels, 1 then 4 frames each."""
         vae = self._wrapper.vae
-        z = latents.float() * self._wrapper.std + self._wrapper.mean
+        z = latents.to(self._wrapper.mean.device).float() * self._wrapper.std + self._wrapper.mean
         parts = []
         for frame in z.to(vae.dtype).split(1, dim=2):
             pixels = vae.decoder(
@@ -114,6 +165,10 @@ class WanStreamDecoder:
             self._started = True
             parts.append(pixels.float().clamp(-1.0, 1.0))
         return torch.cat(parts, dim=2)
+
+
+def _empty_cache(half: nn.Module) -> list[Any]:
+    return [None] * sum(type(m).__name__ == "WanCausalConv3d" for m in half.modules())
 
 
 def load_vae(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> VideoVAE:

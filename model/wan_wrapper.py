@@ -6,6 +6,7 @@ import html
 import logging
 from typing import Any
 
+import ftfy
 import torch
 from torch import Tensor, nn
 
@@ -57,8 +58,10 @@ class WanTextEncoder(nn.Module):
         super().__init__()
         from transformers import AutoTokenizer  # slow to import
 
+        weights = folder.text_encoder
+        assert weights is not None, "check_model comes first"
         self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder.tokenizer))
-        self.encoder = load_umt5(folder.text_encoder, dtype)
+        self.encoder = load_umt5(weights, dtype)
         self.text_len = text_len
 
     @torch.no_grad()
@@ -87,5 +90,8 @@ class WanTextEncoder(nn.Module):
 
 
 def clean_prompt(prompt: str) -> str:
-    """Undo HTML escapes and collapse white space, as Wan does before it tokenises."""
-    return " ".join(html.unescape(html.unescape(prompt)).split())
+    """Mend text, undo HTML escapes twice and collapse white space, as Wan does before tokenising.
+
+    It matters for plain prompts too: mended text has straight quotes and commas of one width.
+    """
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())

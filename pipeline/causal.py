@@ -42,7 +42,7 @@ class CausalConfig(CausalLayout):
     last_step_only: bool = False  # always run all steps
     gradient_frames: int | None = None  # only blocks within the last so many; None = the scored
     rollout_frames: int | None = None  # make up to so many, score the last latent_shape[1] of them
-    given_first_frame: bool = False  # begin with the data's first latent frame
+    given_first_frame: bool = False  # begin with the data's first latent frame, or its image
 
     def problems(self, frames: int) -> Iterator[str]:
         """What is impossible about these settings for videos of `frames` latent frames."""
@@ -173,8 +173,8 @@ class SelfForcingTrainingPipeline:
         """The blocks that the video begins with."""
         if not self.config.given_first_frame:
             return []
-        assert batch.x0 is not None, "a given first frame comes from the data's latents"
-        return [batch.x0[:, :, :1]]
+        assert batch.given is not None, "a given first frame comes with the batch"
+        return [batch.given]
 
     def draw_frames(self, scored: int, shared: torch.Generator) -> int:
         """How many frames to make: `scored`, or more in whole blocks up to rollout_frames."""

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
+from model.types import Keyframes
 from pipeline.build import few_step_pipeline, many_step_pipeline
 from pipeline.protocol import InferencePipeline
 from pipeline.teacher import SamplingConfig
@@ -39,10 +40,11 @@ from utils.video import contact_sheet, save_mp4, save_png, to_unit
 BATCH = 64
 SOLVER2_SHIFT = 1.0  # of teacher_solver2; of 1, 1.5, 2 and 3 the best in 4 steps: a fair rival
 SHOWN = 6  # captions on the contact sheet and in the report
+# A column without any figure is left out.
 COLUMNS = (
     "sampler", "steps", "cfg_scale", "network_evaluations", "adherence", "validity", "both",
     "both_stderr", "psnr_db", "contrast", "diversity", "frechet_features", "frechet_latents",
-    "seconds_per_clip",
+    "first_frame_db", "seconds_per_clip",
 )  # fmt: skip
 
 
@@ -102,14 +104,22 @@ def pipeline_for(
 
 
 def sample(
-    source: VideoGenerator, captions: Sequence[Caption], seed: int
+    source: VideoGenerator,
+    captions: Sequence[Caption],
+    seed: int,
+    first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, float]:
-    """Clips [N, 3, P, S, S] in [0, 1], latents [N, C, F, H, W], and seconds per clip."""
+    """Clips [N, 3, P, S, S] in [0, 1], latents [N, C, F, H, W], and seconds per clip.
+
+    first: [N, 3, S, S] in [0, 1], what the clips begin with; None = a text-to-video model.
+    """
     requests = [Request(str(caption), seed, i) for i, caption in enumerate(captions)]
     clips, latents = [], []
     start = time.perf_counter()
-    for first in range(0, len(requests), BATCH):
-        made = source.latents(requests[first : first + BATCH])
+    for begin in range(0, len(requests), BATCH):
+        rows = slice(begin, begin + BATCH)
+        keyframes = None if first is None else Keyframes(2.0 * first[rows] - 1.0)
+        made = source.latents(requests[rows], keyframes=keyframes)
         clips.append(to_unit(source.vae.decode_to_pixel(made)))
         latents.append(made)
     seconds = (time.perf_counter() - start) / len(requests)
@@ -139,14 +149,17 @@ def measure(
 ) -> list[dict[str, Any]]:
     """All rows; each is written as soon as it is known, beside those of earlier calls."""
     exam = Exam.draw(args.clips, args.seed, models["teacher"].vae)
-    captions = exam.captions
+    captions, images = exam.captions, models["teacher"].encoder.reads_images
+    first = exam.first if images else None
     for model in models.values():  # the first call pays for slow imports and warm-up
-        model.latents([Request(str(captions[0]), args.seed)])
+        sample(model, captions[:1], args.seed, None if first is None else first[:1])
 
     path = args.output_folder / "rows.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     prints = {role: fingerprint(model) for role, model in models.items()}
     ceiling = exam.judge_real()
+    if images:
+        ceiling["first_frame_db"] = exam.first_frame_db(exam.clips)
     rows: list[dict[str, Any]] = [{"sampler": "real_codec", "clips": args.clips, **ceiling}]
     sheets = {"real": exam.clips[:SHOWN]}
     for row in tqdm(table_rows(configs["teacher"]), desc="rows"):
@@ -169,12 +182,15 @@ def measure(
             rows.append(found[0])
         if shown or not found:
             source = replace(source, pipeline=pipeline)
-            wanted = captions if not found else captions[:SHOWN]
-            clips, latents, seconds = sample(source, wanted, args.seed)
+            count = args.clips if not found else SHOWN
+            given = None if first is None else first[:count]
+            clips, latents, seconds = sample(source, captions[:count], args.seed, given)
             if shown:
                 sheets[f"{role} {row.steps} steps"] = clips[:SHOWN]
             if not found:
                 figures = exam.judge(clips, latents)
+                if images:
+                    figures["first_frame_db"] = exam.first_frame_db(clips)
                 rows.append({**facts, **figures, "seconds_per_clip": seconds})
                 known.append(rows[-1])
                 write_text(path, json.dumps(known, indent=1))
@@ -209,6 +225,7 @@ def show(folder: Path, sheets: dict[str, Tensor], captions: Sequence[Caption]) -
 def markdown(rows: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
     """The rows as a Markdown table: shares in percent."""
     shares = {"adherence", "validity", "both", "both_stderr"}
+    columns = [name for name in columns if any(row.get(name) is not None for row in rows)]
 
     def cell(row: dict[str, Any], name: str) -> str:
         value = row.get(name)

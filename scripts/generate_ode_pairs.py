@@ -13,7 +13,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,15 +22,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.types import Conditioning
+from model.types import SPATIAL_STRIDE, Keyframes
 from pipeline.teacher import trajectory
 from trainer.config import Config, load
 from trainer.serving import Source, VideoGenerator, check_source, load_generator
 from utils.cli import USER_ERRORS, fail, start_logging
 from utils.config import ConfigError, refuse_other_settings
-from utils.dataset import TrajectoryManifest, manifest_path, open_dataset, read_manifest
+from utils.dataset import Dataset, TrajectoryManifest, manifest_path, open_dataset, read_manifest
 from utils.distributed import Session, distributed_session
 from utils.files import write_text
+from utils.images import to_signed
 from utils.lmdb import ShardWriter
 from utils.seeding import sample_rng
 
@@ -58,9 +59,40 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+@dataclass(frozen=True, eq=False)
+class Records:
+    """What the pairs are conditioned on; a dataset with fewer records begins again."""
+
+    dataset: Dataset
+    count: int
+    begin_with_images: bool
+
+    def prompts(self, indices: Sequence[int]) -> list[str]:
+        """The captions of some pairs."""
+        return [self.dataset.prompt(i % len(self.dataset)) for i in indices]
+
+    def images(self, indices: Sequence[int]) -> Tensor | None:
+        """The images [B, 3, H, W], uint8, that some pairs begin with; None for text-to-video."""
+        if not self.begin_with_images:
+            return None
+        found = [self.dataset[i % len(self.dataset)].image for i in indices]
+        return torch.stack([image for image in found if image is not None])
+
+
+def check_images(path: Path, dataset: Dataset, config: Config) -> None:
+    """Raise ConfigError unless each record has an image of the size of the clips."""
+    size = tuple(SPATIAL_STRIDE * side for side in config.latent_shape[2:])
+    others = [shapes.image for shapes in dataset.buckets if shapes.image != size]
+    if others:
+        raise ConfigError(
+            f"--caption_path: this model begins with images of {size} (height, width), {path} "
+            f"holds {others[0] or 'none'}; make shards by scripts/create_lmdb_14b_shards.py"
+        )
+
+
 def plan(
     args: argparse.Namespace, config: Config, source: Source
-) -> tuple[list[str], TrajectoryManifest]:
+) -> tuple[Records, TrajectoryManifest]:
     """The caption of each pair, and the manifest. Raises ConfigError for what cannot be."""
     for flag in ("num_pairs", "batch_size", "steps"):
         value = getattr(args, flag)
@@ -76,10 +108,14 @@ def plan(
             f"choose a number that times step / 1000 is whole, as 48 for 750, 500, 250"
         )
     dataset = open_dataset(args.caption_path)
+    begin_with_images = source.folder.wan_config().sees_images
+    if begin_with_images:
+        check_images(args.caption_path, dataset, config)
     count = args.num_pairs or len(dataset)
-    captions = [dataset[i % len(dataset)].prompt for i in range(count)]
-    digest = hashlib.blake2b("\n".join(captions).encode(), digest_size=8).hexdigest()
-    return captions, TrajectoryManifest(
+    records = Records(dataset, count, begin_with_images)
+    captions = "\n".join(records.prompts(range(count)))
+    digest = hashlib.blake2b(captions.encode(), digest_size=8).hexdigest()
+    return records, TrajectoryManifest(
         count=count,
         denoising_step_list=config.denoising_step_list,
         timestep_shift=config.timestep_shift,
@@ -107,30 +143,31 @@ def claim_folder(folder: Path, manifest: TrajectoryManifest, session: Session) -
 def run(
     args: argparse.Namespace,
     config: Config,
-    captions: Sequence[str],
+    records: Records,
     generator: VideoGenerator,
     session: Session,
 ) -> None:
     """Make what is missing of this process's shards."""
-    shards = range(-(-len(captions) // SHARD_PAIRS))
+    pairs = range(records.count)
+    shards = range(-(-records.count // SHARD_PAIRS))
     mine = shards[session.rank :: session.world_size]
-    total = sum(len(captions[k * SHARD_PAIRS : (k + 1) * SHARD_PAIRS]) for k in mine)
+    total = sum(len(pairs[k * SHARD_PAIRS : (k + 1) * SHARD_PAIRS]) for k in mine)
     with tqdm(total=total, desc="pairs", disable=not session.is_main) as bar:
         for number in mine:
             first = number * SHARD_PAIRS
-            last = min(first + SHARD_PAIRS, len(captions))
+            last = min(first + SHARD_PAIRS, records.count)
             with ShardWriter(args.output_folder / f"shard_{number:05d}") as writer:
                 bar.update(writer.rows)
                 while (begin := first + writer.rows) < last:
                     indices = range(begin, min(begin + args.batch_size, last))
-                    prompts = [captions[i] for i in indices]
-                    pairs = make(prompts, indices, args.seed, config, generator)
-                    writer.append(prompts, trajectories=pairs.cpu())
+                    states = make(records, indices, args.seed, config, generator)
+                    prompts, images = records.prompts(indices), records.images(indices)
+                    writer.append(prompts, trajectories=states.cpu(), images=images)
                     bar.update(len(prompts))
 
 
 def make(
-    prompts: Sequence[str],
+    records: Records,
     indices: Sequence[int],
     seed: int,
     config: Config,
@@ -138,14 +175,18 @@ def make(
 ) -> Tensor:
     """Trajectories [B, S, C, F, H, W] of some pairs; a pair's noise follows its number."""
     rng = sample_rng(seed, "ode pairs", indices, generator.device)
-    conditioning: Conditioning = generator.encoder.encode(prompts)
+    images = records.images(indices)
+    keyframes = None if images is None else Keyframes(to_signed(images).to(generator.device))
+    conditioning = generator.encoder.encode(
+        records.prompts(indices), keyframes, frames=config.latent_shape[1]
+    )
     steps = config.sampling.steps
     kept = {round(steps * (1.0 - s / 1000.0)) for s in config.denoising_step_list} | {steps}
     states = trajectory(
         generator.network,
         rng.randn(config.latent_shape),
         conditioning,
-        generator.encoder.unconditional(len(prompts)),
+        generator.encoder.unconditional(conditioning),
         config.sampling,
     )
     return torch.stack([x for step, x in enumerate(states) if step in kept], dim=1)
@@ -161,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         config = replace(config, sampling=sampling)
         source = check_source(config, args.checkpoint_path, use_ema=args.use_ema)
-        captions, manifest = plan(args, config, source)
+        records, manifest = plan(args, config, source)
     except USER_ERRORS as error:
         return fail(error)
     with distributed_session(timeout_s=config.timeout_s) as session:
@@ -171,11 +212,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except USER_ERRORS as error:
             return fail(error)
         try:
-            run(args, config, captions, load_generator(config, source, session.device), session)
+            run(args, config, records, load_generator(config, source, session.device), session)
         except KeyboardInterrupt:
             log.warning("stopped; run the same command again to continue")
             return 130
-        log.info("this process's share of %d pairs is in %s", len(captions), args.output_folder)
+        log.info("this process's share of %d pairs is in %s", records.count, args.output_folder)
     return 0
 
 

@@ -1,7 +1,8 @@
-"""Make the tiny world: a Wan2.1 model folder without transformer weights, and data to train them.
+"""Make the tiny world: Wan2.1 model folders without transformer weights, and data to train them.
 
-Writes <model_root>/Wan2.1-T2V-Tiny (config, tokenizer, text encoder, codec) and <data>/latents
-(LMDB shards), <data>/prompts.txt. Deterministic; nothing is downloaded.
+Writes <model_root>/Wan2.1-T2V-Tiny (config, tokenizer, text encoder, codec), Wan2.1-I2V-Tiny (with
+an image encoder), <data>/latents (LMDB shards, with first frames) and <data>/prompts.txt.
+Deterministic; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-from model.folder import CONFIG, TEXT_ENCODER, TOKENIZER, ModelFolder
+from model.clip import HEAD_DIM
+from model.clip import to_official as clip_to_official
+from model.folder import CONFIG, IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, ModelFolder
 from model.patch_codec import FILE_NAME, PatchCodec
 from model.umt5 import to_official
 from model.wan.config import PRESETS, write_wan_config
@@ -28,7 +31,7 @@ from utils.seeding import derive_seed, generator
 from utils.shapes_world import captions, draw_captions, draw_scenes, render
 from utils.weights import write_weights
 
-NAME = "Wan2.1-T2V-Tiny"
+NAME, IMAGE_NAME = "Wan2.1-T2V-Tiny", "Wan2.1-I2V-Tiny"
 SEED = 2026  # of the world itself, not of a run: every clone makes the same one
 SHARD_CLIPS, CODEC_CLIPS, CHUNK = 2048, 1024, 128
 
@@ -81,15 +84,41 @@ def make_text_encoder(path: Path, vocabulary: int, text_dim: int) -> None:
     path.with_suffix(".pt").replace(path)
 
 
-def make_folder(folder: Path) -> PatchCodec:
+def make_image_encoder(path: Path, width: int) -> None:
+    """Write a two-layer CLIP vision tower with fixed random weights, under official names.
+
+    It reads 28 x 28 pixels in patches of 14, five states to an image.
+    """
+    from transformers import CLIPVisionConfig, CLIPVisionModel  # slow to import
+
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=width // HEAD_DIM,
+        image_size=28,
+        patch_size=14,
+        hidden_act="gelu",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(SEED, "image encoder"))
+        encoder = CLIPVisionModel(config)
+    state = clip_to_official(encoder.state_dict())
+    write_weights(state, path.with_suffix(".pt"), {})
+    path.with_suffix(".pt").replace(path)
+
+
+def make_folder(folder: Path, name: str = NAME) -> PatchCodec:
     """Write the model folder; returns its codec. A finished folder is left as it is."""
     codec_path = folder / FILE_NAME
     if codec_path.is_file():  # written last
         return PatchCodec.load(codec_path)
     folder.mkdir(parents=True, exist_ok=True)
-    config = PRESETS[NAME]
+    config = PRESETS[name]
     vocabulary = make_tokenizer(folder / TOKENIZER)
     make_text_encoder(folder / TEXT_ENCODER, vocabulary, config.text_dim)
+    if config.sees_images:
+        make_image_encoder(folder / IMAGE_ENCODER, config.image_dim)
     write_wan_config(config, folder / CONFIG)
     rng = generator(SEED, "codec")
     clips = render(draw_scenes(draw_captions(CODEC_CLIPS, rng), rng))
@@ -117,8 +146,10 @@ def make_data(folder: Path, codec: PatchCodec, count: int) -> None:
         with ShardWriter(part) as writer:
             for first in range(0, len(chosen), CHUNK):
                 some = chosen[first : first + CHUNK]
-                pixels = 2.0 * render(draw_scenes(some, rng)) - 1.0
-                writer.append([str(c) for c in some], codec.encode_to_latent(pixels))
+                clips = render(draw_scenes(some, rng))
+                images = (clips[:, :, 0] * 255.0).round().to(torch.uint8)
+                latents = codec.encode_to_latent(2.0 * clips - 1.0)
+                writer.append([str(c) for c in some], latents, images=images)
         shard.parent.mkdir(exist_ok=True)
         part.rename(shard)
 
@@ -127,8 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Make the world; a second call finds it and returns at once."""
     args = parser().parse_args(arguments)
     codec = make_folder(args.model_root / NAME)
+    make_folder(args.model_root / IMAGE_NAME, IMAGE_NAME)
     make_data(args.data_path, codec, args.clips)
-    print(f"{ModelFolder(args.model_root / NAME).path}: lacks {_lacking(args.model_root / NAME)}")
+    for name in (NAME, IMAGE_NAME):
+        print(f"{args.model_root / name}: lacks {_lacking(args.model_root / name)}")
     return 0
 
 

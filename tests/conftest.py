@@ -6,7 +6,7 @@ import json
 import math
 import signal
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from model.flow import step_sigmas
 from model.folder import CONFIG, WEIGHTS
 from model.wan.config import WanConfig, write_wan_config
 from model.wan.transformer import WanTransformer
-from scripts.make_tiny_world import NAME, make_data, make_folder
+from scripts.make_tiny_world import IMAGE_NAME, NAME, make_data, make_folder
 from utils.dataset import TrajectoryManifest, manifest_path
 from utils.lmdb import ShardReader, ShardWriter
 from utils.seeding import generator
@@ -41,6 +41,8 @@ MINIATURE = WanConfig(
     text_dim=64,
     absolute_positions=True,
 )
+
+IMAGE_MINIATURE = replace(MINIATURE, model_type="i2v", in_dim=46, image_dim=80, image_tokens=5)
 
 
 def random_value(name: str, shape: torch.Size, seed: int) -> Tensor:
@@ -74,15 +76,19 @@ def tiny_wan() -> WanFactory:
 def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with wan_models/Wan2.1-T2V-Tiny (miniature, random weights) and data/tiny.
 
-    data/tiny/latents holds one LMDB shard of 64 captioned clips, data/tiny/ode_pairs straight
-    trajectories to 16 of them, data/tiny/prompts.txt all captions. Shared by the whole session: do
-    not write into it.
+    Wan2.1-I2V-Tiny lies beside it. data/tiny/latents holds one LMDB shard of 64 captioned clips
+    with first frames, data/tiny/ode_pairs straight trajectories to 16 of them,
+    data/tiny/prompts.txt all captions. Shared by the whole session: do not write into it.
     """
     root = tmp_path_factory.mktemp("tiny")
     folder = root / "wan_models" / NAME
     codec = make_folder(folder)
     write_wan_config(MINIATURE, folder / CONFIG)
     write_weights(build_wan().state_dict(), folder / WEIGHTS[1], {})
+    image_folder = root / "wan_models" / IMAGE_NAME
+    make_folder(image_folder, IMAGE_NAME)
+    write_wan_config(IMAGE_MINIATURE, image_folder / CONFIG)
+    write_weights(build_wan(IMAGE_MINIATURE).state_dict(), image_folder / WEIGHTS[1], {})
     make_data(root / "data" / "tiny", codec, 64)
     make_pairs(root / "data" / "tiny", 16)
     return root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import shutil
 import warnings
@@ -220,3 +221,16 @@ def cut_after(logdir: Path, copy: Path, step: int) -> Path:
         if int(folder.name.removeprefix("step_")) > step:
             shutil.rmtree(folder)
     return copy
+
+
+def refusal(config: Path, folder: Path, *overrides: str) -> str:
+    """What a run says that is not begun."""
+    try:
+        build(config, folder / "run", Session(0, 1, torch.device("cpu")), *overrides)
+    except ValueError as error:
+        message = str(error)
+    else:
+        raise AssertionError("the run was begun")
+    gc.collect()  # the traceback held the data in a cycle; LMDB opens a folder only once
+    assert not (folder / "run").exists()
+    return message

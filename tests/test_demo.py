@@ -309,7 +309,11 @@ def test_startup_errors_are_one_line_and_come_before_the_weights(
             f"--port {port}": ["--port", port],
             "--port 70000": ["--port", "70000"],
             "--fps": ["--fps", "0"],
-        }
+            "inference.py --i2v": [
+                "generator.model=Wan2.1-I2V-Tiny",
+                "--checkpoint_path", str(tiny_root / "wan_models" / "Wan2.1-I2V-Tiny"),
+            ],
+        }  # fmt: skip
         for named, more in wrong.items():
             assert demo.main(arguments(tiny_root, *more)) == 2
             error = capsys.readouterr().err

@@ -19,7 +19,14 @@ import train
 from model.gan import GANConfig
 from tests.methods import methods
 from trainer.build import TRAINERS
-from trainer.config import DEFAULT_CONFIG, Config, load, method_class, method_needs
+from trainer.config import (
+    DEFAULT_CONFIG,
+    Config,
+    generator_model,
+    load,
+    method_class,
+    method_needs,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -31,8 +38,9 @@ MINIATURE = {
     "inference.py": [],
     "convert_checkpoint.py": [],
     "generate_ode_pairs.py": ["--num_pairs", "8", "--steps", "4"],
+    "precompute_prompts.py": [],
 }
-PAGES = ("README.md", "docs/methods.md")
+PAGES = ("README.md", "docs/methods.md", "docs/evaluation.md")  # the others have their own tests
 
 
 def documented(page: str) -> list[list[str]]:
@@ -87,6 +95,8 @@ def test_the_commands_of_the_readme_run_one_after_the_other(clone: Path) -> None
         run([*words, *MINIATURE[script_of(words)]], clone)
     assert len(list((clone / "videos" / "tiny").glob("*.mp4"))) == 6
     assert len(list((clone / "videos" / "long").glob("*.mp4"))) == 6
+    assert len(list((clone / "videos" / "tiny_i2v").glob("*.mp4"))) == 6
+    assert len(list((clone / "videos" / "vbench" / "videos").glob("*.mp4"))) == 30
     assert (clone / "runs" / "tiny" / "evaluation" / "table.md").is_file()
     serve(next(w for w in documented("README.md") if script_of(w) == "demo.py"), clone)
 
@@ -123,7 +133,9 @@ def test_the_cluster_command_of_the_readme_names_a_config_that_divides_over_its_
 def shrunk(config: Config, root: Path) -> list[str]:
     """The overrides that take any run down to the tiny world at `root`."""
     needs, blocks = method_needs(config), config.generator_type == "causal"
-    latents = needs.latents or (blocks and config.causal.given_first_frame)
+    model = "Wan2.1-I2V-Tiny" if "I2V" in generator_model(config) else "Wan2.1-T2V-Tiny"
+    images = model == "Wan2.1-I2V-Tiny" or (blocks and config.causal.given_first_frame)
+    latents = needs.latents or images
     kind = "latents" if latents else "prompts.txt"
     toy = [
         f"model_root={root / 'wan_models'}",
@@ -136,7 +148,7 @@ def shrunk(config: Config, root: Path) -> list[str]:
         "discriminator.layers=[]",
     ]
     for role in needs.networks:
-        toy += [f"{role}.model=Wan2.1-T2V-Tiny", f"{role}.weights=null"]
+        toy += [f"{role}.model={model}", f"{role}.weights=null"]
     if blocks:
         toy += ["causal.num_frame_per_block=2", "causal.independent_first_frame=true"]
         toy += [] if config.causal.rollout_frames is None else ["causal.rollout_frames=7"]

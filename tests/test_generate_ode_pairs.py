@@ -93,7 +93,8 @@ def test_states_lie_at_the_listed_noise_levels_of_a_guided_euler_path(
     config = load(world.config)
     source = check_source(config, world.weights, use_ema=False)
     model = load_generator(config, source, CPU)
-    text, negative = model.encoder.encode(PROMPTS[:1]), model.encoder.unconditional(1)
+    text = model.encoder.encode(PROMPTS[:1])
+    negative = model.encoder.unconditional(text)
     x = sample_rng(0, "ode pairs", [0], CPU).randn((16, 5, 4, 4))
     grid = [shift(1.0 - i / STEPS, 5.0) for i in range(STEPS + 1)]
     path = {grid[0]: x}

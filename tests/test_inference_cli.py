@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.commands import no_weights, own_logging, refusal
 from tests.conftest import build_wan
 from tests.ranks import run_on_ranks
 from tests.runs import read_state, run, step_folder, write_config
+from tests.videos import make_long_video
 from trainer.config import load
 from trainer.serving import Request, check_source, load_generator
 from utils.files import replaced_atomically
@@ -91,7 +93,8 @@ def infer(line: list[str]) -> tuple[int, list[str]]:
 
 def planned(student: Student, output: Path, *more: str) -> list[inference.Job]:
     """The jobs of a command line, without making them."""
-    return inference.plan(inference.parser().parse_intermixed_args(student.words(output, *more)))
+    args = inference.parser().parse_intermixed_args(student.words(output, *more))
+    return inference.plan(args, load(student.config))
 
 
 def test_one_playable_clip_per_prompt_is_written_under_its_words(student: Student) -> None:
@@ -318,15 +321,36 @@ def test_a_bidirectional_model_refuses_frames_to_begin_with(
     )
 
 
-@pytest.mark.usefixtures("no_weights")
-def test_frames_to_begin_with_of_another_size_are_refused(
+def test_frames_to_begin_with_of_another_size_are_scaled_and_cropped_and_it_is_said(
     streaming: Student, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = image_file(tmp_path, (32, 48))
-    line = streaming.words(tmp_path / "clips", "--initial_path", str(path))
-    assert refusal(inference.main, line, capsys) == (
-        f"--initial_path: {path} is 32 x 48, the clips are 32 x 32 (height x width)"
+    pixels = np.full((96, 64, 4), 255, dtype=np.uint8)
+    pixels[16:80, :, 1:3] = 0  # red in the square that is kept, white above and below
+    pixels[40:, :, 3] = 0  # transparent: white again
+    iio.imwrite(tmp_path / "first.png", pixels)
+    line = streaming.words(
+        tmp_path / "clips", "--initial_path", str(tmp_path / "first.png"), "--num_output_frames=3"
     )
+    assert inference.main(line) == 0
+    told = "first.png: 96 x 64 scaled to 48 x 32, cropped to 32 x 32 (height x width)"
+    assert capsys.readouterr().err.count(told) == 1
+    red, green, blue = only_clip(tmp_path / "clips")[:, 0]
+    upper, lower = green[:10].mean(), green[-16:].mean()
+    assert float(red.mean()) > 0.8
+    assert float(upper) < 0.25 and float(lower) > 0.8, (upper, lower)
+    assert float((green - blue).abs().mean()) < 0.1
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_video_to_begin_with_that_is_longer_than_a_clip_is_not_read_to_its_end(
+    streaming: Student, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_long_video(tmp_path / "first.mp4", minutes=120)
+    line = streaming.words(tmp_path / "clips", "--initial_path", str(path))
+    began = time.monotonic()
+    message = refusal(inference.main, line, capsys)
+    assert message == f"--initial_path: {path}: has more than the 17 frames of a clip"
+    assert time.monotonic() - began < 5.0
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -354,16 +378,30 @@ def test_frames_to_begin_with_that_latent_frames_cannot_hold_are_refused(
 
 
 @pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("first.png", None, "no such image"),
+        ("first.png", b"not an image", "not readable as an image: cannot identify image file"),
+        ("first.mp4", None, "no such video"),
+        ("first.mp4", b"", "an empty file (0 frames could be read)"),
+        ("first.mp4", b"not a video", "not readable as a video: "),
+    ],
+)
 def test_frames_to_begin_with_that_cannot_be_read_are_refused(
-    exists: bool, streaming: Student, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    content: bytes | None,
+    message: str,
+    streaming: Student,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = tmp_path / "first.png"
-    if exists:
-        path.write_text("not an image", encoding="utf-8")
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
     line = streaming.words(tmp_path / "clips", "--initial_path", str(path))
-    message = refusal(inference.main, line, capsys)
-    assert message.startswith(f"--initial_path: {path} is not readable: ")
+    said = refusal(inference.main, line, capsys)
+    assert said.startswith(f"--initial_path: {path}: {message}")
 
 
 # ---- file names

@@ -184,9 +184,12 @@ def test_a_folder_that_is_no_model_is_refused_with_all_that_it_lacks(
     message = refusal(train.main, line, capsys)
     assert message == (
         f"{folder}: not a complete model folder: missing "
-        "diffusion_pytorch_model.safetensors.index.json or diffusion_pytorch_model.safetensors; "
+        "diffusion_pytorch_model.safetensors.index.json or diffusion_pytorch_model.safetensors or "
+        "transformer/diffusion_pytorch_model.safetensors.index.json or "
+        "transformer/diffusion_pytorch_model.safetensors; "
         "Wan2.1_VAE.pth or vae or patch_codec.safetensors "
-        "(found ['config.json', 'google', 'models_t5_umt5-xxl-enc-bf16.pth'])"
+        "(found ['config.json', 'google', 'models_t5_umt5-xxl-enc-bf16.pth']); "
+        "copy what is missing from the release that the folder was made of"
     )
 
 
@@ -206,7 +209,10 @@ def test_weights_of_another_architecture_are_refused(
     message = refusal(train.main, line, capsys)
     assert message.startswith(f"{path} does not fit critic ")
     assert "27 weights missing ['blocks.1." in message
-    assert message.endswith("is it a checkpoint of another architecture?")
+    assert message.endswith(
+        "is it a checkpoint of another architecture? They look like t2v with dim 48, ffn_dim 96, "
+        "1 layers, in_dim 26; expected t2v with dim 32, ffn_dim 64, 2 layers, in_dim 26"
+    )
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -14,7 +14,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -23,15 +22,14 @@ from torch.profiler import record_function
 from tqdm import tqdm
 
 from model.base import Method
-from model.conditioning import ConditioningEncoder
 from model.discriminator import Discriminator
 from model.types import Batch, LossOutput
 from model.wan_wrapper import WanDiffusionWrapper
+from trainer.batches import BatchLoader
 from trainer.config import Config
 from trainer.validation import Validator
 from utils import checkpoint
 from utils.config import to_yaml
-from utils.dataset import DataOrder, Dataset
 from utils.distributed import Session
 from utils.ema import EMA
 from utils.metrics import Metrics, Tracker, not_finite
@@ -88,8 +86,7 @@ class TrainerParts:
     session: Session
     method: Method
     roles: Mapping[str, TrainedRole]
-    dataset: Dataset
-    encoder: ConditioningEncoder
+    batches: BatchLoader
     trackers: Sequence[Tracker]
     validator: Validator | None
     logdir: Path
@@ -108,7 +105,6 @@ class Trainer(ABC):
         self.ema = EMA(parts.roles["generator"].network.model, parts.config.ema)
         self.state = TrainState(updates=dict.fromkeys(parts.roles, 0))
         self.metrics = Metrics(parts.session)
-        self.order = DataOrder(len(parts.dataset), parts.config.seed)
         self._stop = False
         for role in parts.roles.values():
             settle(role.network.model)
@@ -171,7 +167,7 @@ class Trainer(ABC):
         for part in range(micro):
             indices = self.micro_batch(part)
             with record_function("data"):
-                batch = self.load_batch(indices)
+                batch = self.parts.batches(self.state.draws, indices)
                 rng = step_rng(
                     self.config.seed,
                     phase.name,
@@ -224,23 +220,6 @@ class Trainer(ABC):
         first = (part * self.session.world_size + self.session.rank) * size
         return list(range(first, first + size))
 
-    def load_batch(self, indices: Sequence[int]) -> Batch:
-        """The samples at these positions of the current global batch, encoded."""
-        items = [self.parts.dataset[self.order[self.state.draws + i]] for i in indices]
-        channels, frames, height, width = self.config.latent_shape
-        return Batch(
-            conditioning=self.parts.encoder.encode([item.prompt for item in items]),
-            unconditional=self.parts.encoder.unconditional(len(items)),
-            latent_shape=(channels, frames, height, width),
-            x0=self.stack(item.latents for item in items),
-            trajectory=self.stack(item.trajectory for item in items),
-        )
-
-    def stack(self, tensors: Iterable[Tensor | None]) -> Tensor | None:
-        """One tensor per sample as a batch on the device, where the data has them."""
-        found = [tensor for tensor in tensors if tensor is not None]
-        return torch.stack(found).to(self.session.device) if found else None
-
     def after_step(self, bar: tqdm[Any]) -> None:
         """Log, save and show samples, each at its own interval; stop if a signal asked for it."""
         step, last = self.state.step, self.state.step == self.config.steps
@@ -281,7 +260,7 @@ class Trainer(ABC):
         generator = self.roles["generator"].network
         assert isinstance(generator, WanDiffusionWrapper)
         with self.ema.swapped_in(generator.model):
-            path = validator.run(generator, self.parts.encoder, self.state.step)
+            path = validator.run(generator, self.parts.batches, self.state.step)
         if self.session.is_main:
             for tracker in self.parts.trackers:
                 tracker.picture(self.state.step, "samples", path)

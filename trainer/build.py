@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from model.base import Method, Parts
 from model.causvid import CausVidConfig
-from model.conditioning import ConditioningEncoder
+from model.clip import WanCLIPEncoder
+from model.conditioning import ConditioningEncoder, ImageEncoder
 from model.discriminator import Discriminator
 from model.folder import ModelFolder
 from model.loading import (
@@ -21,7 +24,7 @@ from model.loading import (
     random_network,
 )
 from model.types import Denoiser, Rollout
-from model.vae import load_vae
+from model.vae import VideoVAE, load_vae
 from model.wan_wrapper import WanDiffusionWrapper, WanTextEncoder
 from pipeline.bidirectional import BidirectionalTrainingPipeline
 from pipeline.build import few_step_pipeline, many_step_pipeline
@@ -29,10 +32,12 @@ from pipeline.causal import SelfForcingTrainingPipeline
 from pipeline.data import DataRollout
 from pipeline.protocol import InferencePipeline
 from trainer.base import TrainedRole, Trainer, TrainerParts
+from trainer.batches import BatchLoader
 from trainer.config import (
     Config,
     TrainedNetworkConfig,
     causal_config,
+    compute_dtype,
     optimizer_settings,
     role_settings,
     sigmas,
@@ -45,6 +50,7 @@ from trainer.ode import ODETrainer
 from trainer.validation import Validator
 from utils import checkpoint
 from utils.distributed import Session
+from utils.embeddings import EmbeddingReader
 from utils.metrics import JsonLines, Tracker, WandB
 from utils.optim import build_optimizers
 from utils.parallel import build_mesh
@@ -82,7 +88,8 @@ def build_trainer(config: Config, session: Session, options: RunOptions) -> Trai
     inputs = check_inputs(config, session)
     claim_logdir(config, session, options.logdir)
     trackers = _build_trackers(config, session, options)
-    encoder = _build_encoder(config, session, inputs.folders["generator"])
+    vae = _build_vae(config, session, options, inputs)
+    batches = _build_batches(config, session, inputs, vae)
     networks = _build_networks(config, session, inputs)
     roles = {}
     for name in inputs.needs.trained:
@@ -90,16 +97,15 @@ def build_trainer(config: Config, session: Session, options: RunOptions) -> Trai
         model = networks[name].model
         optimizers = build_optimizers(model, model.blocks, settings)
         roles[name] = TrainedRole(networks[name], optimizers, settings)
-    validator = _build_validator(config, session, options, inputs) if options.visualize else None
-    method = _build_method(config, session, inputs, networks)
+    validator = _build_validator(config, session, options, inputs, vae)
+    method = _build_method(config, session, inputs, networks, vae)
     _announce(config, session, networks)
     parts = TrainerParts(
         config=config,
         session=session,
         method=method,
         roles=roles,
-        dataset=inputs.dataset,
-        encoder=encoder,
+        batches=batches,
         trackers=trackers,
         validator=validator,
         logdir=options.logdir,
@@ -109,7 +115,7 @@ def build_trainer(config: Config, session: Session, options: RunOptions) -> Trai
 
 
 def _placement(config: Config, session: Session, *, trained: bool) -> Placement:
-    compute = torch.bfloat16 if config.mixed_precision else torch.float32
+    compute = compute_dtype(config)
     return Placement(
         device=session.device,
         storage=torch.float32 if trained else compute,
@@ -147,11 +153,51 @@ def _build_network(
     return network.requires_grad_(trained)
 
 
-def _build_encoder(config: Config, session: Session, folder: ModelFolder) -> ConditioningEncoder:
-    dtype = torch.bfloat16 if config.mixed_precision else torch.float32
-    text_encoder = WanTextEncoder(folder, folder.wan_config().text_len, dtype).to(session.device)
+def _build_vae(
+    config: Config, session: Session, options: RunOptions, inputs: Inputs
+) -> VideoVAE | None:
+    """The autoencoder, if the run decodes or encodes anything."""
+    folder, causal = inputs.folders["generator"], config.causal
+    wanted = (
+        options.visualize and config.validation.every > 0,
+        folder.wan_config().sees_images,
+        causal.rollout_frames is not None,
+        causal.given_first_frame and next(iter(inputs.dataset.buckets)).latents is None,
+    )
+    return load_vae(folder, session.device, compute_dtype(config)) if any(wanted) else None
+
+
+def _build_batches(
+    config: Config, session: Session, inputs: Inputs, vae: VideoVAE | None
+) -> BatchLoader:
+    folder, dtype = inputs.folders["generator"], compute_dtype(config)
+    encoder = build_encoder(config, folder, session.device, dtype, vae, inputs.embeddings)
+    return BatchLoader(config, inputs.dataset, encoder, session.device, vae)
+
+
+def build_encoder(
+    config: Config,
+    folder: ModelFolder,
+    device: torch.device,
+    dtype: torch.dtype,
+    vae: VideoVAE | None,
+    embeddings: EmbeddingReader | None = None,
+) -> ConditioningEncoder:
+    """What encodes the prompts, and for an image-to-video model the images, of a model folder.
+
+    vae: needed by image-to-video models. embeddings: prompts that are encoded already; with them
+    no text encoder is loaded.
+    """
+    sizes = folder.wan_config()
+    encode: Callable[[list[str]], Tensor] = embeddings or WanTextEncoder(
+        folder, sizes.text_len, dtype
+    ).to(device)
+    images = None
+    if sizes.sees_images:
+        assert vae is not None, "an image-to-video model needs the VAE"
+        images = ImageEncoder(WanCLIPEncoder(folder, dtype).to(device), vae)
     return ConditioningEncoder(
-        text_encoder, negative_prompt=config.data.negative_prompt, device=session.device
+        encode, negative_prompt=config.data.negative_prompt, device=device, images=images
     )
 
 
@@ -163,15 +209,19 @@ def run_pipeline(config: Config, net: Denoiser) -> InferencePipeline:
 
 
 def _build_validator(
-    config: Config, session: Session, options: RunOptions, inputs: Inputs
+    config: Config,
+    session: Session,
+    options: RunOptions,
+    inputs: Inputs,
+    vae: VideoVAE | None,
 ) -> Validator | None:
-    if not config.validation.every:
+    if not options.visualize or not config.validation.every:
         return None
+    assert vae is not None, "validation decodes what it samples"
     return Validator(
-        prompts=inputs.prompts,
+        items=inputs.shown,
         build_pipeline=lambda net: run_pipeline(config, net),
-        vae=load_vae(inputs.folders["generator"], session.device, torch.float32),
-        latent_shape=config.latent_shape,
+        vae=vae,
         folder=options.logdir / "samples",
         every=config.validation.every,
         seed=config.seed,
@@ -201,18 +251,22 @@ def _build_trackers(config: Config, session: Session, options: RunOptions) -> li
 
 
 def _build_method(
-    config: Config, session: Session, inputs: Inputs, networks: dict[str, Network]
+    config: Config,
+    session: Session,
+    inputs: Inputs,
+    networks: dict[str, Network],
+    vae: VideoVAE | None,
 ) -> Method:
     parts = Parts(
         networks=networks,
-        rollout=_build_rollout(config, session, inputs),
+        rollout=_build_rollout(config, inputs, vae),
         sigmas=sigmas(config),
         layout=causal_config(config),
     )
     return inputs.method(config.loss, parts)
 
 
-def _build_rollout(config: Config, session: Session, inputs: Inputs) -> Rollout | None:
+def _build_rollout(config: Config, inputs: Inputs, vae: VideoVAE | None) -> Rollout | None:
     causal = causal_config(config)
     if inputs.needs.rollout == "none":
         return None
@@ -222,9 +276,6 @@ def _build_rollout(config: Config, session: Session, inputs: Inputs) -> Rollout 
         return DataRollout(sigmas(config), causal, teacher_forcing=forced)
     if causal is None:
         return BidirectionalTrainingPipeline(sigmas(config))
-    vae = None
-    if causal.rollout_frames is not None:
-        vae = load_vae(inputs.folders["generator"], session.device, torch.float32)
     return SelfForcingTrainingPipeline(sigmas(config), causal, vae)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, cast
 
+import torch
 from omegaconf import MISSING, OmegaConf
 
 import model
@@ -109,7 +110,9 @@ class DataConfig:
     """What is trained on."""
 
     path: str = MISSING  # a .txt file, a folder of .txt files, or a folder of LMDB shards
+    buckets: bool = False  # train on every shape that the shards hold, one at a time
     negative_prompt: str = ""
+    text_embeddings: str | None = None  # of scripts/precompute_prompts.py; no text encoder then
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,8 @@ class Config:
 # A run may be continued with other values of these; every other key is part of what it is.
 CHANGEABLE = (
     "steps", "log_every", "save_every", "keep_checkpoints", "timeout_s", "model_root",
-    "data.path", "accumulation", "sharding_strategy", "parallel", "validation", "logging",
-    "sampling",
+    "data.path", "data.text_embeddings", "accumulation", "sharding_strategy", "parallel",
+    "validation", "logging", "sampling",
 )  # fmt: skip
 
 
@@ -376,3 +379,8 @@ def role_model(config: Config, role: str) -> str:
         return generator_model(config)
     teacher = config.teacher.model or generator_model(config)
     return teacher if role == "teacher" else config.critic.model or teacher
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    """What networks compute in, in training."""
+    return torch.bfloat16 if config.mixed_precision else torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,13 @@ from model.discriminator import tapped_layers
 from model.dmd import DMDConfig
 from model.folder import ModelFolder, check_model, find_model
 from model.loading import check_weights, find_weights
+from model.types import SPATIAL_STRIDE
 from trainer.config import (
     CHANGEABLE,
     Config,
     TrainedNetworkConfig,
+    causal_config,
+    compute_dtype,
     method_class,
     method_name,
     role_model,
@@ -25,9 +29,17 @@ from trainer.config import (
 )
 from utils import checkpoint
 from utils.config import ConfigError, differences, to_yaml
-from utils.dataset import Dataset, open_dataset, read_manifest, read_prompt_file
+from utils.dataset import (
+    Dataset,
+    RawItem,
+    Shapes,
+    open_dataset,
+    read_manifest,
+)
 from utils.distributed import Session
+from utils.embeddings import EmbeddingReader, check_embeddings
 from utils.files import write_text
+from utils.prompts import read_prompt_file
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +50,8 @@ class Inputs:
 
     folders: dict[str, ModelFolder]  # per role that is a Wan transformer
     dataset: Dataset
-    prompts: list[str]  # for validation
+    shown: list[RawItem]  # what validation samples
+    embeddings: EmbeddingReader | None  # None = the text encoder is loaded
     method: type[Method]
     needs: Needs
 
@@ -55,10 +68,12 @@ def check_inputs(config: Config, session: Session) -> Inputs:
         )
     folders = _check_networks(config, needs)
     dataset = open_dataset(Path(config.data.path))
-    _check_data(config, needs, dataset)
+    _check_data(config, needs, dataset, folders["generator"])
     if needs.judged is not None:
         tapped_layers(folders[needs.judged].wan_config(), config.discriminator)
-    return Inputs(folders, dataset, _validation_prompts(config, dataset), method, needs)
+    shown = _shown(config, dataset, folders["generator"])
+    embeddings = _open_embeddings(config, dataset, folders["generator"])
+    return Inputs(folders, dataset, shown, embeddings, method, needs)
 
 
 def _check_networks(config: Config, needs: Needs) -> dict[str, ModelFolder]:
@@ -68,22 +83,33 @@ def _check_networks(config: Config, needs: Needs) -> dict[str, ModelFolder]:
         settings = role_settings(config)[role]
         fresh = isinstance(settings, TrainedNetworkConfig) and settings.random_init
         own = fresh or settings.weights is not None
-        check_model(folder, weights=not own, encoders=role == "generator")
+        check_model(
+            folder,
+            weights=not own,
+            encoders=role == "generator",
+            text=config.data.text_embeddings is None,
+        )
         if not fresh:
             weights = find_weights(Path(settings.weights) if settings.weights else folder.path)
             check_weights(folder.wan_config(), weights, what=f"{role} {folder.path}")
+    if len({folder.wan_config().sees_images for folder in folders.values()}) > 1:
+        named = ", ".join(f"{role} {folder.path}" for role, folder in folders.items())
+        raise ConfigError(
+            f"teacher.model: an image-to-video model and a text-to-video model cannot be used "
+            f"together; {named}"
+        )
     if len({folders[role].wan_config() for role in needs.alike}) > 1:
         raise ConfigError(
             f"{' and '.join(f'{role}.model' for role in needs.alike)}: this method needs them of "
             f"the same architecture, got {', '.join(str(folders[r].path) for r in needs.alike)}"
         )
-    check_latent_shape(config, folders["generator"])
+    check_latent_shape(config.latent_shape, folders["generator"])
     return folders
 
 
-def check_latent_shape(config: Config, folder: ModelFolder) -> None:
-    """Raise ConfigError unless the model in `folder` makes latents of the configured shape."""
-    shape, sizes = config.latent_shape, folder.wan_config()
+def check_latent_shape(shape: Sequence[int], folder: ModelFolder) -> None:
+    """Raise ConfigError unless the model in `folder` makes latents of `shape`, [C, F, H, W]."""
+    sizes = folder.wan_config()
     if shape[0] != sizes.out_dim:
         raise ConfigError(
             f"latent_shape: has {shape[0]} channels, {folder.path} makes {sizes.out_dim}"
@@ -96,28 +122,86 @@ def check_latent_shape(config: Config, folder: ModelFolder) -> None:
         )
 
 
-def _check_data(config: Config, needs: Needs, dataset: Dataset) -> None:
-    shape, path = tuple(config.latent_shape), config.data.path
-    wanted = needs.latents or config.causal.given_first_frame
-    if wanted and dataset.latent_shape is None:
-        who = f"method '{method_name(config)}'" if needs.latents else "causal.given_first_frame"
-        if needs.latents and isinstance(config.loss, DMDConfig) and config.loss.judges:
+def _check_data(config: Config, needs: Needs, dataset: Dataset, folder: ModelFolder) -> None:
+    """What the run reads must be there, in a shape that it can use."""
+    path, held = config.data.path, next(iter(dataset.buckets))
+    sees_images = folder.wan_config().sees_images
+    if needs.latents and held.latents is None:
+        who = f"method '{method_name(config)}'"
+        if isinstance(config.loss, DMDConfig) and config.loss.judges:
             who += " with loss.gan_weight or loss.divergence"
         raise ConfigError(f"data.path: {who} needs real latents, but {path} holds none")
-    if wanted and dataset.latent_shape != shape:
+    if config.causal.given_first_frame and held.latents is None and held.image is None:
         raise ConfigError(
-            f"latent_shape: is {list(shape)}, but the latents in {path} "
-            f"are {list(dataset.latent_shape or ())}"
+            f"data.path: causal.given_first_frame needs real latents or images, "
+            f"but {path} holds none"
         )
+    if folder.wan_config().image_count > 1:
+        raise ConfigError(
+            f"generator.model: {folder.path} needs last frames as well, which no training data "
+            f"holds; first-last-frame models serve inference alone"
+        )
+    if sees_images and held.image is None:
+        raise ConfigError(
+            f"data.path: {folder.path} begins its videos with an image, but {path} holds none; "
+            f"make shards with images by scripts/create_lmdb_14b_shards.py"
+        )
+    if sees_images and config.causal.rollout_frames is not None:
+        raise ConfigError(
+            "causal.rollout_frames: an image-to-video model is scored from its first frame on; "
+            "set it to null"
+        )
+    if needs.latents or config.causal.given_first_frame or sees_images:
+        _check_shapes(config, dataset, folder)
     if needs.trajectories:
         _check_trajectories(config, dataset)
+
+
+def _check_shapes(config: Config, dataset: Dataset, folder: ModelFolder) -> None:
+    """The shapes of the data must be the run's, or with buckets any that the model can make."""
+    path, wanted = config.data.path, tuple(config.latent_shape)
+    found = {_latent_shape(shapes, wanted): shapes for shapes in dataset.buckets}
+    others = [list(shape) for shape in found if shape != wanted]
+    if others and not config.data.buckets:
+        what = "latents" if next(iter(dataset.buckets)).latents else "images"
+        held = others[0] if len(found) == 1 else [list(shape) for shape in found]
+        several = "; data.buckets=true trains on them all" if len(found) > 1 else ""
+        raise ConfigError(
+            f"latent_shape: is {list(wanted)}, but the {what} in {path} are {held}{several}"
+        )
+    for shape, shapes in found.items():
+        _, _, height, width = shape
+        size = (SPATIAL_STRIDE * height, SPATIAL_STRIDE * width)
+        if shapes.image not in (None, size):
+            raise ConfigError(
+                f"data.path: {path} holds images of {shapes.image} (height, width) with latents of "
+                f"{list(shape)}; they should be {size}"
+            )
+        try:
+            check_latent_shape(shape, folder)
+        except ConfigError as error:
+            raise ConfigError(f"data.path: {path} holds what does not fit: {error}") from error
+        layout = causal_config(config)
+        for problem in () if layout is None else layout.problems(shape[1]):
+            raise ConfigError(f"data.path: {path} holds {list(shape)}: {problem}")
+
+
+def _latent_shape(shapes: Shapes, usual: tuple[int, ...]) -> tuple[int, ...]:
+    """[C, F, H, W] of the videos made from records of these shapes."""
+    if shapes.latents is not None:
+        return shapes.latents
+    if shapes.image is not None:
+        height, width = (side // SPATIAL_STRIDE for side in shapes.image)
+        return (*usual[:2], height, width)
+    return usual
 
 
 def _check_trajectories(config: Config, dataset: Dataset) -> None:
     """ODE pairs must hold the states at exactly the noise levels of this run."""
     path = Path(config.data.path)
     manifest = read_manifest(path)
-    if manifest is None or dataset.trajectory_shape is None:
+    shapes = list(dataset.buckets)
+    if manifest is None or shapes[0].trajectory is None:
         raise ConfigError(
             f"data.path: {path} holds no ODE pairs; make them with scripts/generate_ode_pairs.py"
         )
@@ -139,18 +223,62 @@ def _check_trajectories(config: Config, dataset: Dataset) -> None:
             f"scripts/generate_ode_pairs.py again to finish it"
         )
     expected = (len(sigmas(config)) + 1, *config.latent_shape)
-    if dataset.trajectory_shape != expected:
+    other = [list(found.trajectory or ()) for found in shapes if found.trajectory != expected]
+    if other:
+        raise ConfigError(f"data.path: trajectories in {path} are {other[0]}, not {list(expected)}")
+
+
+def _shown(config: Config, dataset: Dataset, folder: ModelFolder) -> list[RawItem]:
+    """The records, or the prompts of a file, that validation samples."""
+    count, file = config.validation.count, config.validation.prompts
+    begins_with_image = folder.wan_config().sees_images or config.causal.given_first_frame
+    if file is not None:
+        if begins_with_image:
+            raise ConfigError(
+                "validation.prompts: this run's videos begin with an image, which a prompt file "
+                "does not hold; set it to null to show the data's first records"
+            )
+        return [RawItem(prompt) for prompt in read_prompt_file(Path(file))[:count]]
+    if not begins_with_image:
+        return [RawItem(dataset.prompt(i)) for i in range(min(count, len(dataset)))]
+    shape = tuple(config.latent_shape)
+    fitting = [
+        record
+        for shapes, records in dataset.buckets.items()
+        if _latent_shape(shapes, shape) == shape
+        for record in records[:count]
+    ]
+    if config.validation.every and not fitting:
         raise ConfigError(
-            f"data.path: trajectories in {path} are {list(dataset.trajectory_shape)}, "
-            f"not {list(expected)}"
+            f"latent_shape: validation samples {list(shape)}, but no record of {config.data.path} "
+            f"has that shape; choose one of the data's"
         )
+    return [dataset[i] for i in sorted(fitting)[:count]]
 
 
-def _validation_prompts(config: Config, dataset: Dataset) -> list[str]:
-    count = config.validation.count
+def needed_prompts(config: Config, dataset: Dataset) -> list[str]:
+    """All that a run encodes, with repetitions: its data's, validation's and negative prompts."""
+    prompts = [config.data.negative_prompt]
     if config.validation.prompts is not None:
-        return read_prompt_file(Path(config.validation.prompts))[:count]
-    return [dataset[i].prompt for i in range(min(count, len(dataset)))]
+        prompts += read_prompt_file(Path(config.validation.prompts))[: config.validation.count]
+    return prompts + [dataset.prompt(i) for i in range(len(dataset))]
+
+
+def _open_embeddings(
+    config: Config, dataset: Dataset, folder: ModelFolder
+) -> EmbeddingReader | None:
+    """The encoded prompts, if the run reads them; all that it needs must be there."""
+    if config.data.text_embeddings is None:
+        return None
+    reader, sizes = EmbeddingReader(Path(config.data.text_embeddings)), folder.wan_config()
+    check_embeddings(
+        reader,
+        needed_prompts(config, dataset),
+        text_len=sizes.text_len,
+        text_dim=sizes.text_dim,
+        dtype=compute_dtype(config),
+    )
+    return reader
 
 
 def claim_logdir(config: Config, session: Session, logdir: Path) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.conditioning import ConditioningEncoder
+from model.conditioning import ConditioningEncoder, first_latents
 from model.folder import ModelFolder, check_model, find_model
 from model.loading import Placement, check_weights, find_weights, load_network
+from model.types import Keyframes
 from model.vae import VideoVAE, load_vae
-from model.wan_wrapper import WanDiffusionWrapper, WanTextEncoder
+from model.wan_wrapper import WanDiffusionWrapper
 from pipeline.protocol import InferencePipeline
-from trainer.build import run_pipeline
+from trainer.build import build_encoder, run_pipeline
 from trainer.config import Config, generator_model
 from trainer.inputs import check_latent_shape
 from utils.seeding import sample_rng
@@ -47,31 +48,52 @@ class VideoGenerator:
         self,
         requests: Sequence[Request],
         *,
+        keyframes: Keyframes | None = None,
         initial: Tensor | None = None,
+        latent_shape: Sequence[int] | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Latents [B, C, F, H, W], fp32. `on_step(done, total)` is called after each step."""
-        return torch.cat(list(self.pieces(requests, initial=initial, on_step=on_step)), dim=2)
+        pieces = self.pieces(
+            requests,
+            keyframes=keyframes,
+            initial=initial,
+            latent_shape=latent_shape,
+            on_step=on_step,
+        )
+        return torch.cat(list(pieces), dim=2)
 
     def pieces(
         self,
         requests: Sequence[Request],
         *,
+        keyframes: Keyframes | None = None,
         initial: Tensor | None = None,
+        latent_shape: Sequence[int] | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Iterator[Tensor]:
         """The same latents as they come, [B, C, f, H, W] each; a whole-clip model gives one piece.
 
-        initial: [B, C, g, H, W], frames that the clips begin with. Raises ValueError where the
-        model cannot.
+        keyframes: the images of an image-to-video model; a causal model without image inputs begins
+        with them as its first latent frame. initial: [B, C, g, H, W], latents that the clips of a
+        causal model begin with. latent_shape: [C, F, H, W], if not the usual one. Raises ValueError
+        where the model cannot.
         """
+        shape = self.latent_shape if latent_shape is None else latent_shape
         rng = sample_rng(
             0, "inference", [f"{r.seed}/{r.sample}/{r.prompt}" for r in requests], self.device
         )
+        if keyframes is not None and not self.encoder.reads_images:
+            if initial is not None or keyframes.last is not None:
+                raise ValueError("this model begins with one image, or with latents, not more")
+            initial = first_latents(self.vae, keyframes.first)
+            keyframes = None
+        prompts = [request.prompt for request in requests]
+        conditioning = self.encoder.encode(prompts, keyframes, frames=shape[1])
         return self.pipeline.stream(
-            self.encoder.encode([request.prompt for request in requests]),
-            self.encoder.unconditional(len(requests)),
-            self.latent_shape,
+            conditioning,
+            self.encoder.unconditional(conditioning),
+            shape,
             rng,
             initial=initial,
             on_step=on_step,
@@ -81,23 +103,32 @@ class VideoGenerator:
         self,
         request: Request,
         *,
+        keyframes: Keyframes | None = None,
         initial: Tensor | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Iterator[Tensor]:
         """One clip in pieces [3, p, H, W] in [0, 1], each decoded before the next is begun."""
         decoder = self.vae.stream_decoder()
-        for piece in self.pieces([request], initial=initial, on_step=on_step):
+        for piece in self.pieces([request], keyframes=keyframes, initial=initial, on_step=on_step):
             yield to_unit(decoder.decode(piece))[0]
 
     def clips(
         self,
         requests: Sequence[Request],
         *,
+        keyframes: Keyframes | None = None,
         initial: Tensor | None = None,
+        latent_shape: Sequence[int] | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Clips [B, 3, P, H, W] in [0, 1]. initial: see `pieces`."""
-        latents = self.latents(requests, initial=initial, on_step=on_step)
+        """Clips [B, 3, P, H, W] in [0, 1]; the settings are those of `pieces`."""
+        latents = self.latents(
+            requests,
+            keyframes=keyframes,
+            initial=initial,
+            latent_shape=latent_shape,
+            on_step=on_step,
+        )
         return torch.cat([to_unit(self.vae.decode_to_pixel(row[None])) for row in latents])
 
 
@@ -109,16 +140,16 @@ class Source:
     weights: Weights
 
 
-def check_source(config: Config, checkpoint_path: Path, *, use_ema: bool) -> Source:
+def check_source(config: Config, checkpoint_path: Path, *, use_ema: bool | None) -> Source:
     """Find the model folder and the weights, and see that they fit. Nothing heavy is read.
 
     checkpoint_path: a log directory, a training checkpoint, a weight file or a model folder.
-    use_ema: take a training checkpoint's averaged weights.
+    use_ema: take a training checkpoint's averaged weights; None = if it has some.
     Raises FileNotFoundError or WeightsError that says what is missing or does not fit.
     """
     folder = find_model(Path(config.model_root), generator_model(config))
     check_model(folder, weights=False)
-    check_latent_shape(config, folder)
+    check_latent_shape(config.latent_shape, folder)
     weights = find_weights(checkpoint_path, averaged=use_ema)
     check_weights(folder.wan_config(), weights, what=f"generator {folder.path}")
     return Source(folder, weights)
@@ -135,15 +166,13 @@ def load_generator(
     place = Placement(device, storage=dtype, compute=dtype)
     network = load_network(sizes, source.weights, place, what=f"generator {source.folder.path}")
     network.requires_grad_(False)
-    text_encoder = WanTextEncoder(source.folder, sizes.text_len, dtype).to(device)
+    vae = load_vae(source.folder, device, dtype)
     channels, frames, height, width = config.latent_shape
     return VideoGenerator(
         network=network,
         pipeline=run_pipeline(config, network),
-        encoder=ConditioningEncoder(
-            text_encoder, negative_prompt=config.data.negative_prompt, device=device
-        ),
-        vae=load_vae(source.folder, device, dtype),
+        encoder=build_encoder(config, source.folder, device, dtype, vae),
+        vae=vae,
         latent_shape=(channels, frames, height, width),
         device=device,
     )

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.conditioning import ConditioningEncoder
 from model.types import Denoiser
 from model.vae import VideoVAE
 from pipeline.protocol import InferencePipeline, sample
+from trainer.batches import BatchLoader
+from utils.dataset import RawItem
 from utils.distributed import Session
 from utils.seeding import sample_rng
 from utils.video import contact_sheet, save_png, to_unit
@@ -17,12 +18,11 @@ from utils.video import contact_sheet, save_png, to_unit
 
 @dataclass(frozen=True, eq=False)
 class Validator:
-    """Samples the same few prompts again and again."""
+    """Samples the same few records again and again."""
 
-    prompts: Sequence[str]
+    items: Sequence[RawItem]
     build_pipeline: Callable[[Denoiser], InferencePipeline]
     vae: VideoVAE
-    latent_shape: Sequence[int]
     folder: Path
     every: int
     seed: int
@@ -32,22 +32,25 @@ class Validator:
         """Whether samples are wanted after `step`."""
         return self.every > 0 and step % self.every == 0
 
-    def run(self, generator: Denoiser, encoder: ConditioningEncoder, step: int) -> Path:
+    def run(self, generator: Denoiser, batches: BatchLoader, step: int) -> Path:
         """Sample with `generator` as it is; the main rank writes <folder>/step_N.png.
 
         Every rank samples the same clips: a sharded network needs them all.
         """
         path = self.folder / f"step_{step:06d}.png"
         pipeline = self.build_pipeline(generator)
-        rng = sample_rng(self.seed, "validation", range(len(self.prompts)), self.session.device)
+        batch = batches.batch(self.items)
+        rng = sample_rng(self.seed, "validation", range(len(self.items)), self.session.device)
         latents = sample(
             pipeline,
-            encoder.encode(self.prompts),
-            encoder.unconditional(len(self.prompts)),
-            self.latent_shape,
+            batch.conditioning,
+            batch.unconditional,
+            batch.latent_shape,
             rng,
+            initial=batch.given,
         )
         if self.session.is_main:
             clips = [self.vae.decode_to_pixel(row[None])[0] for row in latents]
-            save_png(contact_sheet([to_unit(clip) for clip in clips], self.prompts), path)
+            prompts = [item.prompt for item in self.items]
+            save_png(contact_sheet([to_unit(clip) for clip in clips], prompts), path)
         return path

@@ -153,16 +153,21 @@ def _siblings(path: str, known: Sequence[str]) -> str:
 
 
 def refuse_other_settings(
-    folder: Path, there: Mapping[str, object], here: Mapping[str, object], *, holds: str
+    folder: Path,
+    there: Mapping[str, object],
+    here: Mapping[str, object],
+    *,
+    holds: str,
+    flag: str = "--output_folder",
 ) -> None:
     """Raise ConfigError, with what differs, unless an output folder was begun with these settings.
 
-    holds: what lies in the folder, for the message.
+    holds: what lies in the folder, flag: what gave it; both for the message.
     """
     changed = [f"{k} was {there.get(k)}, is {here[k]}" for k in here if there.get(k) != here[k]]
     if changed:
         raise ConfigError(
-            f"--output_folder {folder}: holds {holds} of other settings ({'; '.join(changed)}); "
+            f"{flag} {folder}: holds {holds} of other settings ({'; '.join(changed)}); "
             f"use another folder"
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from utils.lmdb import ShardReader, shard_paths
+from utils.prompts import read_prompt_folder, read_prompts
 from utils.seeding import generator
 
 
@@ -22,27 +24,37 @@ class RawItem:
     prompt: str
     latents: Tensor | None = None  # [C, F, H, W], fp32
     trajectory: Tensor | None = None  # [S, C, F, H, W], fp32, noise to clean
+    image: Tensor | None = None  # [3, 8 H, 8 W], uint8, the first frame
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """How large the parts of a record are; None = it has no such part."""
+
+    latents: tuple[int, ...] | None = None  # [C, F, H, W]
+    trajectory: tuple[int, ...] | None = None  # [S, C, F, H, W]
+    image: tuple[int, int] | None = None  # height and width, pixels
 
 
 class Dataset(Protocol):
-    """Random access to records."""
+    """Random access to records, and which of them may share a batch."""
 
-    latent_shape: tuple[int, ...] | None  # [C, F, H, W], or None without latents
-    trajectory_shape: tuple[int, ...] | None  # [S, C, F, H, W], or None without trajectories
+    buckets: Mapping[Shapes, Sequence[int]]  # the records of each shape; all have the same parts
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> RawItem: ...
 
+    def prompt(self, index: int) -> str:
+        """The caption of one record, without the rest."""
+
 
 class Prompts:
     """Captions alone, in memory."""
 
-    latent_shape: tuple[int, ...] | None = None
-    trajectory_shape: tuple[int, ...] | None = None
-
     def __init__(self, prompts: list[str]) -> None:
         self.prompts = prompts
+        self.buckets: Mapping[Shapes, Sequence[int]] = {Shapes(): range(len(prompts))}
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -50,23 +62,42 @@ class Prompts:
     def __getitem__(self, index: int) -> RawItem:
         return RawItem(self.prompts[index])
 
+    def prompt(self, index: int) -> str:
+        """The caption of one record."""
+        return self.prompts[index]
+
 
 class LatentShards:
-    """Captions from LMDB shards, with the latents and trajectories that they hold, if any."""
+    """Captions from LMDB shards, with the latents, trajectories and images that they hold."""
 
     def __init__(self, folder: Path) -> None:
         self._reader = ShardReader(folder)
-        self.latent_shape = self._reader.latent_shape
-        self.trajectory_shape = self._reader.trajectory_shape
+        buckets: dict[Shapes, list[int]] = {}
+        for index in range(len(self._reader)):
+            buckets.setdefault(self._shapes(index), []).append(index)
+        self.buckets: Mapping[Shapes, Sequence[int]] = buckets
+
+    def _shapes(self, index: int) -> Shapes:
+        reader = self._reader
+        return Shapes(
+            reader.latent_shape(index), reader.trajectory_shape(index), reader.image_shape(index)
+        )
 
     def __len__(self) -> int:
         return len(self._reader)
 
     def __getitem__(self, index: int) -> RawItem:
-        reader = self._reader
-        latents = None if self.latent_shape is None else reader.latents(index)
-        trajectory = None if self.trajectory_shape is None else reader.trajectory(index)
-        return RawItem(reader.prompt(index), latents, trajectory)
+        reader, shapes = self._reader, self._shapes(index)
+        return RawItem(
+            reader.prompt(index),
+            None if shapes.latents is None else reader.latents(index),
+            None if shapes.trajectory is None else reader.trajectory(index),
+            None if shapes.image is None else reader.image(index),
+        )
+
+    def prompt(self, index: int) -> str:
+        """The caption of one record, without the rest."""
+        return self._reader.prompt(index)
 
 
 @dataclass(frozen=True)
@@ -103,12 +134,12 @@ def read_manifest(folder: Path) -> TrajectoryManifest | None:
 
 
 def open_dataset(path: Path) -> Dataset:
-    """Open what lies at `path`: a prompt file, a folder of .txt files, or a folder of shards.
+    """Open what lies at `path`: prompts (see read_prompts), or a folder of LMDB shards.
 
     Raises FileNotFoundError or ValueError with what was expected there.
     """
     if path.is_file():
-        return Prompts(read_prompt_file(path))
+        return Prompts([item.text for item in read_prompts(path)])
     if shard_paths(path):
         return LatentShards(path)
     if manifest_path(path).is_file():
@@ -124,43 +155,43 @@ def open_dataset(path: Path) -> Dataset:
     return Prompts(read_prompt_folder(path))
 
 
-def read_prompt_file(path: Path) -> list[str]:
-    """One prompt per line, UTF-8; blank lines are skipped. Raises ValueError if none is left."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such prompt file (one prompt per line)")
-    prompts = [line.strip() for line in _read_utf8(path).split("\n") if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path}: holds no prompt; write one per line")
-    return prompts
-
-
-def read_prompt_folder(folder: Path) -> list[str]:
-    """The whole content of each .txt file as one prompt, in the order of file names."""
-    files = sorted(folder.glob("*.txt"))
-    prompts = [text for text in (_read_utf8(file).strip() for file in files) if text]
-    if not prompts:
-        raise ValueError(
-            f"{folder}: holds no prompt: {len(files)} .txt files, all empty; "
-            f"expected .txt files with one prompt each, or LMDB shards"
-        )
-    return prompts
-
-
-def _read_utf8(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
-
-
 class DataOrder:
-    """Which record the n-th draw of a run takes: a new permutation each epoch, from the seed."""
+    """Which record the n-th draw of a run takes; a closed form, so that a resumed run goes on.
 
-    def __init__(self, size: int, seed: int) -> None:
-        self.size = size
-        self._permutation = functools.lru_cache(maxsize=2)(
-            lambda epoch: torch.randperm(size, generator=generator(seed, "epoch", epoch)).tolist()
+    Each bucket is read by itself, in a new permutation each time through. Batches of one bucket
+    each come in epochs, in which a bucket has batches in proportion to its size, and which shuffle
+    the order of buckets.
+    """
+
+    def __init__(self, buckets: Sequence[Sequence[int]], batch_size: int, seed: int) -> None:
+        self._buckets = buckets
+        self._batch_size = batch_size
+        self._batches = [max(1, round(len(records) / batch_size)) for records in buckets]
+        self._permutation = functools.lru_cache(maxsize=2 * len(buckets))(
+            lambda size, epoch: torch.randperm(
+                size, generator=generator(seed, "epoch", epoch)
+            ).tolist()
+        )
+        batches = self._batches  # not self, which would be a cycle
+        self._slots = functools.lru_cache(maxsize=2)(
+            lambda epoch: _shuffled_slots(batches, generator(seed, "buckets", epoch))
         )
 
     def __getitem__(self, draw: int) -> int:
-        return self._permutation(draw // self.size)[draw % self.size]
+        batch, place = divmod(draw, self._batch_size)
+        epoch, slot = divmod(batch, sum(self._batches))
+        bucket, earlier = self._slots(epoch)[slot]
+        records = self._buckets[bucket]
+        read = (epoch * self._batches[bucket] + earlier) * self._batch_size + place
+        return records[self._permutation(len(records), read // len(records))[read % len(records)]]
+
+
+def _shuffled_slots(batches: Sequence[int], rng: torch.Generator) -> list[tuple[int, int]]:
+    """An epoch's batches: the bucket of each, and how many of that bucket come before it."""
+    buckets = [bucket for bucket, count in enumerate(batches) for _ in range(count)]
+    seen = [0] * len(batches)
+    slots = []
+    for i in torch.randperm(len(buckets), generator=rng).tolist():
+        slots.append((buckets[i], seen[buckets[i]]))
+        seen[buckets[i]] += 1
+    return slots

@@ -57,6 +57,7 @@ class Exam:
     reference: Reference
     clips: Tensor  # [N, 3, P, S, S] a real clip per caption, through the codec, in [0, 1]
     latents: Tensor  # [N, C, F, H, W] its latents
+    first: Tensor  # [N, 3, S, S] its first frame as it was before the codec, in [0, 1]
 
     @classmethod
     def draw(cls, count: int, seed: int, codec: Codec) -> Exam:
@@ -67,7 +68,9 @@ class Exam:
         latents = codec.encode_to_latent(2.0 * real - 1.0)
         decoded = 0.5 * codec.decode_to_pixel(latents[:count]) + 0.5
         reference = Reference.of(real[count:], latents[count:])
-        return cls(captions, reference, decoded.clamp(0.0, 1.0), latents[:count])
+        return cls(
+            captions, reference, decoded.clamp(0.0, 1.0), latents[:count], real[:count, :, 0]
+        )
 
     def judge(self, clips: Tensor, latents: Tensor) -> dict[str, float]:
         """The figures of one clip per caption; see `quality`."""
@@ -76,6 +79,11 @@ class Exam:
     def judge_real(self) -> dict[str, float]:
         """The figures of real clips through the codec: the ceiling."""
         return self.judge(self.clips, self.latents)
+
+    def first_frame_db(self, clips: Tensor) -> float:
+        """How near clips begin to the frames that they were given: mean PSNR in dB."""
+        error = (clips[:, :, 0] - self.first).square().mean(dim=(1, 2, 3))
+        return float((-10.0 * error.clamp(min=1e-10).log10()).mean())
 
 
 def quality(

@@ -1,22 +1,30 @@
-"""Clips on disk and on paper: mp4 through imageio, contact sheets as PNG.
+"""Clips on disk and on paper: mp4 through imageio, frames from any video, contact sheets as PNG.
 
-Clips here are [3, P, H, W] in [0, 1].
+Clips here are [3, P, H, W] in [0, 1]; frames that are read are uint8 [3, H, W].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import subprocess
+import tempfile
+from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import IO
 
 import imageio.v3 as iio
 import numpy as np
 import torch
+from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from utils.files import replaced_atomically
 
 MIN_SIDE = 256  # smaller clips are enlarged by a whole factor, or players blur them
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
+# A video is a file, never a list that names others; nothing is fetched on its behalf.
+FFMPEG = ("-nostdin", "-hide_banner", "-protocol_whitelist", "file")
 
 
 def to_unit(pixels: Tensor) -> Tensor:
@@ -93,3 +101,83 @@ def save_png(image: Image.Image, path: Path) -> None:
     """Write one PNG; the file appears whole or not at all."""
     with replaced_atomically(path) as part:
         image.save(part, format="PNG")
+
+
+def read_frames(
+    path: Path, *, fps: float | None = None, limit: int | None = None
+) -> Generator[Tensor, None, None]:
+    """The frames of a video one by one, uint8 [3, H, W], upright and with square pixels.
+
+    fps: the rate at which the video is sampled, by its time stamps, whatever its own rate is; None
+    = every frame as it is. limit: the most frames to give. Nothing is decoded beyond what is asked
+    for, and little is held in memory; close the iterator to stop early. Raises FileNotFoundError,
+    or ValueError with the file's name: at once if it is no video, at its end if it is torn.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such video")
+    rate = [] if fps is None else [f"fps={fps}"]
+    filters = ",".join([*rate, "scale=round(iw*sar):ih", "setsar=1"])
+    words = [*_input(path, "-xerror", "-v", "error"), "-map", "0:V:0", "-vf", filters]
+    words += [] if limit is None else ["-frames:v", str(limit)]
+    words += ["-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-"]
+    count = 0
+    with (
+        tempfile.TemporaryFile() as messages,
+        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=messages) as decoder,
+    ):
+        assert decoder.stdout is not None
+        try:
+            while (frame := _next_frame(decoder.stdout)) is not None:
+                yield frame
+                count += 1
+            decoder.wait()
+        finally:
+            decoder.kill()
+        messages.seek(0)
+        fault = _fault(path, messages.read().decode(errors="replace"))
+    if fault is not None or not count:
+        raise ValueError(f"{path}: {fault or 'holds no frame'} ({count} frames could be read)")
+
+
+def frame_rate(path: Path) -> float | None:
+    """The average frames per second that a video's header tells; None if it does not.
+
+    Raises FileNotFoundError, or ValueError with the file's name if it is no video.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such video")
+    done = subprocess.run(_input(path), capture_output=True, check=False)
+    text = done.stderr.decode(errors="replace")
+    streams = [line for line in text.splitlines() if re.match(r"\s*Stream #\S+: Video:", line)]
+    streams = [line for line in streams if "(attached pic)" not in line]
+    if not streams:
+        found = _fault(path, "" if "Stream #" in text else text)
+        raise ValueError(f"{path}: {found or 'holds no video'}")
+    rate = re.search(r"([\d.]+)(k?) fps", streams[0])
+    return float(rate[1]) * (1000.0 if rate[2] else 1.0) if rate else None
+
+
+def _input(path: Path, *options: str) -> list[str]:
+    return [get_ffmpeg_exe(), *FFMPEG, *options, "-i", f"file:{path}"]
+
+
+def _next_frame(stream: IO[bytes]) -> Tensor | None:
+    """The next portable pixmap of a stream; None at its end, or where it breaks off."""
+    kind, size, depth = (stream.readline() for _ in range(3))
+    if (kind, depth) != (b"P6\n", b"255\n"):
+        return None
+    width, height = map(int, size.split())
+    content = bytearray(stream.read(3 * height * width))
+    if len(content) < 3 * height * width:
+        return None
+    return torch.frombuffer(content, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
+
+
+def _fault(path: Path, messages: str) -> str | None:
+    """What ffmpeg complains of first, in words; None if nothing."""
+    if not path.stat().st_size:
+        return "an empty file"
+    if "matches no streams" in messages:
+        return "holds no video"
+    first = re.sub(r"^(\[[^\]]*\] *)+", "", messages.strip().partition("\n")[0])
+    return f"not readable as a video: {first}" if first else None

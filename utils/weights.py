@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import os
+import pickle
+import re
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,13 +31,17 @@ class WeightsError(ValueError):
     """Weights that do not fit the model they are meant for."""
 
 
+class MissingFilesError(WeightsError):
+    """An index of weights that names files which are not there."""
+
+
 class Weights(Protocol):
-    """Named tensors somewhere on disk, under official names."""
+    """Named tensors somewhere on disk."""
 
     path: Path
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor, without reading it."""
+        """The shape of each tensor, without reading it; in the order that is fastest to read."""
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Rows of one tensor along its first dimension."""
@@ -85,81 +92,129 @@ class CheckpointWeights:
 
 
 class WeightFile:
-    """One or several files that together hold named tensors; slices are read without the rest."""
+    """One or several files that together hold named tensors; slices are read without the rest.
 
-    def __init__(self, path: Path, *, averaged: bool | None = None) -> None:
-        """`averaged`: which of the two kinds in a .pt file; None = the average if there is one."""
+    Segments that wrappers add to names are left out, see `plain_name`.
+    """
+
+    def __init__(
+        self, path: Path, *, role: str = "generator", averaged: bool | None = None
+    ) -> None:
+        """Of a .pt file with several networks, `role` is read: generator or critic.
+
+        averaged: which of a generator's two kinds; None = the average if there is one.
+        """
         self.path = path
-        self._lazy: dict[str, Path] = {}
+        self._lazy: dict[str, tuple[Path, str]] = {}  # name -> file, name in it
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._tensors: dict[str, Tensor] = {}
         if not path.is_file():
             raise WeightsError(f"{path}: no such weight file")
         try:
             if path.name.endswith(INDEX_SUFFIX):
-                index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-                self._lazy = {name: path.parent / file for name, file in index.items()}
-                absent = sorted({str(file) for file in self._lazy.values() if not file.is_file()})
-                if absent:
-                    raise WeightsError(f"{path}: lists files that are missing: {absent}")
+                self._open(_indexed_files(path))
             elif path.suffix == ".safetensors":
-                with safe_open(path, framework="pt") as file:
-                    self._lazy = dict.fromkeys(file.keys(), path)
+                self._open([path])
             else:
-                self._tensors = dict(_flat_tensors(path, averaged))
+                self._tensors = dict(_flat_tensors(path, role, averaged))
+                self._shapes = {name: tuple(v.shape) for name, v in self._tensors.items()}
         except WeightsError:
             raise
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise WeightsError(f"{path}: not readable as weights: {error}") from error
-        if averaged and self._lazy:
-            raise WeightsError(_NO_AVERAGE.format(path))
+        if self._lazy and (averaged or role != "generator"):
+            raise WeightsError(_lacks(path, role))
+
+    def _open(self, files: list[Path]) -> None:
+        for path in files:
+            with _open_safetensors(path) as file:
+                for held in file.offset_keys():
+                    name = plain_name(held)
+                    if name in self._lazy:
+                        raise WeightsError(f"{self.path}: holds '{name}' twice")
+                    self._lazy[name] = path, held
+                    self._shapes[name] = tuple(file.get_slice(held).get_shape())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor, without reading it."""
-        shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-        for name, path in self._lazy.items():
-            with safe_open(path, framework="pt") as file:
-                shapes[name] = tuple(file.get_slice(name).get_shape())
-        return shapes
+        """The shape of each tensor, without reading it; in the order of the files."""
+        return dict(self._shapes)
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Rows of one tensor along its first dimension."""
         if name in self._tensors:
-            return self._tensors[name][rows]
-        with safe_open(self._lazy[name], framework="pt") as file:
-            part = file.get_slice(name)
-            return part[rows] if part.get_shape() else file.get_tensor(name)
+            tensor = self._tensors[name]
+            return tensor[rows] if tensor.ndim else tensor
+        # Opened for each tensor: pages that are read count as this process's until it is closed.
+        path, held = self._lazy[name]
+        with _open_safetensors(path) as file:
+            part = file.get_slice(held)
+            return part[rows] if part.get_shape() else file.get_tensor(held)
 
 
-# Where the checkpoints of Self-Forcing and its relatives keep a generator.
-_GROUPS = {
-    None: ("generator_ema", "generator", "model"),
-    True: ("generator_ema",),
-    False: ("generator", "model", "generator_ema"),
-}
-_NO_AVERAGE = "{}: holds no averaged weights beside its own; ask for the regular ones"
-
-
-def _flat_tensors(path: Path, averaged: bool | None) -> Iterator[tuple[str, Tensor]]:
+def _open_safetensors(path: Path) -> Any:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch.load raises many types; all mean: not a file of tensors
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"{path}: not a file of plain tensors: {reason}") from error
-    for key in _GROUPS[averaged]:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not readable as weights: {error}; was it cut off?") from error
+
+
+def _indexed_files(path: Path) -> list[Path]:
+    """The files that an index names, in their order."""
+    weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    files = [path.parent / name for name in sorted(set(weight_map.values()))]
+    absent = [str(file) for file in files if not file.is_file()]
+    if absent:
+        raise MissingFilesError(f"{path}: lists files that are missing: {absent}")
+    return files
+
+
+# Where the checkpoints of Self-Forcing and its relatives keep a network, and its average.
+_GROUPS = {
+    ("generator", None): ("generator_ema", "generator", "model"),
+    ("generator", True): ("generator_ema",),
+    ("generator", False): ("generator", "model", "generator_ema"),
+    ("critic", None): ("critic",),
+    ("critic", False): ("critic",),
+}
+
+
+def _lacks(path: Path, role: str) -> str:
+    if role == "generator":
+        return f"{path}: holds no averaged weights beside its own; ask for the regular ones"
+    return f"{path}: holds no {role}; ask for the generator"
+
+
+def _flat_tensors(path: Path, role: str, averaged: bool | None) -> Iterator[tuple[str, Tensor]]:
+    content = _unpickled(path)
+    for key in _GROUPS.get((role, averaged), ()):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
     else:
-        if averaged:
-            raise WeightsError(_NO_AVERAGE.format(path))
+        if averaged or role != "generator":
+            raise WeightsError(_lacks(path, role))
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds no named tensors but a {type(content).__name__}")
     for name, value in content.items():
         if isinstance(name, str) and isinstance(value, Tensor):
-            yield official_name(name), value
+            yield plain_name(name), value
 
 
-def official_name(name: str) -> str:
+def _unpickled(path: Path) -> Any:
+    """What a .pt or .pth file holds, if it is tensors and plain containers."""
+    try:
+        # Files of torch before 1.6 are no archives and cannot be mapped.
+        mapped = zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # torch.load raises many types; all mean: not a file of tensors
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        code = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        if isinstance(error, pickle.UnpicklingError) and code is not None:
+            reason = f"it wants to run code ({code.group(1)}), which is refused; save tensors alone"
+        raise WeightsError(f"{path}: not a file of plain tensors: {reason}") from error
+
+
+def plain_name(name: str) -> str:
     """A weight's name without the segments that wrappers of other systems add."""
     for segment in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
         name = name.replace(segment, "")
@@ -187,8 +242,9 @@ def check_fits(module: nn.Module, weights: Weights, *, what: str) -> None:
 def load_weights(module: nn.Module, weights: Weights, *, what: str) -> None:
     """Copy `weights` into `module`; a sharded module reads only this rank's rows of each tensor."""
     check_fits(module, weights, what=what)
-    for name, target in module.state_dict().items():
-        _copy(target, functools.partial(weights.read, name))
+    targets = module.state_dict()
+    for name in weights.shapes():
+        _copy(targets[name], functools.partial(weights.read, name))
 
 
 def fill_weights(module: nn.Module, value: Callable[[str, torch.Size], Tensor]) -> None:

@@ -1,10 +1,13 @@
-"""Sizes of Wan2.1 transformers: the fields of an official config.json, and the presets."""
+"""Sizes of Wan2.1 transformers: official and diffusers config.json files, and the presets."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
+
+IMAGE_COUNT = {"t2v": 0, "i2v": 1, "flf2v": 2}  # images that a model of each type is given
 
 
 @dataclass(frozen=True)
@@ -15,13 +18,14 @@ class WanConfig:
     ffn_dim: int
     num_heads: int
     num_layers: int
-    model_type: str = "t2v"  # t2v or i2v; i2v adds image tokens to the cross-attention
-    in_dim: int = 16  # latent channels, plus 20 of mask and first frame for i2v
+    model_type: str = "t2v"  # t2v, i2v (given the first frame) or flf2v (first and last)
+    in_dim: int = 16  # latent channels, plus 20 of mask and given frames for i2v and flf2v
     out_dim: int = 16
     freq_dim: int = 256
     text_len: int = 512
     text_dim: int = 4096
     image_dim: int = 1280
+    image_tokens: int = 257  # CLIP states per image
     eps: float = 1e-6
     patch_size: tuple[int, int, int] = (1, 2, 2)
     absolute_positions: bool = False  # append ten coordinate channels to the input (tiny models)
@@ -31,13 +35,23 @@ class WanConfig:
         """Width of one attention head."""
         return self.dim // self.num_heads
 
+    @property
+    def image_count(self) -> int:
+        """How many images a video is given: 0, 1 (first frame) or 2 (first and last)."""
+        return IMAGE_COUNT[self.model_type]
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether the transformer reads CLIP states and given frames beside the text."""
+        return self.image_count > 0
+
     def problems(self) -> list[str]:
         """What is impossible about these sizes, one sentence each."""
         found = self._no_sizes()
         if found:
             return found
-        if self.model_type not in ("t2v", "i2v"):
-            found.append(f"model_type must be t2v or i2v, got '{self.model_type}'")
+        if self.model_type not in tuple(IMAGE_COUNT):
+            return [f"model_type must be t2v, i2v or flf2v, got {self.model_type!r}"]
         if self.dim % self.num_heads or self.head_dim % 2:
             found.append(
                 f"num_heads={self.num_heads} must divide dim={self.dim} into heads of even width"
@@ -46,7 +60,7 @@ class WanConfig:
             found.append(f"patch_size must not span frames, got {self.patch_size}")
         if self.freq_dim % 2:
             found.append(f"freq_dim must be even, got {self.freq_dim}")
-        extra = 20 * (self.model_type == "i2v") + 10 * self.absolute_positions
+        extra = 20 * self.sees_images + 10 * self.absolute_positions
         if self.in_dim != self.out_dim + extra:
             found.append(f"in_dim must be out_dim + {extra}, got {self.in_dim} and {self.out_dim}")
         return found
@@ -67,7 +81,7 @@ class WanConfig:
 
 _SIZES = (
     "dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "freq_dim", "text_len",
-    "text_dim", "image_dim",
+    "text_dim", "image_dim", "image_tokens",
 )  # fmt: skip
 
 PRESETS = {
@@ -75,6 +89,9 @@ PRESETS = {
     "Wan2.1-T2V-14B": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
     "Wan2.1-I2V-14B": WanConfig(
         dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, model_type="i2v", in_dim=36
+    ),
+    "Wan2.1-FLF2V-14B": WanConfig(
+        dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, model_type="flf2v", in_dim=36
     ),
     "Wan2.1-T2V-Tiny": WanConfig(
         dim=128,
@@ -87,11 +104,54 @@ PRESETS = {
         text_dim=64,
         absolute_positions=True,
     ),
+    "Wan2.1-I2V-Tiny": WanConfig(
+        dim=128,
+        ffn_dim=512,
+        num_heads=4,
+        num_layers=4,
+        model_type="i2v",
+        in_dim=46,
+        freq_dim=64,
+        text_len=12,
+        text_dim=64,
+        image_dim=80,
+        image_tokens=5,
+        absolute_positions=True,
+    ),
 }
 
 
+# What configs may say of choices that all Wan2.1 transformers share.
+_FIXED: dict[str, object] = {"qk_norm": True, "cross_attn_norm": True, "window_size": [-1, -1]}
+_FIXED_DIFFUSERS: dict[str, object] = {
+    "qk_norm": "rms_norm_across_heads",
+    "cross_attn_norm": True,
+}
+
+# Fields of diffusers' configs under our names. It has none of the last two, which we add where
+# they are not its constants; it ignores what it does not know.
+_DIFFUSERS_NAMES = {
+    "num_heads": "num_attention_heads",
+    "in_dim": "in_channels",
+    "out_dim": "out_channels",
+    "ffn_dim": "ffn_dim",
+    "num_layers": "num_layers",
+    "freq_dim": "freq_dim",
+    "text_dim": "text_dim",
+    "image_dim": "image_dim",
+    "eps": "eps",
+    "patch_size": "patch_size",
+    "text_len": "text_len",
+    "image_tokens": "image_tokens",
+}
+_DIFFUSERS_CONSTANTS = {"text_len": 512, "image_tokens": 257}
+
+
 def read_wan_config(path: Path) -> WanConfig:
-    """Read an official config.json. Raises ValueError that names the file and the bad field."""
+    """Read an official config.json, or that of a transformer in diffusers' layout.
+
+    Raises ValueError that names the file and the bad field.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -99,20 +159,106 @@ def read_wan_config(path: Path) -> WanConfig:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must hold a JSON object, got {type(values).__name__}")
     values = {key: value for key, value in values.items() if not key.startswith("_")}
-    known = {field.name for field in fields(WanConfig)}
-    unknown = sorted(values.keys() - known)
-    missing = sorted({"dim", "ffn_dim", "num_heads", "num_layers"} - values.keys())
+    try:
+        config = _from_diffusers(values) if "num_attention_heads" in values else _official(values)
+        problems = config.problems()
+    except ValueError as error:
+        problems = [str(error)]
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems)}")
+    return config
+
+
+def _official(values: dict[str, Any]) -> WanConfig:
+    required = {"dim", "ffn_dim", "num_heads", "num_layers"}
+    _check_fields(values, {field.name for field in fields(WanConfig)}, required, _FIXED)
+    return _build({key: value for key, value in values.items() if key not in _FIXED})
+
+
+def _from_diffusers(values: dict[str, Any]) -> WanConfig:
+    """A WanTransformer3DModel's sizes; its model type follows from what it does with images."""
+    derived = {"attention_head_dim", "added_kv_proj_dim", "pos_embed_seq_len", "rope_max_seq_len"}
+    required = {"num_attention_heads", "attention_head_dim", "ffn_dim", "num_layers"}
+    _check_fields(values, derived.union(_DIFFUSERS_NAMES.values()), required, _FIXED_DIFFUSERS)
+    heads, width = values["num_attention_heads"], values["attention_head_dim"]
+    if type(heads) is not int or type(width) is not int:
+        raise ValueError(
+            f"num_attention_heads and attention_head_dim must be whole numbers, "
+            f"got {heads!r} and {width!r}"
+        )
+    sizes = {
+        ours: values[theirs]
+        for ours, theirs in _DIFFUSERS_NAMES.items()
+        if values.get(theirs) is not None
+    }
+    added, positions = values.get("added_kv_proj_dim"), values.get("pos_embed_seq_len")
+    sees_images = "image_dim" in sizes
+    if added != (heads * width if sees_images else None):
+        raise ValueError(
+            f"added_kv_proj_dim must be {heads * width} with an image_dim, and null without, "
+            f"got {added!r} with {values.get('image_dim')!r}"
+        )
+    if positions is not None:
+        if not sees_images or type(positions) is not int or positions % 2:
+            raise ValueError(
+                f"pos_embed_seq_len must be an even number, of the tokens of two images, "
+                f"and needs an image_dim, got {positions!r}"
+            )
+        sizes["image_tokens"] = positions // 2
+    kind = "t2v" if not sees_images else "i2v" if positions is None else "flf2v"
+    return _build({**sizes, "dim": heads * width, "model_type": kind})
+
+
+def diffusers_config(config: WanConfig) -> dict[str, Any]:
+    """The config.json of diffusers' WanTransformer3DModel; `read_wan_config` gives `config` back.
+
+    Raises ValueError for a transformer that diffusers cannot hold.
+    """
+    if config.absolute_positions:
+        raise ValueError("diffusers has no transformer with absolute positions (the tiny models)")
+    if config.sees_images and config.text_len != _DIFFUSERS_CONSTANTS["text_len"]:
+        raise ValueError(
+            f"text_len={config.text_len}: diffusers' image-to-video transformers count on "
+            f"{_DIFFUSERS_CONSTANTS['text_len']} rows of text"
+        )
+    sizes = asdict(config)
+    values = {theirs: sizes[ours] for ours, theirs in _DIFFUSERS_NAMES.items()}
+    for name, constant in _DIFFUSERS_CONSTANTS.items():
+        if values[name] == constant or (name == "image_tokens" and config.model_type != "i2v"):
+            del values[name]
+    two_images = config.image_count == 2
+    return {
+        "_class_name": "WanTransformer3DModel",
+        **values,
+        **_FIXED_DIFFUSERS,
+        "attention_head_dim": config.head_dim,
+        "rope_max_seq_len": 1024,
+        "image_dim": config.image_dim if config.sees_images else None,
+        "added_kv_proj_dim": config.dim if config.sees_images else None,
+        "pos_embed_seq_len": 2 * config.image_tokens if two_images else None,
+    }
+
+
+def _check_fields(
+    values: dict[str, Any], known: set[str], required: set[str], fixed: dict[str, object]
+) -> None:
+    """Raise ValueError that names fields which are unknown, missing, or of another architecture."""
+    known = known | fixed.keys()
+    unknown, missing = sorted(values.keys() - known), sorted(required - values.keys())
     if unknown or missing:
         raise ValueError(
-            f"{path}: not a Wan transformer's config: missing {missing}, unknown {unknown}; "
+            f"not a Wan transformer's config: missing {missing}, unknown {unknown}; "
             f"known fields are {', '.join(sorted(known))}"
         )
+    for name in sorted(fixed.keys() & values.keys()):
+        if values[name] != fixed[name]:
+            raise ValueError(f"{name} must be {fixed[name]!r} in Wan2.1, got {values[name]!r}")
+
+
+def _build(values: dict[str, Any]) -> WanConfig:
     if isinstance(values.get("patch_size"), list):
-        values["patch_size"] = tuple(values["patch_size"])
-    config = WanConfig(**values)
-    if config.problems():
-        raise ValueError(f"{path}: {'; '.join(config.problems())}")
-    return config
+        values = {**values, "patch_size": tuple(values["patch_size"])}
+    return WanConfig(**values)
 
 
 def write_wan_config(config: WanConfig, path: Path) -> None:

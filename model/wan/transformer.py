@@ -19,6 +19,7 @@ from model.wan.attention import attend, attend_past
 from model.wan.cache import KeyValue, KVCache
 from model.wan.config import WanConfig
 from model.wan.context import FULL_ATTENTION, Context
+from model.wan.images import ImageEmbedding, check_images
 from model.wan.masks import FrameMask
 from model.wan.rope import coordinate_channels, rotary_table, rotate
 
@@ -57,7 +58,7 @@ class WanTransformer(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
-        if config.model_type == "i2v":
+        if config.sees_images:
             self.img_emb = ImageEmbedding(config)
 
     def forward(
@@ -72,7 +73,8 @@ class WanTransformer(nn.Module):
         """Predict the velocity.
 
         x: [B, in_dim, F, H, W], without coordinate channels. timestep: [B, 1] or [B, F] in
-        [0, 1000], fp32. text: [B, L, text_dim]. clip: [B, 257, image_dim] for i2v. Returns
+        [0, 1000], fp32. text: [B, L, text_dim]. clip: [B, n, image_dim], the images' tokens one
+        image behind the other, for models that see images; L is text_len then. Returns
         [B, out_dim, F, H, W] in the dtype of the weights.
         """
         _, _, frames, height, width = x.shape
@@ -172,12 +174,11 @@ class WanTransformer(nn.Module):
         return time, float32_mlp(self.time_projection, time).unflatten(-1, (6, -1))
 
     def embed_text(self, text: Tensor, clip: Tensor | None) -> Tensor:
-        """Text states [B, L, text_dim] to memory [B, L, D], behind 257 image tokens for i2v."""
+        """Text states [B, L, text_dim] to memory [B, L, D], behind the images' tokens if any."""
         memory = self.text_embedding(text.to(_dtype(self.text_embedding)))
-        if self.config.model_type == "t2v":
+        if not self.config.sees_images:
             return memory
-        if clip is None:
-            raise ValueError("an i2v model needs the first frame's CLIP states")
+        check_images(self.config, text, clip)
         return torch.cat([self.img_emb(clip), memory], dim=1)
 
 
@@ -192,7 +193,7 @@ def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> T
     """The starting value of the parameter `name`, fp32: Xavier linears, zero biases and head."""
     if name.endswith("modulation"):
         return torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
-    if name.endswith("bias") or name == "head.head.weight":
+    if name.endswith("bias") or name in ("head.head.weight", "img_emb.emb_pos"):
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
@@ -285,9 +286,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from video tokens to the text, and for i2v to the first frame's image tokens."""
-
-    IMAGE_TOKENS = 257
+    """Attention from video tokens to the text, and to the tokens of images if the model has any."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -295,8 +294,8 @@ class CrossAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q = nn.RMSNorm(config.dim, config.eps)
         self.norm_k = nn.RMSNorm(config.dim, config.eps)
-        self.sees_image = config.model_type == "i2v"
-        if self.sees_image:
+        self.sees_images, self.text_len = config.sees_images, config.text_len
+        if self.sees_images:
             self.k_img, self.v_img = (nn.Linear(config.dim, config.dim) for _ in range(2))
             self.norm_k_img = nn.RMSNorm(config.dim, config.eps)
 
@@ -312,45 +311,26 @@ class CrossAttention(nn.Module):
         q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
         pairs = compute() if cache is None else cache.text(layer, compute)
         out = attend(q, pairs[0], pairs[1])
-        if self.sees_image:
+        if self.sees_images:
             out = out + attend(q, pairs[2], pairs[3])
         return self.o(out.flatten(2))
 
     def keys_and_values(self, memory: Tensor) -> tuple[Tensor, ...]:
-        """Of the text, and behind them of the image, [B, L, heads, head_dim] each."""
+        """Of the text, and behind them of the images, [B, L, heads, head_dim] each."""
         heads = (self.num_heads, -1)
-        text = memory[:, self.IMAGE_TOKENS :] if self.sees_image else memory
+        image_tokens = memory.shape[1] - self.text_len if self.sees_images else 0
+        image, text = memory[:, :image_tokens], memory[:, image_tokens:]
         pairs = (
             self.norm_k(self.k(text)).unflatten(-1, heads),
             self.v(text).unflatten(-1, heads),
         )
-        if not self.sees_image:
+        if not self.sees_images:
             return pairs
-        image = memory[:, : self.IMAGE_TOKENS]
         return (
             *pairs,
             self.norm_k_img(self.k_img(image)).unflatten(-1, heads),
             self.v_img(image).unflatten(-1, heads),
         )
-
-
-class ImageEmbedding(nn.Module):
-    """CLIP states of the first frame to tokens of the transformer's width."""
-
-    def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        width = config.image_dim
-        self.proj = nn.Sequential(
-            nn.LayerNorm(width),
-            nn.Linear(width, width),
-            nn.GELU(),
-            nn.Linear(width, config.dim),
-            nn.LayerNorm(config.dim),
-        )
-
-    def forward(self, clip: Tensor) -> Tensor:
-        """clip: [B, 257, image_dim]. Returns [B, 257, D]."""
-        return self.proj(clip.to(_dtype(self.proj)))
 
 
 class Head(nn.Module):

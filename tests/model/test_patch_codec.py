@@ -58,6 +58,30 @@ def test_a_stream_decodes_to_the_same_bits_as_the_whole(codec: PatchCodec, pixel
     assert torch.equal(torch.cat(pieces, dim=2), codec.decode_to_pixel(latents))
 
 
+@pytest.mark.parametrize("cuts", [[1, 16], [5, 4, 8], [9, 8], [1, 4, 4, 4, 4]])
+def test_a_stream_encodes_to_the_same_bits_as_the_whole(
+    codec: PatchCodec, pixels: Tensor, cuts: list[int]
+) -> None:
+    encoder = codec.stream_encoder()
+    pieces = [encoder.encode(piece) for piece in pixels[:4].split(cuts, dim=2)]
+    assert torch.equal(torch.cat(pieces, dim=2), codec.encode_to_latent(pixels[:4]))
+
+
+@pytest.mark.parametrize("frames", [0, 1, 5])
+def test_a_later_piece_of_another_length_is_refused(codec: PatchCodec, frames: int) -> None:
+    encoder = codec.stream_encoder()
+    encoder.encode(torch.zeros(1, 3, 5, 32, 32))
+    with pytest.raises(ValueError) as caught:
+        encoder.encode(torch.zeros(1, 3, frames, 32, 32))
+    assert str(caught.value) == f"every later piece of a clip must have 4 k frames, got {frames}"
+
+
+def test_sides_that_eight_does_not_divide_are_refused(codec: PatchCodec) -> None:
+    with pytest.raises(ValueError) as caught:
+        codec.encode_to_latent(torch.zeros(1, 3, 5, 32, 36))
+    assert str(caught.value) == "the sides of a clip must be multiples of 8, got 32 x 36"
+
+
 def test_the_codec_keeps_clips_above_26_db(codec: PatchCodec, pixels: Tensor) -> None:
     error = codec.decode_to_pixel(codec.encode_to_latent(pixels)) - pixels
     psnr = 20.0 * torch.tensor(2.0).log10() - 10.0 * error.square().mean().log10()

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from model.folder import ModelFolder
-from model.umt5 import load_umt5, to_official, to_transformers
+from model.folder import TEXT_ENCODER, TOKENIZER, ModelFolder
+from model.umt5 import load_umt5, official_name, open_umt5, to_official, to_transformers
 from model.wan_wrapper import WanTextEncoder, clean_prompt
-from utils.weights import WeightsError
+from tests.folders import umt5_shapes, umt5_state, write_tokenizer
+from utils.weights import WeightsError, check_fits
 
 CAPTION = "a red bar moving left slowly on a dark background"  # ten words and an end token
 
@@ -65,6 +70,71 @@ def test_an_official_file_computes_what_transformers_computes(
     assert torch.equal(load_umt5(official, torch.float32)(ids, mask).last_hidden_state, expected)
 
 
+class PlainUMT5:
+    """The official encoder written down from its description, for one prompt without padding."""
+
+    def __init__(self, state: dict[str, Tensor], heads: int, layers: int) -> None:
+        self.state = state
+        self.heads = heads
+        self.layers = layers
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """ids [n] to states [n, width]."""
+        x = self.state["token_embedding.weight"][ids]
+        for i in range(self.layers):
+            x = x + self.attention(f"blocks.{i}.", self.norm(x, f"blocks.{i}.norm1"))
+            x = x + self.feed_forward(f"blocks.{i}.ffn.", self.norm(x, f"blocks.{i}.norm2"))
+        return self.norm(x, "norm")
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        scale = (x.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()
+        return x * scale * self.state[f"{name}.weight"]
+
+    def attention(self, block: str, x: Tensor) -> Tensor:
+        q, k, v = (
+            (x @ self.state[f"{block}attn.{c}.weight"].T).unflatten(-1, (self.heads, -1))
+            for c in "qkv"
+        )
+        table = self.state[f"{block}pos_embedding.embedding.weight"]
+        out = torch.empty_like(q)
+        for head in range(self.heads):
+            for i in range(len(x)):
+                bias = [float(table[bucket(j - i), head]) for j in range(len(x))]
+                scores = k[:, head] @ q[i, head] + torch.tensor(bias)  # not divided by sqrt(width)
+                out[i, head] = scores.softmax(dim=0) @ v[:, head]
+        return out.flatten(1) @ self.state[f"{block}attn.o.weight"].T
+
+    def feed_forward(self, ffn: str, x: Tensor) -> Tensor:
+        gate = F.gelu(x @ self.state[f"{ffn}gate.0.weight"].T, approximate="tanh")
+        return (x @ self.state[f"{ffn}fc1.weight"].T * gate) @ self.state[f"{ffn}fc2.weight"].T
+
+
+def bucket(distance: int) -> int:
+    """Of 32: 16 per direction, of which 8 exact and 8 logarithmic up to a distance of 128."""
+    first, far = 16 * (distance > 0), abs(distance)
+    if far < 8:
+        return first + far
+    return first + min(15, 8 + int(math.log(far / 8) / math.log(128 / 8) * 8))
+
+
+@torch.no_grad()
+def test_the_encoder_computes_what_the_official_one_is_described_to_compute(
+    tmp_path: Path,
+) -> None:
+    state = {k: v.float() for k, v in umt5_state(50, 32).items()}
+    torch.save(state, tmp_path / "t5.pth")
+    encoder = load_umt5(tmp_path / "t5.pth", torch.float32)
+    lengths = [150, 9, 1]  # the first is longer than the farthest bucket
+    ids = torch.randint(50, (3, 150), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(150) < torch.tensor(lengths)[:, None]).long()
+    states = encoder(ids, mask).last_hidden_state
+    plain = PlainUMT5(state, heads=4, layers=2)
+    errors = [(states[row, :n] - plain(ids[row, :n])).abs().max() for row, n in enumerate(lengths)]
+    print(f"UMT5 against plain torch, valid tokens: max abs difference {max(errors):.1e}")
+    assert states.std() > 0.3
+    assert max(errors) < 2e-5
+
+
 def test_names_of_the_official_release_have_their_known_counterparts() -> None:
     names = {
         "token_embedding.weight": "shared.weight",
@@ -81,6 +151,20 @@ def test_names_of_the_official_release_have_their_known_counterparts() -> None:
         "blocks.3.ffn.fc2.weight": "encoder.block.3.layer.1.DenseReluDense.wo.weight",
     }
     assert {name: to_transformers(name) for name in names} == names
+    assert {official_name(name): name for name in names.values()} == names
+
+
+def test_the_file_of_the_release_is_recognised_at_full_size(tmp_path: Path) -> None:
+    shapes = umt5_shapes(256384, 4096, 10240, layers=24, heads=64)
+    path = tmp_path / TEXT_ENCODER
+    torch.save(
+        {k: torch.empty(v, dtype=torch.bfloat16, device="meta") for k, v in shapes.items()}, path
+    )
+    encoder, weights = open_umt5(path)
+    check_fits(encoder, weights, what="a UMT5 encoder")
+    count = sum(p.numel() for p in encoder.encoder.parameters())
+    print(f"UMT5-XXL's encoder: {len(shapes)} tensors, {count} parameters")
+    assert (len(shapes), count) == (242, 5_680_910_336)
 
 
 def test_translated_names_come_back(original: Any) -> None:
@@ -112,8 +196,45 @@ def test_a_file_that_lacks_a_weight_is_refused(original: Any, tmp_path: Path) ->
     state = to_official(original.state_dict())
     del state["blocks.1.attn.k.weight"]
     torch.save(state, tmp_path / "t5.pth")
-    with pytest.raises(WeightsError, match="not a UMT5 encoder"):
+    with pytest.raises(WeightsError) as caught:
         load_umt5(tmp_path / "t5.pth", torch.float32)
+    assert str(caught.value).startswith(f"{tmp_path}/t5.pth does not fit a UMT5 encoder: ")
+    assert "encoder.block.1.layer.0.SelfAttention.k.weight" in str(caught.value)
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
+def test_a_folder_that_transformers_wrote_is_loaded(
+    original: Any, official: Path, tmp_path: Path, shard_size: str
+) -> None:
+    original.save_pretrained(tmp_path / "text_encoder", max_shard_size=shard_size)
+    loaded = load_umt5(tmp_path / "text_encoder", torch.bfloat16).state_dict()
+    expected = load_umt5(official, torch.bfloat16).state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.items())
+
+
+def test_a_folder_that_lacks_a_weight_is_refused(original: Any, tmp_path: Path) -> None:
+    state = {k: v.clone() for k, v in original.state_dict().items()}
+    del state["encoder.block.1.layer.0.SelfAttention.k.weight"]
+    original.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(WeightsError, match=r"SelfAttention\.k\.weight"):
+        load_umt5(tmp_path, torch.float32)
+
+
+def test_the_two_layouts_give_the_same_states(
+    original: Any, official: Path, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "official", tmp_path / "diffusers"
+    for folder, tokenizer in ((one, TOKENIZER), (two, "tokenizer")):
+        folder.mkdir()
+        write_tokenizer(folder / tokenizer)
+    shutil.copy(official, one / TEXT_ENCODER)
+    original.save_pretrained(two / "text_encoder")
+    states = [
+        WanTextEncoder(ModelFolder(folder), 12, torch.float32)(["a red bar"])
+        for folder in (one, two)
+    ]
+    assert torch.equal(*states)
 
 
 def test_states_are_padded_to_the_text_length(encoder: WanTextEncoder) -> None:
@@ -147,6 +268,15 @@ def test_a_long_prompt_is_cut_with_a_warning(
     ]
 
 
+def test_a_prompt_of_3000_words_is_cut_like_any_other(
+    encoder: WanTextEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="model.wan_wrapper"):
+        states = encoder(["red " * 3000])
+    assert caplog.messages[0].startswith("prompt of 3001 tokens cut to the 12 that this model")
+    assert torch.equal(states, encoder(["red " * 11]))
+
+
 def test_a_prompt_that_fits_exactly_is_not_warned_about(
     encoder: WanTextEncoder, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -158,3 +288,7 @@ def test_a_prompt_that_fits_exactly_is_not_warned_about(
 def test_white_space_and_html_escapes_do_not_matter(encoder: WanTextEncoder) -> None:
     assert clean_prompt("  cats &amp;amp;\n dogs\t") == "cats & dogs"
     assert torch.equal(encoder(["a  red\nbar "]), encoder(["a red bar"]))
+
+
+def test_quotes_and_commas_are_those_that_wan_was_trained_with() -> None:
+    assert clean_prompt("\u201cit\u2019s\u201d\uff0c \u5b89\u9759") == '"it\'s", \u5b89\u9759'

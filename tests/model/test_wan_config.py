@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from model.wan.config import PRESETS, WanConfig, read_wan_config, write_wan_config
+from model.wan.config import (
+    PRESETS,
+    WanConfig,
+    diffusers_config,
+    read_wan_config,
+    write_wan_config,
+)
 
 # The file of Wan2.1-T2V-1.3B, as it was released.
 OFFICIAL = {
@@ -62,7 +68,12 @@ def test_presets_are_possible(name: str) -> None:
         ({"num_layers": 1.5}, "num_layers must be a whole number above 0, got 1.5"),
         ({"num_heads": 7}, "num_heads=7 must divide dim=1536 into heads of even width"),
         ({"num_heads": 512}, "num_heads=512 must divide dim=1536 into heads of even width"),
-        ({"model_type": "vace"}, "model_type must be t2v or i2v, got 'vace'"),
+        ({"model_type": "vace"}, "model_type must be t2v, i2v or flf2v, got 'vace'"),
+        ({"model_type": 3}, "model_type must be t2v, i2v or flf2v, got 3"),
+        ({"qk_norm": False}, "qk_norm must be True in Wan2.1, got False"),
+        ({"cross_attn_norm": False}, "cross_attn_norm must be True in Wan2.1, got False"),
+        ({"window_size": [4, 4]}, "window_size must be [-1, -1] in Wan2.1, got [4, 4]"),
+        ({"image_tokens": 0}, "image_tokens must be a whole number above 0, got 0"),
         ({"patch_size": [2, 2, 2]}, "patch_size must not span frames, got (2, 2, 2)"),
         ({"patch_size": [2, 2]}, "patch_size must be three numbers, got (2, 2)"),
         ({"patch_size": 2}, "patch_size must be three numbers, got 2"),
@@ -73,6 +84,7 @@ def test_presets_are_possible(name: str) -> None:
             "in_dim must be out_dim + 10, got 16 and 16",
         ),
         ({"in_dim": 16, "model_type": "i2v"}, "in_dim must be out_dim + 20, got 16 and 16"),
+        ({"in_dim": 16, "model_type": "flf2v"}, "in_dim must be out_dim + 20, got 16 and 16"),
     ],
 )
 def test_impossible_sizes_are_named(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
@@ -86,6 +98,125 @@ def test_unknown_and_missing_fields_are_listed(tmp_path: Path) -> None:
     message = error_of(path)
     assert message.startswith(f"{path}: not a Wan transformer's config: ")
     assert "missing ['num_layers'], unknown ['layers']" in message
+
+
+def test_choices_that_all_wan_transformers_share_may_be_spelled_out(tmp_path: Path) -> None:
+    path = write(tmp_path, qk_norm=True, cross_attn_norm=True, window_size=[-1, -1])
+    assert read_wan_config(path) == PRESETS["Wan2.1-T2V-1.3B"]
+
+
+# transformer/config.json of Wan2.1-I2V-14B-480P in diffusers' layout, as it was released.
+DIFFUSERS = {
+    "_class_name": "WanTransformer3DModel",
+    "_diffusers_version": "0.33.0.dev0",
+    "added_kv_proj_dim": 5120,
+    "attention_head_dim": 128,
+    "cross_attn_norm": True,
+    "eps": 1e-06,
+    "ffn_dim": 13824,
+    "freq_dim": 256,
+    "image_dim": 1280,
+    "in_channels": 36,
+    "num_attention_heads": 40,
+    "num_layers": 40,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 1024,
+    "text_dim": 4096,
+}
+
+
+def write_diffusers(folder: Path, **changes: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(DIFFUSERS | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "preset"),
+    [
+        ({}, "Wan2.1-I2V-14B"),
+        ({"pos_embed_seq_len": None}, "Wan2.1-I2V-14B"),
+        ({"pos_embed_seq_len": 514}, "Wan2.1-FLF2V-14B"),
+        ({"image_dim": None, "added_kv_proj_dim": None, "in_channels": 16}, "Wan2.1-T2V-14B"),
+    ],
+)
+def test_a_diffusers_file_gives_its_preset(
+    tmp_path: Path, changes: dict[str, Any], preset: str
+) -> None:
+    assert read_wan_config(write_diffusers(tmp_path, **changes)) == PRESETS[preset]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"qk_norm": None}, "qk_norm must be 'rms_norm_across_heads' in Wan2.1, got None"),
+        ({"vace_layers": [0]}, "not a Wan transformer's config: missing [], unknown ['vace_layers"),
+        ({"num_attention_heads": "40"}, "num_attention_heads and attention_head_dim must be whole"),
+        (
+            {"added_kv_proj_dim": 1280},
+            "added_kv_proj_dim must be 5120 with an image_dim, and null without, "
+            "got 1280 with 1280",
+        ),
+        (
+            {"image_dim": None},
+            "added_kv_proj_dim must be 5120 with an image_dim, and null without, "
+            "got 5120 with None",
+        ),
+        ({"pos_embed_seq_len": 257}, "pos_embed_seq_len must be an even number, of the tokens of"),
+        ({"in_channels": 16}, "in_dim must be out_dim + 20, got 16 and 16"),
+    ],
+)
+def test_impossible_diffusers_sizes_are_named(
+    tmp_path: Path, changes: dict[str, Any], problem: str
+) -> None:
+    path = write_diffusers(tmp_path, **changes)
+    assert error_of(path).startswith(f"{path}: {problem}")
+
+
+CONVERTIBLE = [
+    *(config for config in PRESETS.values() if not config.absolute_positions),
+    WanConfig(dim=8, ffn_dim=8, num_heads=2, num_layers=1, text_len=12),
+    WanConfig(8, 8, 2, 1, model_type="i2v", in_dim=36, image_dim=80, image_tokens=5),
+    WanConfig(8, 8, 2, 1, model_type="flf2v", in_dim=36, image_dim=80, image_tokens=5),
+]
+
+
+@pytest.mark.parametrize("config", CONVERTIBLE, ids=str)
+def test_sizes_survive_diffusers(tmp_path: Path, config: WanConfig) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(diffusers_config(config)))
+    assert read_wan_config(path) == config
+
+
+def test_a_released_model_gives_the_file_that_was_released() -> None:
+    ours = json.loads(json.dumps(diffusers_config(PRESETS["Wan2.1-I2V-14B"])))
+    assert ours.pop("pos_embed_seq_len") is None
+    assert ours == {key: value for key, value in DIFFUSERS.items() if key != "_diffusers_version"}
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (PRESETS["Wan2.1-T2V-Tiny"], "diffusers has no transformer with absolute positions"),
+        (
+            WanConfig(8, 8, 2, 1, model_type="i2v", in_dim=36, text_len=12),
+            "text_len=12: diffusers' image-to-video transformers count on 512 rows of text",
+        ),
+    ],
+)
+def test_what_diffusers_cannot_hold_is_refused(config: WanConfig, problem: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        diffusers_config(config)
+    assert str(caught.value).startswith(problem)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("t2v", 0), ("i2v", 1), ("flf2v", 2)])
+def test_a_model_type_tells_how_many_images_it_sees(kind: str, count: int) -> None:
+    config = WanConfig(8, 8, 2, 1, model_type=kind)
+    assert config.image_count == count
+    assert config.sees_images is (count > 0)
 
 
 @pytest.mark.parametrize("text", ["", "{", "\x00"])

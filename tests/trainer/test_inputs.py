@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 from pathlib import Path
@@ -11,29 +10,13 @@ import pytest
 import torch
 
 from tests.commands import no_weights
-from tests.runs import build
+from tests.runs import refusal
 from utils.dataset import manifest_path
-from utils.distributed import Session
 from utils.lmdb import ShardWriter
 
 __all__ = ["no_weights"]
 
 pytestmark = pytest.mark.usefixtures("no_weights")
-
-ALONE = Session(rank=0, world_size=1, device=torch.device("cpu"))
-
-
-def refusal(config: Path, folder: Path, *overrides: str) -> str:
-    """What a run says that is not begun."""
-    try:
-        build(config, folder / "run", ALONE, *overrides)
-    except ValueError as error:
-        message = str(error)
-    else:
-        pytest.fail("the run was begun")
-    gc.collect()  # the traceback held the data in a cycle; LMDB opens a folder only once
-    assert not (folder / "run").exists()
-    return message
 
 
 @pytest.fixture
@@ -115,19 +98,21 @@ def test_a_damaged_manifest_is_named(pairs: Path, configs: dict[str, Path], tmp_
     assert message.startswith(f"{path}/manifest.json: not a manifest of ODE pairs: ")
 
 
-DISCRIMINATED = "method 'dmd' with loss.gan_weight or loss.divergence"
+LATENTS = "needs real latents"
+DISCRIMINATED = f"method 'dmd' with loss.gan_weight or loss.divergence {LATENTS}"
+GIVEN = "causal.given_first_frame needs real latents or images"
 
 
 @pytest.mark.parametrize(
     ("method", "overrides", "who"),
     [
-        ("gan", (), "method 'gan'"),
-        ("diffusion", (), "method 'diffusion'"),
-        ("causvid", (), "method 'causvid'"),
-        ("consistency", (), "method 'consistency'"),
+        ("gan", (), f"method 'gan' {LATENTS}"),
+        ("diffusion", (), f"method 'diffusion' {LATENTS}"),
+        ("causvid", (), f"method 'causvid' {LATENTS}"),
+        ("consistency", (), f"method 'consistency' {LATENTS}"),
         ("dmd", ("loss.gan_weight=0.1",), DISCRIMINATED),
         ("dmd", ("loss.divergence=forward_kl",), DISCRIMINATED),
-        ("self_forcing_dmd", ("causal.given_first_frame=true",), "causal.given_first_frame"),
+        ("self_forcing_dmd", ("causal.given_first_frame=true",), GIVEN),
     ],
 )
 def test_prompts_alone_are_refused_where_real_latents_are_needed(
@@ -140,7 +125,7 @@ def test_prompts_alone_are_refused_where_real_latents_are_needed(
 ) -> None:
     path = tiny_root / "data" / "tiny" / "prompts.txt"
     assert refusal(configs[method], tmp_path, f"data.path={path}", *overrides) == (
-        f"data.path: {who} needs real latents, but {path} holds none"
+        f"data.path: {who}, but {path} holds none"
     )
 
 

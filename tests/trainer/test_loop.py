@@ -442,8 +442,9 @@ def test_an_update_reads_no_tensor_on_the_host(
     muon = ("generator.muon_lr=0.01", "accumulation=2", *AT_ONCE.get(method, ()))
     with built(configs[method], tmp_path, *muon) as trainer:
         # A prompt's first encoding does wait, in transformers; it is remembered afterwards.
-        drawn = [trainer.parts.dataset[trainer.order[draw]] for draw in range(16)]
-        trainer.parts.encoder.encode([item.prompt for item in drawn])
+        batches = trainer.parts.batches
+        drawn = [batches.dataset[batches.order[draw]] for draw in range(16)]
+        batches.encoder.encode([item.prompt for item in drawn])
         for phase in trainer.phases(0):
             trainer.optimise(phase)  # the first update makes the optimizers' states
         with counted_syncs() as counts:

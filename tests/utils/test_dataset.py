@@ -11,13 +11,14 @@ import torch
 
 from utils.dataset import (
     DataOrder,
+    Shapes,
     TrajectoryManifest,
     manifest_path,
     open_dataset,
     read_manifest,
-    read_prompt_file,
-    read_prompt_folder,
 )
+from utils.lmdb import ShardWriter
+from utils.prompts import read_prompt_file, read_prompt_folder
 
 
 def test_a_prompt_file_holds_one_prompt_per_line(tmp_path: Path) -> None:
@@ -31,7 +32,7 @@ def test_prompts_alone_carry_no_latents(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_text("a cat\n")
     data = open_dataset(path)
-    assert data.latent_shape is None
+    assert list(data.buckets) == [Shapes()]
     assert data[0].latents is None
 
 
@@ -107,17 +108,19 @@ def test_a_folder_without_prompts_is_refused(tmp_path: Path) -> None:
 def test_shards_give_captions_with_latents(tiny_root: Path) -> None:
     data = open_dataset(tiny_root / "data" / "tiny" / "latents")
     item = data[63]
-    assert (len(data), data.latent_shape) == (64, (16, 5, 4, 4))
+    assert len(data) == 64
+    assert data.buckets == {Shapes((16, 5, 4, 4)): list(range(64))}
     assert item.latents is not None
     assert item.latents.dtype == torch.float32
     assert item.prompt.startswith("a ")
-    assert (data.trajectory_shape, item.trajectory) == (None, None)
+    assert item.trajectory is None
 
 
 def test_shards_of_ode_pairs_give_captions_with_trajectories(tiny_root: Path) -> None:
     data = open_dataset(tiny_root / "data" / "tiny" / "ode_pairs")
     item = data[15]
-    assert (len(data), data.latent_shape, data.trajectory_shape) == (16, None, (5, 16, 5, 4, 4))
+    assert len(data) == 16
+    assert list(data.buckets) == [Shapes(trajectory=(5, 16, 5, 4, 4))]
     assert item.latents is None
     assert item.trajectory is not None
     assert item.trajectory.dtype == torch.float32
@@ -147,22 +150,83 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_each_epoch_is_a_permutation_of_all_records() -> None:
-    order = DataOrder(7, seed=1)
+    order = DataOrder([range(7)], 1, seed=1)
     for epoch in range(3):
         assert sorted(order[epoch * 7 + i] for i in range(7)) == list(range(7))
 
 
+def test_records_are_read_in_turn_across_batches() -> None:
+    order = DataOrder([range(7)], 4, seed=1)
+    assert sorted(order[i] for i in range(28)) == sorted(4 * list(range(7)))
+
+
 def test_epochs_differ_in_their_order() -> None:
-    order = DataOrder(50, seed=1)
+    order = DataOrder([range(50)], 1, seed=1)
     assert [order[i] for i in range(50)] != [order[50 + i] for i in range(50)]
 
 
 def test_the_order_depends_on_nothing_but_the_seed() -> None:
-    first, second = DataOrder(9, seed=3), DataOrder(9, seed=3)
+    buckets = [range(5), range(5, 9)]
+    first, second = DataOrder(buckets, 3, seed=3), DataOrder(buckets, 3, seed=3)
     backwards = [second[i] for i in reversed(range(45))]
     assert [first[i] for i in range(45)] == backwards[::-1]
 
 
 def test_another_seed_gives_another_order() -> None:
-    first, second = DataOrder(50, seed=3), DataOrder(50, seed=4)
+    first, second = (DataOrder([range(50)], 5, seed=seed) for seed in (3, 4))
     assert [first[i] for i in range(50)] != [second[i] for i in range(50)]
+
+
+BUCKETS = [range(40), range(40, 52), range(52, 53)]  # of very different sizes
+
+
+def drawn(batches: int, size: int = 4) -> list[list[int]]:
+    """The records of the first batches from BUCKETS."""
+    order = DataOrder(BUCKETS, size, seed=7)
+    return [[order[batch * size + i] for i in range(size)] for batch in range(batches)]
+
+
+def bucket_of(record: int) -> int:
+    """The number of a record's bucket."""
+    return next(k for k, records in enumerate(BUCKETS) if record in records)
+
+
+def test_a_batch_is_of_one_bucket() -> None:
+    assert all(len({bucket_of(record) for record in batch}) == 1 for batch in drawn(60))
+
+
+def test_buckets_have_batches_in_proportion_to_their_sizes() -> None:
+    counts = [0, 0, 0]
+    for batch in drawn(10 * (10 + 3 + 1)):
+        counts[bucket_of(batch[0])] += 1
+    assert counts == [100, 30, 10]
+
+
+def test_buckets_take_turns_within_an_epoch() -> None:
+    kinds = [bucket_of(batch[0]) for batch in drawn(14)]
+    assert kinds != sorted(kinds)
+
+
+def test_every_record_of_a_bucket_is_read_equally_often() -> None:
+    read = [record for batch in drawn(10 * 14) for record in batch]
+    assert {read.count(record) for record in BUCKETS[0]} == {10}
+    assert {read.count(record) for record in BUCKETS[1]} == {10}
+
+
+def test_shards_of_several_shapes_make_buckets(tmp_path: Path) -> None:
+    for name, frames, count in (("a", 2, 3), ("b", 3, 2), ("c", 2, 1)):
+        with ShardWriter(tmp_path / name) as writer:
+            latents = torch.zeros(count, 16, frames, 4, 4)
+            images = torch.full((count, 3, 32, 32), frames, dtype=torch.uint8)
+            writer.append([name] * count, latents, images=images)
+    data = open_dataset(tmp_path)
+    assert data.buckets == {
+        Shapes((16, 2, 4, 4), image=(32, 32)): [0, 1, 2, 5],
+        Shapes((16, 3, 4, 4), image=(32, 32)): [3, 4],
+    }
+    item = data[3]
+    assert (item.prompt, data.prompt(3)) == ("b", "b")
+    assert item.latents is not None
+    assert item.latents.shape == (16, 3, 4, 4)
+    assert item.image is not None
+    assert int(item.image.min()) == 3

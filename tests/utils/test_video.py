@@ -1,7 +1,10 @@
-"""Clips as mp4 files and as contact sheets."""
+"""Clips as mp4 files and as contact sheets, and frames from videos of every kind."""
 
 from __future__ import annotations
 
+import contextlib
+import time
+from itertools import islice
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -11,8 +14,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tests.videos import (
+    ffmpeg,
+    make_long_video,
+    make_sound,
+    make_split_video,
+    make_video,
+    tear,
+)
+from utils import video as module
 from utils.shapes_world import COLOURS, FRAMES, Caption, draw_scenes, render
-from utils.video import contact_sheet, enlarge, save_mp4, save_png, to_bytes, to_unit
+from utils.video import (
+    contact_sheet,
+    enlarge,
+    frame_rate,
+    read_frames,
+    save_mp4,
+    save_png,
+    to_bytes,
+    to_unit,
+)
 
 
 def flat(red: float, green: float, blue: float, frames: int = 5, side: int = 32) -> Tensor:
@@ -123,3 +144,147 @@ def test_a_png_is_written_whole(tmp_path: Path) -> None:
     save_png(Image.new("RGB", (5, 3), (1, 2, 3)), tmp_path / "new" / "a.png")
     with Image.open(tmp_path / "new" / "a.png") as image:
         assert (image.size, image.getpixel((0, 0))) == ((5, 3), (1, 2, 3))
+
+
+# ---- reading
+
+
+def levels(frames: list[Tensor]) -> list[int]:
+    """The number of each frame of `make_video`, from its grey level."""
+    return [round((float(frame.float().mean()) / 255 * 219) / 7) for frame in frames]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "a.webm", "a.avi", "\u732b -x %d.mp4"])
+def test_every_frame_of_every_container_is_read_once(tmp_path: Path, name: str) -> None:
+    frames = list(read_frames(make_video(tmp_path / name, frames=9)))
+    assert levels(frames) == list(range(9))
+    assert {(frame.shape, frame.dtype) for frame in frames} == {((3, 32, 32), torch.uint8)}
+
+
+@pytest.mark.parametrize(
+    ("rate", "expected"),
+    [
+        (8, list(range(8))),
+        (4, [0, 2, 4, 6]),
+        (16, [n // 2 for n in range(16)]),
+    ],
+)
+def test_a_video_is_sampled_at_the_asked_rate(
+    tmp_path: Path, rate: float, expected: list[int]
+) -> None:
+    frames = list(read_frames(make_video(tmp_path / "a.mp4", frames=8), fps=rate))
+    assert len(frames) == len(expected)
+    assert all(abs(a - b) <= 1 for a, b in zip(levels(frames), expected, strict=True))
+    assert levels(frames) == sorted(levels(frames))
+
+
+def test_a_video_of_varying_rate_is_sampled_evenly_in_time(tmp_path: Path) -> None:
+    late = "setpts='if(lt(N,8),N,8+4*(N-8))/8/TB'"  # 8 frames a second, then 2
+    path = make_video(
+        tmp_path / "a.mkv", "-vf", late, "-fps_mode", "passthrough", "-enc_time_base", "1:1000",
+        frames=12,
+    )  # fmt: skip
+    shown = levels(list(read_frames(path, fps=8)))
+    assert shown[:8] == list(range(8))
+    assert [shown.count(n) for n in range(8, 11)] == [4, 4, 4]
+
+
+def test_no_more_frames_are_given_than_asked_for(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mp4")
+    assert levels(list(read_frames(path, fps=8, limit=3))) == [0, 1, 2]
+
+
+def test_a_video_of_two_hours_costs_the_frames_that_are_used(tmp_path: Path) -> None:
+    path = make_long_video(tmp_path / "a.mp4", minutes=120)
+    begin = time.monotonic()
+    with contextlib.closing(read_frames(path, fps=8)) as frames:
+        assert len(list(islice(frames, 5))) == 5
+    limited = len(list(read_frames(path, fps=8, limit=5)))
+    seconds = time.monotonic() - begin
+    print(f"5 frames of a 2-hour video, twice: {seconds:.2f} s")
+    assert (limited, frame_rate(path)) == (5, 8.0)
+    assert seconds < 3.0
+
+
+def test_an_abandoned_reader_leaves_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    popen = module.subprocess.Popen
+    monkeypatch.setattr(
+        module.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1]
+    )
+    with contextlib.closing(read_frames(make_long_video(tmp_path / "a.mp4", 10))) as frames:
+        next(frames)
+        assert started[-1].poll() is None
+    assert started[-1].poll() is not None
+
+
+def test_a_turned_video_is_read_upright(tmp_path: Path) -> None:
+    flat = make_split_video(tmp_path / "flat.mp4")
+    ffmpeg("-display_rotation", "90", "-i", flat, "-c", "copy", tmp_path / "turned.mp4")
+    frame = next(read_frames(tmp_path / "turned.mp4"))
+    assert frame.shape == (3, 64, 32)
+    assert (int(frame[0, 10, 16]), int(frame[0, 54, 16])) == (0, 255)
+
+
+def test_pixels_are_made_square(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mp4", "-vf", "setsar=3/2")
+    assert next(read_frames(path)).shape == (3, 32, 48)
+
+
+@pytest.mark.parametrize("size", [(31, 45), (64, 36)])
+def test_odd_and_upright_sizes_are_read(tmp_path: Path, size: tuple[int, int]) -> None:
+    assert next(read_frames(make_video(tmp_path / "a.mp4", size=size))).shape == (3, *size)
+
+
+def test_a_still_is_a_video_of_one_frame(tmp_path: Path) -> None:
+    assert len(list(read_frames(make_video(tmp_path / "a.mp4", frames=1), fps=8))) == 1
+
+
+@pytest.mark.parametrize(("fps", "expected"), [(8, 8.0), (29.97, 29.97), (60, 60.0)])
+def test_the_rate_of_a_video_is_told(tmp_path: Path, fps: float, expected: float) -> None:
+    path = make_video(tmp_path / "a.mp4", fps=fps)
+    assert frame_rate(path) == pytest.approx(expected, abs=0.01)
+
+
+def bad_videos(folder: Path) -> dict[str, Path]:
+    empty, text = folder / "empty.mp4", folder / "text.mp4"
+    empty.touch()
+    text.write_text("this is no video")
+    return {
+        "an empty file": empty,
+        "not readable as a video: ": text,
+        "not readable as a video: moov atom not found": tear(make_video(folder / "torn.mp4")),
+        "holds no video": make_sound(folder / "sound.mp4"),
+    }
+
+
+def test_what_is_no_video_is_named_with_its_reason(tmp_path: Path) -> None:
+    for reason, path in bad_videos(tmp_path).items():
+        for read in (lambda p: list(read_frames(p, fps=8)), frame_rate):
+            with pytest.raises(ValueError) as caught:
+                read(path)
+            assert str(caught.value).startswith(f"{path}: {reason}")
+            assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("a.mp4", ("-movflags", "+faststart")), ("a.webm", ()), ("a.mkv", ()),
+])  # fmt: skip
+def test_a_torn_video_gives_what_is_left_of_it_and_then_says_so(
+    tmp_path: Path, name: str, options: tuple[str, ...]
+) -> None:
+    path = tear(make_video(tmp_path / name, *options, frames=200, size=(64, 64)), 0.6)
+    frames = []
+    with pytest.raises(ValueError) as caught:
+        for frame in read_frames(path):
+            frames.append(frame)
+    assert len(frames) < 200
+    assert f"{path}: not readable as a video: " in str(caught.value)
+
+
+def test_a_missing_video_is_not_found(tmp_path: Path) -> None:
+    for read in (lambda p: list(read_frames(p)), frame_rate):
+        with pytest.raises(FileNotFoundError, match=r"a.mp4: no such video"):
+            read(tmp_path / "a.mp4")

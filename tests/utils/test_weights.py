@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import pickle
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from utils.weights import (
+    MissingFilesError,
     WeightFile,
     WeightsError,
     check_fits,
     fill_weights,
     load_weights,
-    official_name,
+    plain_name,
     write_weights,
 )
 
@@ -69,6 +71,65 @@ def test_an_index_names_the_shards_that_are_missing(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"0.weight": "1.safetensors"}}))
     message = f"{index}: lists files that are missing: ['{tmp_path}/1.safetensors']"
     assert error_of(index) == message
+    with pytest.raises(MissingFilesError):
+        WeightFile(index)
+
+
+def write_index(folder: Path) -> Path:
+    """`tensors` in two files and their index, under names of wrappers."""
+    values = {f"model.{name}": value for name, value in tensors().items()}
+    last = values.pop("model.0.weight")
+    save_file(values, folder / "1.safetensors")
+    save_file({"model.0.weight": last}, folder / "2.safetensors")
+    files = dict.fromkeys(values, "1.safetensors") | {"model.0.weight": "2.safetensors"}
+    index = folder / "w.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    return index
+
+
+def test_shapes_are_read_once_per_file_and_come_in_the_order_of_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def opening(path: Path, framework: str) -> object:
+        opened.append(path.name)
+        return safe_open(path, framework=framework)
+
+    monkeypatch.setattr("utils.weights.safe_open", opening)
+    weights = WeightFile(write_index(tmp_path))
+    assert list(weights.shapes()) == ["0.bias", "1.weight", "0.weight"]
+    assert list(weights.shapes()) == ["0.bias", "1.weight", "0.weight"]
+    assert opened == ["1.safetensors", "2.safetensors"]
+
+
+@pytest.mark.parametrize("left", [0, 4, 100])
+def test_a_shard_that_was_cut_off_is_named(tmp_path: Path, left: int) -> None:
+    index, shard = write_index(tmp_path), tmp_path / "2.safetensors"
+    shard.write_bytes(shard.read_bytes()[:left])
+    message = error_of(index)
+    assert message.startswith(f"{shard}: not readable as weights: ")
+    assert message.endswith("; was it cut off?")
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["model.", "_fsdp_wrapped_module.model.", "_orig_mod.model._checkpoint_wrapped_module."],
+)
+def test_prefixes_are_stripped_in_safetensors_files_too(tmp_path: Path, prefix: str) -> None:
+    write_weights({prefix + n: v for n, v in tensors().items()}, tmp_path / "w.safetensors", {})
+    assert_loads(tmp_path / "w.safetensors")
+
+
+def test_a_weight_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    twice = tensors() | {"model.0.bias": torch.zeros(4)}
+    write_weights(twice, tmp_path / "w.safetensors", {})
+    assert error_of(tmp_path / "w.safetensors") == f"{tmp_path}/w.safetensors: holds '0.bias' twice"
+
+
+def test_a_file_in_the_format_before_archives_loads(tmp_path: Path) -> None:
+    torch.save(tensors(), tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    assert_loads(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": 3}', "[]"])
@@ -110,9 +171,26 @@ def test_an_average_that_is_not_there_is_refused(tmp_path: Path, name: str) -> N
     )
 
 
+def test_a_critic_is_read_where_it_is_asked_for(tmp_path: Path) -> None:
+    zeros = {name: torch.zeros_like(value) for name, value in tensors().items()}
+    torch.save({"generator": zeros, "critic": tensors()}, tmp_path / "w.pt")
+    weights = WeightFile(tmp_path / "w.pt", role="critic", averaged=False)
+    assert torch.equal(weights.read("0.bias"), tensors()["0.bias"])
+    with pytest.raises(WeightsError, match="holds no critic; ask for the generator"):
+        WeightFile(tmp_path / "w.pt", role="critic", averaged=True)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
+def test_a_critic_that_is_not_there_is_refused(tmp_path: Path, name: str) -> None:
+    write_weights(tensors(), tmp_path / name, {})
+    with pytest.raises(WeightsError) as caught:
+        WeightFile(tmp_path / name, role="critic")
+    assert str(caught.value) == f"{tmp_path / name}: holds no critic; ask for the generator"
+
+
 def test_wrappers_segments_are_removed_wherever_they_stand() -> None:
     wrapped = "model._fsdp_wrapped_module.blocks.0._checkpoint_wrapped_module._orig_mod.norm3.bias"
-    assert official_name(wrapped) == "blocks.0.norm3.bias"
+    assert plain_name(wrapped) == "blocks.0.norm3.bias"
 
 
 def test_rows_are_read_without_the_rest(tmp_path: Path) -> None:
@@ -158,8 +236,16 @@ def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path: Path) -> None:
             return Path.touch, (marker,)
 
     torch.save({"0.weight": Evil()}, tmp_path / "w.pt")
-    assert "not a file of plain tensors" in error_of(tmp_path / "w.pt")
+    assert error_of(tmp_path / "w.pt") == (
+        f"{tmp_path}/w.pt: not a file of plain tensors: it wants to run code (getattr), which is "
+        "refused; save tensors alone"
+    )
     assert not marker.exists()
+
+
+def test_an_object_of_another_package_is_refused_by_name(tmp_path: Path) -> None:
+    torch.save({"config": PurePosixPath("x"), "model": tensors()}, tmp_path / "w.pt")
+    assert "it wants to run code (pathlib.PurePosixPath)" in error_of(tmp_path / "w.pt")
 
 
 def test_a_plain_pickle_is_refused(tmp_path: Path) -> None:

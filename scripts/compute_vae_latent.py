@@ -1,0 +1,262 @@
+"""Encode a folder of videos to latents: one .pt file per clip, for create_lmdb_14b_shards.py.
+
+Each video needs its prompt in a .txt file of the same name. It is sampled at --fps, scaled to cover
+--height x --width (or the best of --buckets), cropped at the centre, and cut to clips of
+--num_frames from its beginning. Any number of processes (torchrun) makes the same files; those that
+are there are left alone, so an interrupted call continues. What could not be used is listed in
+rejected.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import math
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model.folder import VAE, ModelFolder, find_model
+from model.vae import VideoVAE, load_vae
+from utils.cli import USER_ERRORS, fail, start_logging
+from utils.clips import CaptionedVideo, Clip, pair_videos, save_clip
+from utils.config import ConfigError
+from utils.distributed import Session, distributed_session
+from utils.embeddings import content_hash
+from utils.images import fit
+from utils.outputs import Rejected, claim_folder, rejection, write_rejected
+from utils.video import frame_rate, read_frames
+
+log = logging.getLogger(__name__)
+
+MULTIPLE = 16  # of both sides: 8 pixels to a latent, 2 latents to a patch
+TIMEOUT_S = 86400.0  # a process may be done long before the others
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of compute_vae_latent.py."""
+    result = argparse.ArgumentParser(description=__doc__)
+    result.add_argument("--input_video_folder", type=Path, required=True)
+    result.add_argument("--output_latent_folder", type=Path, required=True)
+    result.add_argument("--model_name", default="Wan2.1-T2V-14B", help="whose VAE encodes")
+    result.add_argument(
+        "--prompt_folder", type=Path, default=None, help="of the .txt files; default: the videos'"
+    )
+    result.add_argument("--model_root", type=Path, default=Path("wan_models"))
+    result.add_argument("--height", type=int, default=480)
+    result.add_argument("--width", type=int, default=832)
+    result.add_argument(
+        "--buckets", type=_size, nargs="+", default=None, metavar="HEIGHTxWIDTH",
+        help="several sizes, as 480x832 832x480 640x640; a video goes to that of nearest shape",
+    )  # fmt: skip
+    result.add_argument("--num_frames", type=int, default=81, help="of a clip, 1 + 4 k")
+    result.add_argument(
+        "--min_num_frames", type=int, default=None,
+        help="shorter clips are cut to 1 + 4 k frames down to this; default: --num_frames",
+    )  # fmt: skip
+    result.add_argument("--fps", type=float, default=16.0, help="at which videos are sampled")
+    result.add_argument(
+        "--min_source_fps", type=float, default=None,
+        help="slower videos, whose frames would repeat, are rejected; default: half of --fps",
+    )  # fmt: skip
+    result.add_argument("--clips_per_video", type=int, default=1, help="consecutive, at most")
+    return result
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is not HEIGHTxWIDTH, as 480x832")
+    return int(match[1]), int(match[2])
+
+
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with all defaults in place. Raises ConfigError for what cannot be."""
+    values = dict(vars(args))
+    values["buckets"] = args.buckets or [(args.height, args.width)]
+    values["prompt_folder"] = args.prompt_folder or args.input_video_folder
+    if args.min_num_frames is None:
+        values["min_num_frames"] = args.num_frames
+    if args.min_source_fps is None:
+        values["min_source_fps"] = args.fps / 2
+    whole = argparse.Namespace(**values)
+    problems = []
+    for height, width in whole.buckets:
+        if min(height, width) < MULTIPLE or height % MULTIPLE or width % MULTIPLE:
+            problems.append(f"{height} x {width}: both sides must be multiples of {MULTIPLE}")
+    if whole.num_frames < 1 or whole.num_frames % 4 != 1:
+        problems.append(f"--num_frames: must be 1 + 4 k, as 81, got {whole.num_frames}")
+    if not 1 <= whole.min_num_frames <= whole.num_frames:
+        problems.append(
+            f"--min_num_frames: must lie between 1 and --num_frames, got {whole.min_num_frames}"
+        )
+    if not (math.isfinite(whole.fps) and whole.fps > 0):
+        problems.append(f"--fps: must be above 0, got {whole.fps}")
+    if whole.clips_per_video < 1:
+        problems.append(f"--clips_per_video: must be at least 1, got {whole.clips_per_video}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return whole
+
+
+def find_vae(args: argparse.Namespace) -> ModelFolder:
+    """The model folder; only its VAE matters. Raises FileNotFoundError if it has none."""
+    folder = find_model(args.model_root, args.model_name)
+    if folder.vae is None:
+        found = sorted(path.name for path in folder.path.iterdir())
+        raise FileNotFoundError(f"{folder.path}: has no VAE, {' or '.join(VAE)} (found {found})")
+    return folder
+
+
+def settings(args: argparse.Namespace, model: ModelFolder, dtype: torch.dtype) -> dict[str, object]:
+    """All that latents depend on, beside the videos."""
+    assert model.vae is not None, "find_vae comes first"
+    return {
+        "sizes": [f"{height}x{width}" for height, width in args.buckets],
+        "num_frames": args.num_frames,
+        "min_num_frames": args.min_num_frames,
+        "fps": args.fps,
+        "min_source_fps": args.min_source_fps,
+        "clips_per_video": args.clips_per_video,
+        "vae": content_hash(model.vae),
+        "precision": str(dtype).removeprefix("torch."),
+    }
+
+
+def nearest_size(shape: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The size whose aspect ratio is nearest to that of `shape`; both (height, width)."""
+    ratio = math.log(shape[0] / shape[1])
+    return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - ratio))
+
+
+def windows(video: CaptionedVideo, args: argparse.Namespace) -> Iterator[list[Tensor]]:
+    """The frames of each clip of a video, uint8 [3, H, W], in its final size and length.
+
+    Raises ValueError that tells why a video has none.
+    """
+    rate = frame_rate(video.path)
+    if rate is not None and rate < args.min_source_fps:
+        raise ValueError(
+            f"has {rate:g} frames per second, fewer than {args.min_source_fps:g}: they would repeat"
+        )
+    size = None
+    limit = args.clips_per_video * args.num_frames
+    with contextlib.closing(read_frames(video.path, fps=args.fps, limit=limit)) as source:
+        for number in range(args.clips_per_video):
+            frames: list[Tensor] = []
+            for frame in islice(source, args.num_frames):
+                size = size or nearest_size((frame.shape[1], frame.shape[2]), args.buckets)
+                frames.append(fit(frame, size))
+            if len(frames) >= args.min_num_frames:
+                yield frames[: (len(frames) - 1) // 4 * 4 + 1]
+            elif number == 0:
+                raise ValueError(
+                    f"too short: {len(frames)} frames at {args.fps:g} per second, expected at "
+                    f"least {args.min_num_frames}"
+                )
+            if len(frames) < args.num_frames:
+                return
+
+
+def encode(vae: VideoVAE, frames: Sequence[Tensor]) -> Tensor:
+    """Frames, uint8 [3, H, W], to latents [C, F, h, w], fp16.
+
+    Shards hold fp16 as well: what is stored here goes there bit for bit, at half the disk of fp32.
+    Raises ValueError for latents that are not finite.
+    """
+    encoder = vae.stream_encoder()
+    pieces = torch.stack(list(frames), dim=1).split([1] + [4] * (len(frames) // 4), dim=1)
+    latents = [encoder.encode(piece[None].float() / 127.5 - 1.0) for piece in pieces]
+    stored = torch.cat(latents, dim=2)[0].half().cpu()
+    if not bool(stored.isfinite().all()):
+        raise ValueError("its latents are not finite")
+    return stored
+
+
+def outputs(video: CaptionedVideo, args: argparse.Namespace) -> list[Path]:
+    """Where the clips of a video go; the first is written last and tells that all are there."""
+    several = args.clips_per_video > 1
+    names = [f"{video.name}-{n}" if several else video.name for n in range(args.clips_per_video)]
+    return [args.output_latent_folder / f"{name}.pt" for name in names]
+
+
+def make(video: CaptionedVideo, vae: VideoVAE, args: argparse.Namespace) -> None:
+    """Encode and store the clips of one video. Raises ValueError if it is of no use."""
+    clips = [
+        Clip(
+            prompt=video.prompt,
+            latents=encode(vae, frames),
+            first_frame=frames[0],
+            video=video.name,
+            fps=args.fps,
+            start_s=number * args.num_frames / args.fps,
+        )
+        for number, frames in enumerate(windows(video, args))
+    ]
+    for path, clip in reversed(list(zip(outputs(video, args), clips, strict=False))):
+        save_clip(path, clip)
+
+
+def run(
+    videos: Sequence[CaptionedVideo], vae: VideoVAE, args: argparse.Namespace, session: Session
+) -> list[Rejected]:
+    """Encode what is missing of this process's videos; returns those that are of no use."""
+    mine, rejected = videos[session.rank :: session.world_size], []
+    for video in tqdm(mine, desc="videos", disable=not session.is_main):
+        if outputs(video, args)[0].is_file():
+            continue
+        try:
+            make(video, vae, args)
+        except (OSError, ValueError) as error:
+            file = video.path.relative_to(args.input_video_folder).as_posix()
+            rejected.append(rejection(file, video.path, error))
+            log.warning("%s: rejected: %s", file, rejected[-1].reason)
+    return rejected
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Encode all videos; returns the exit status."""
+    args = parser().parse_args(arguments)
+    try:
+        args = complete(args)
+        model = find_vae(args)
+        videos, rejected = pair_videos(args.input_video_folder, args.prompt_folder)
+    except USER_ERRORS as error:
+        return fail(error)
+    with distributed_session(timeout_s=TIMEOUT_S) as session:
+        start_logging(main_rank=session.is_main)
+        dtype = torch.bfloat16 if session.device.type == "cuda" else torch.float32
+        folder = args.output_latent_folder
+        try:
+            made_with = settings(args, model, dtype)
+            flag = "--output_latent_folder"
+            claim_folder(folder, made_with, session, holds="latents", flag=flag)
+            vae = load_vae(model, session.device, dtype)
+        except USER_ERRORS as error:
+            return fail(error)
+        try:
+            found = session.gather(run(videos, vae, args, session))
+        except KeyboardInterrupt:
+            log.warning("stopped; run the same command again to continue")
+            return 130
+        rejected = sorted([*rejected, *(entry for some in found for entry in some)])
+        if session.is_main:
+            write_rejected(folder / "rejected.json", rejected)
+            used = sum(outputs(video, args)[0].is_file() for video in videos)
+            log.info("%d videos are encoded in %s", used, folder)
+            if rejected:
+                log.warning("%d files rejected, see %s", len(rejected), folder / "rejected.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""Gather encoded clips in LMDB shards: what `data.path` of a training run names.
+
+Reads the .pt files of compute_vae_latent.py, or those of another system that map prompts to
+latents. Clips of one shape share shards, so a folder may hold several resolutions and lengths. Any
+number of processes (torchrun) makes the same shards; an interrupted call continues after its last
+record. What was not taken is listed in report.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.cli import USER_ERRORS, fail, start_logging
+from utils.clips import Clip, clip_files, pair_videos, read_clips
+from utils.config import ConfigError
+from utils.distributed import Session, distributed_session
+from utils.files import write_text
+from utils.images import fit
+from utils.lmdb import ShardWriter, shard_paths
+from utils.outputs import (
+    SETTINGS,
+    Rejected,
+    claim_folder,
+    read_rejected,
+    rejection,
+    write_rejected,
+)
+from utils.video import read_frames
+
+log = logging.getLogger(__name__)
+
+REJECTED = "rejected.json"  # beside a shard's data: what its process could not take
+TIMEOUT_S = 86400.0  # a process may be done long before the others
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of create_lmdb_14b_shards.py."""
+    result = argparse.ArgumentParser(description=__doc__)
+    result.add_argument("--data_path", type=Path, required=True, help="folder of .pt files")
+    result.add_argument(
+        "--prompt_path", type=Path, default=None,
+        help="with --video_path: folder of the videos' .txt files",
+    )  # fmt: skip
+    result.add_argument(
+        "--video_path", type=Path, default=None,
+        help="folder of videos, for .pt files without a first frame: that of the video with the "
+        "same prompt is taken",
+    )  # fmt: skip
+    result.add_argument("--lmdb_path", type=Path, required=True)
+    result.add_argument("--num_shards", type=int, default=16, help="of each shape, at most")
+    result.add_argument("--min_prompt_chars", type=int, default=0, help="reject shorter prompts")
+    result.add_argument("--no_images", action="store_true", help="store no first frames")
+    return result
+
+
+@dataclass(frozen=True)
+class Item:
+    """One clip that goes to the shards."""
+
+    file: str  # from --data_path
+    number: int  # in that file
+    prompt: str
+    source: str  # what tells two clips of one video from two videos with one prompt
+    shape: tuple[int, ...]  # of the latents, [C, F, h, w]
+    has_frame: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What goes where, the same for every process."""
+
+    shards: Mapping[str, Sequence[Item]]
+    rejected: Sequence[Rejected]
+    duplicates: Sequence[Rejected]
+    videos: Mapping[str, Path]  # by prompt, for items without a first frame
+    images: bool
+
+    @property
+    def count(self) -> int:
+        """How many items there are."""
+        return sum(map(len, self.shards.values()))
+
+
+def survey(folder: Path, *, progress: bool) -> Iterator[Item | Rejected]:
+    """What each file of a folder holds, without reading the tensors."""
+    for path in tqdm(clip_files(folder), desc="survey", disable=not progress):
+        file = path.relative_to(folder).as_posix()
+        try:
+            clips = read_clips(path)
+        except (OSError, ValueError) as error:
+            yield rejection(file, path, error)
+            continue
+        for number, clip in enumerate(clips):
+            source, shape = clip.video or f"{file}/{number}", tuple(clip.latents.shape)
+            frame = clip.first_frame is not None
+            yield Item(file, number, clip.prompt.strip(), source, shape, frame)
+
+
+def plan(args: argparse.Namespace, *, progress: bool) -> Plan:
+    """Sort out what is taken. Raises FileNotFoundError or ConfigError if nothing can be."""
+    for flag, least in (("num_shards", 1), ("min_prompt_chars", 0)):
+        if getattr(args, flag) < least:
+            raise ConfigError(f"--{flag}: must be at least {least}, got {getattr(args, flag)}")
+    videos: dict[str, Path] = {}
+    if args.video_path is not None and not args.no_images:
+        pairs, _ = pair_videos(args.video_path, args.prompt_path or args.video_path)
+        videos = {pair.prompt: pair.path for pair in reversed(pairs)}
+    found = list(survey(args.data_path, progress=progress))
+    items = [entry for entry in found if isinstance(entry, Item)]
+    rejected = [entry for entry in found if isinstance(entry, Rejected)]
+    images = not args.no_images and (bool(videos) or any(item.has_frame for item in items))
+    duplicates, kept = [], []
+    sources: dict[str, Item] = {}
+    for item in items:
+        fault = _fault(item, args.min_prompt_chars, videos if images else None)
+        first = sources.get(item.prompt)
+        if fault is not None:
+            rejected.append(Rejected(item.file, fault))
+        elif first is not None and first.source != item.source:
+            duplicates.append(Rejected(item.file, f"has the prompt of {first.file}"))
+        else:
+            sources[item.prompt] = item
+            kept.append(item)
+    if not kept:
+        first_fault = "; ".join(f"{entry.file}: {entry.reason}" for entry in rejected[:1])
+        raise ValueError(f"{args.data_path}: holds no clip of use ({first_fault})")
+    return Plan(_shards(kept, args.num_shards), rejected, duplicates, videos, images)
+
+
+def _fault(item: Item, min_chars: int, videos: Mapping[str, Path] | None) -> str | None:
+    """Why an item cannot be taken. videos: by prompt; None = no first frame is wanted."""
+    if not item.prompt:
+        return "an empty prompt"
+    if len(item.prompt) < min_chars:
+        return f"a prompt of {len(item.prompt)} characters, shorter than {min_chars}"
+    if videos is not None and not item.has_frame and item.prompt not in videos:
+        return "has no first frame, and no video has its prompt; see --video_path, --no_images"
+    return None
+
+
+def _shards(items: Sequence[Item], num_shards: int) -> dict[str, list[Item]]:
+    """The items of each shard: of one shape, dealt out in turn."""
+    shards: dict[str, list[Item]] = {}
+    counts: dict[tuple[int, ...], int] = {}
+    for item in items:
+        number = counts.get(item.shape, 0)
+        counts[item.shape] = number + 1
+        words = "x".join(map(str, item.shape))
+        shards.setdefault(f"shard_{words}_{number % num_shards:05d}", []).append(item)
+    return shards
+
+
+def settings(args: argparse.Namespace, work: Plan) -> dict[str, object]:
+    """All that the shards depend on."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, items in work.shards.items():
+        digest.update(json.dumps([name, [asdict(item) for item in items]]).encode())
+    return {
+        "content of --data_path": f"{work.count} clips ({digest.hexdigest()})",
+        "num_shards": args.num_shards,
+        "min_prompt_chars": args.min_prompt_chars,
+        "images": work.images,
+    }
+
+
+def load(item: Item, args: argparse.Namespace, work: Plan) -> tuple[Tensor, Tensor | None]:
+    """The latents [C, F, h, w], fp16, and the first frame, uint8 [3, H, W], of one item.
+
+    Raises ValueError or OSError if they are of no use.
+    """
+    clip = read_clips(args.data_path / item.file)[item.number]
+    latents = clip.latents.to(torch.float16)
+    if not bool(latents.isfinite().all()):
+        raise ValueError("its latents are not finite")
+    return latents, first_frame(clip, item, work) if work.images else None
+
+
+def first_frame(clip: Clip, item: Item, work: Plan) -> Tensor:
+    """The picture that a clip begins with, uint8 [3, 8 h, 8 w]."""
+    if clip.first_frame is not None:
+        return clip.first_frame
+    height, width = item.shape[-2:]
+    with contextlib.closing(read_frames(work.videos[item.prompt], limit=1)) as frames:
+        return fit(next(frames), (8 * height, 8 * width))
+
+
+def fill(
+    folder: Path, items: Sequence[Item], args: argparse.Namespace, work: Plan, bar: tqdm
+) -> None:
+    """Append to one shard what it lacks.
+
+    Each item adds a record or a line to the shard's rejected.json, so the two together tell where
+    a killed call stopped.
+    """
+    rejected = read_rejected(folder / REJECTED)
+    with ShardWriter(folder) as writer:
+        done = writer.rows + len(rejected)
+        bar.update(done)
+        for item in items[done:]:
+            try:
+                latents, frame = load(item, args, work)
+            except (OSError, ValueError) as error:
+                rejected.append(rejection(item.file, args.data_path / item.file, error))
+                write_rejected(folder / REJECTED, rejected)
+                log.warning("%s: rejected: %s", item.file, rejected[-1].reason)
+            else:
+                images = None if frame is None else frame[None]
+                writer.append([item.prompt], latents[None], images=images)
+            bar.update()
+
+
+def run(args: argparse.Namespace, work: Plan, session: Session) -> None:
+    """Fill this process's shards."""
+    mine = sorted(work.shards)[session.rank :: session.world_size]
+    total = sum(len(work.shards[name]) for name in mine)
+    with tqdm(total=total, desc="records", disable=not session.is_main) as bar:
+        for name in mine:
+            fill(args.lmdb_path / name, work.shards[name], args, work, bar)
+
+
+def report(args: argparse.Namespace, work: Plan) -> dict[str, object]:
+    """What was taken and what was not, with reasons."""
+    late = [
+        entry for name in work.shards for entry in read_rejected(args.lmdb_path / name / REJECTED)
+    ]
+    rejected = sorted([*work.rejected, *late])
+    return {
+        "records": work.count - len(late),
+        "images": work.images,
+        "duplicates": len(work.duplicates),
+        "rejected": len(rejected),
+        "duplicate_files": [asdict(entry) for entry in work.duplicates],
+        "rejected_files": [asdict(entry) for entry in rejected],
+    }
+
+
+def claim(args: argparse.Namespace, work: Plan, session: Session) -> None:
+    """Begin the output folder or go on with it. Raises ConfigError if it holds something else."""
+    folder = args.lmdb_path
+    if shard_paths(folder) and not (folder / SETTINGS).is_file():
+        raise ConfigError(f"--lmdb_path {folder}: holds shards of unknown origin; use another one")
+    claim_folder(folder, settings(args, work), session, holds="shards", flag="--lmdb_path")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make all shards; returns the exit status."""
+    args = parser().parse_args(arguments)
+    with distributed_session(timeout_s=TIMEOUT_S) as session:
+        start_logging(main_rank=session.is_main)
+        try:
+            work = plan(args, progress=session.is_main)
+            claim(args, work, session)
+            run(args, work, session)
+            session.barrier()
+            if session.is_main:
+                summary = report(args, work)
+                text = json.dumps(summary, indent=1, ensure_ascii=False)
+                write_text(args.lmdb_path / "report.json", text + "\n")
+        except USER_ERRORS as error:
+            return fail(error)
+        except KeyboardInterrupt:
+            log.warning("stopped; run the same command again to continue")
+            return 130
+        if session.is_main:
+            log.info(
+                "%s: %d records, %d duplicates and %d rejected, see report.json",
+                args.lmdb_path, summary["records"], summary["duplicates"], summary["rejected"],
+            )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

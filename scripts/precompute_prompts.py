@@ -1,0 +1,179 @@
+"""Encode all prompts that a run needs, once: with `data.text_embeddings`, no run loads the encoder.
+
+The prompts are those of the configuration's data, its negative prompt and its validation prompts,
+and those of --prompt_path. Each is encoded alone, as training does it, so the states are the same
+to the bit. Any number of processes (torchrun) stores the same; what is stored already is left as it
+is, so an interrupted call continues, and a later one adds prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from torch import Tensor
+from tqdm import tqdm
+
+from model.folder import ModelFolder, check_model, find_model
+from model.wan_wrapper import WanTextEncoder, clean_prompt
+from trainer.config import Config, compute_dtype, generator_model, load
+from trainer.inputs import needed_prompts
+from utils.cli import USER_ERRORS, fail, start_logging
+from utils.config import ConfigError
+from utils.dataset import open_dataset
+from utils.distributed import Session, distributed_session
+from utils.embeddings import (
+    EmbeddingManifest,
+    EmbeddingReader,
+    EmbeddingWriter,
+    by_shard,
+    content_hash,
+    read_manifest,
+    write_manifest,
+)
+
+log = logging.getLogger(__name__)
+
+DEFAULT_FOLDER = "data/embeddings"
+GROUP = 16  # prompts written at a time; a killed process loses at most so many
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of precompute_prompts.py."""
+    result = argparse.ArgumentParser(description=__doc__)
+    result.add_argument("--config_path", type=Path, required=True, help="the run's YAML file")
+    result.add_argument(
+        "--output_path", type=Path, default=None,
+        help=f"default: data.text_embeddings of the configuration, or {DEFAULT_FOLDER}",
+    )  # fmt: skip
+    result.add_argument(
+        "--prompt_path", type=Path, action="append", default=[],
+        help="more prompts, as data.path of training; may be given several times",
+    )  # fmt: skip
+    result.add_argument("overrides", nargs="*", metavar="key=value", help="settings to override")
+    return result
+
+
+def all_prompts(config: Config, more: Sequence[Path]) -> list[str]:
+    """What a run with this configuration encodes, and the prompts of further files or folders."""
+    prompts = needed_prompts(config, open_dataset(Path(config.data.path)))
+    for dataset in map(open_dataset, more):
+        prompts += [dataset.prompt(i) for i in range(len(dataset))]
+    return prompts
+
+
+def describe(config: Config, model: ModelFolder) -> EmbeddingManifest:
+    """What the states depend on; reads the encoder's weights to tell them from others."""
+    assert model.text_encoder is not None, "see that the model is complete first"
+    assert model.tokenizer is not None, "see that the model is complete first"
+    sizes = model.wan_config()
+    return EmbeddingManifest(
+        text_len=sizes.text_len,
+        text_dim=sizes.text_dim,
+        dtype=str(compute_dtype(config)).removeprefix("torch."),
+        encoder=content_hash(model.text_encoder),
+        tokenizer=content_hash(model.tokenizer),
+    )
+
+
+def claim_folder(folder: Path, manifest: EmbeddingManifest, session: Session) -> None:
+    """Begin a store, or find one of the same kind. Raises ConfigError if it is of another."""
+    there = read_manifest(folder)
+    if there not in (None, manifest):
+        was, now = vars(there), vars(manifest)
+        changed = [f"{key} was {was[key]}, is {now[key]}" for key in now if was[key] != now[key]]
+        raise ConfigError(
+            f"--output_path {folder}: holds text embeddings of another kind "
+            f"({'; '.join(changed)}); use another folder"
+        )
+    session.barrier()
+    if session.is_main and there is None:
+        write_manifest(folder, manifest)
+    session.barrier()
+
+
+def encode(encoder: WanTextEncoder, prompt: str) -> Tensor:
+    """The states of one prompt, [text_len, text_dim]."""
+    return encoder([prompt])[0].cpu()
+
+
+def run(prompts: Sequence[str], folder: Path, encoder: WanTextEncoder, session: Session) -> None:
+    """Encode and store this process's share of prompts that are not stored yet."""
+    shards = by_shard(prompts)
+    mine = sorted(shards)[session.rank :: session.world_size]
+    total = sum(len(shards[name]) for name in mine)
+    with tqdm(total=total, desc="prompts", disable=not session.is_main) as bar:
+        for name in mine:
+            with EmbeddingWriter(folder / name) as writer:
+                for first in range(0, len(shards[name]), GROUP):
+                    states = {}
+                    for prompt in shards[name][first : first + GROUP]:
+                        states[prompt] = encode(encoder, prompt)
+                        bar.update()
+                    writer.put(states)
+
+
+def tokens_cut(encoder: WanTextEncoder, prompt: str) -> int:
+    """How many tokens of a prompt the model does not read."""
+    words = encoder.tokenizer(clean_prompt(prompt), add_special_tokens=True).input_ids
+    return max(0, len(words) - encoder.text_len)
+
+
+def report(
+    needed: Sequence[str], added: Sequence[str], folder: Path, encoder: WanTextEncoder | None
+) -> None:
+    """Log the counts. encoder: None if nothing was added."""
+    cut = [] if encoder is None else [tokens_cut(encoder, prompt) for prompt in added]
+    distinct = len(set(needed))
+    log.info(
+        "%d prompts, %d of them duplicates; %d were in %s, %d are added by all processes together, "
+        "of which %d were cut, by %d tokens in all",
+        len(needed), len(needed) - distinct, distinct - len(added), folder, len(added),
+        sum(tokens > 0 for tokens in cut), sum(cut),
+    )  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Store what is missing; returns the exit status."""
+    args = parser().parse_intermixed_args(arguments)
+    try:
+        config = load(args.config_path, args.overrides)
+        folder = args.output_path or Path(config.data.text_embeddings or DEFAULT_FOLDER)
+        model = find_model(Path(config.model_root), generator_model(config))
+        check_model(model, weights=False)
+        needed = all_prompts(config, args.prompt_path)
+    except USER_ERRORS as error:
+        return fail(error)
+    with distributed_session(timeout_s=config.timeout_s) as session:
+        start_logging(main_rank=session.is_main)
+        try:
+            log.info("reading %s to tell this text encoder from others", model.text_encoder)
+            manifest = describe(config, model)
+            claim_folder(folder, manifest, session)
+            with EmbeddingReader(folder) as reader:
+                missing = reader.missing(needed)
+            session.barrier()  # nobody reads any more
+            encoder = None
+            if missing:
+                encoder = WanTextEncoder(model, manifest.text_len, compute_dtype(config))
+                encoder.to(session.device)
+        except USER_ERRORS as error:
+            return fail(error)
+        if encoder is not None:
+            try:
+                run(missing, folder, encoder, session)
+            except KeyboardInterrupt:
+                log.warning("stopped; run the same command again to continue")
+                return 130
+        if session.is_main:
+            report(needed, missing, folder, encoder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,329 @@
+"""inference.py for others to judge: VBench's file names, and a manifest that is always true."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import inference
+from scripts.make_tiny_world import NAME
+from tests.commands import no_weights, own_logging, refusal
+from tests.ranks import run_on_ranks
+from tests.runs import write_config
+from utils import manifest
+from utils.config import ConfigError
+
+__all__ = ["no_weights", "own_logging"]
+
+PROMPTS = ("a red circle moves right", "a green bar moves up", "a blue triangle moves left")
+
+
+@dataclass(frozen=True)
+class World:
+    """A text-to-video model, and short clips of it."""
+
+    config: Path
+    weights: Path
+    folder: Path
+    clips: Path  # of PROMPTS
+
+    def words(self, output: Path, *more: str) -> list[str]:
+        return [
+            "--config_path", str(self.config), "--checkpoint_path", str(self.weights),
+            "--data_path", str(self.folder / "prompts.txt"), "--output_folder", str(output),
+            "--num_output_frames", "1", *more,
+        ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_root: Path) -> World:
+    folder = tmp_path_factory.mktemp("manifest")
+    write(folder / "prompts.txt", "\n".join(PROMPTS))
+    config = write_config(folder, tiny_root, "dmd")
+    made = World(config, tiny_root / "wan_models" / NAME, folder, folder / "clips")
+    assert inference.main(made.words(made.clips)) == 0
+    return made
+
+
+def write(path: Path, content: Any) -> Path:
+    text = content if isinstance(content, str) else json.dumps(content)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.mp4"))
+
+
+# ---- the manifest
+
+
+def test_the_manifest_tells_each_clip_from_all_that_made_it(world: World) -> None:
+    made = read(world.clips)
+    assert made["complete"] is True
+    assert made["clips"] == [
+        {
+            "file": f"{prompt}-0.mp4",
+            "prompt": prompt,
+            "conditioning_prompt": prompt,
+            "seed": 0,
+            "sample": 0,
+            "height": 32,
+            "width": 32,
+            "images": [],
+            "images_sha256": [],
+        }
+        for prompt in PROMPTS
+    ]
+    assert names(world.clips) == sorted(clip["file"] for clip in made["clips"])
+
+
+def test_the_manifest_tells_what_all_clips_share(world: World) -> None:
+    made = read(world.clips)
+    file = world.weights / "diffusion_pytorch_model.safetensors"
+    expected = {
+        "protocol": "original prompts",
+        "vbench": False,
+        "use_ema": False,
+        "seed": 0,
+        "fps": 16.0,
+        "size": [32, 32],
+        "frames": 1,
+        "denoising_step_list": [1000, 750, 500, 250],
+        "timestep_shift": 5.0,
+        "weights": str(file),
+        "weights_sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest()},
+    }
+    assert {key: made[key] for key in expected} == expected
+    (environment,) = made["made_by"]
+    assert environment["code"] == manifest.code_revision()
+    assert environment["packages"]["torch"].startswith("2.")
+    assert environment["device"] == "cpu"
+
+
+@pytest.mark.slow
+def test_several_processes_write_the_manifest_of_one(world: World, tmp_path: Path) -> None:
+    assert run_on_ranks(3, inference.main, world.words(tmp_path / "clips")) == [0, 0, 0]
+    assert read(tmp_path / "clips") == read(world.clips)
+
+
+def test_an_interrupted_run_leaves_a_manifest_that_says_so_and_is_finished_by_the_next(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips, make, calls = tmp_path / "clips", inference.make, [0]
+
+    def stopped(*arguments: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise KeyboardInterrupt
+        make(*arguments)
+
+    monkeypatch.setattr(inference, "make", stopped)
+    assert inference.main(world.words(clips)) == 130
+    assert read(clips)["complete"] is False
+    assert names(clips) == [f"{PROMPTS[0]}-0.mp4"]
+    assert inference.main(world.words(clips)) == 0
+    assert read(clips) == read(world.clips)
+
+
+def test_code_that_changed_between_two_calls_is_told_beside_the_first(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = tmp_path / "clips"
+    codes = [{"revision": revision, "dirty": False} for revision in "abc"]
+    for code, samples in ((codes[0], "1"), (codes[1], "2"), (codes[2], "2")):
+        monkeypatch.setattr(manifest, "code_revision", lambda code=code: code)
+        assert inference.main(world.words(clips, "--num_samples", samples)) == 0
+    made_by = [environment["code"] for environment in read(clips)["made_by"]]
+    assert made_by == codes[:2]  # the third call had nothing to make
+
+
+def test_clips_of_an_earlier_call_with_more_samples_stay_in_the_manifest(
+    world: World, tmp_path: Path
+) -> None:
+    clips = tmp_path / "clips"
+    assert inference.main(world.words(clips, "--num_samples", "2")) == 0
+    assert inference.main(world.words(clips)) == 0
+    assert sorted(clip["file"] for clip in read(clips)["clips"]) == names(clips)
+    assert len(names(clips)) == 6
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_numbered_clips_are_not_taken_for_those_of_other_prompts(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, clips = write(tmp_path / "p.txt", "a red circle"), tmp_path / "clips"
+    line = world.words(clips, "--data_path", str(data), "--save_with_index")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "run", lambda *_: (clips / "0-0_regular.mp4").touch())
+        assert inference.main(line) == 0
+    write(data, "a blue circle")
+    assert refusal(inference.main, line, capsys) == (
+        f"--output_folder {clips}: 0-0_regular.mp4 is another clip than this call makes (prompt "
+        "was 'a red circle', is 'a blue circle'; conditioning_prompt was 'a red circle', is "
+        "'a blue circle'); use another folder"
+    )
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_clip_that_nobody_knows_is_not_taken_for_ones_own(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / f"{PROMPTS[1]}-0.mp4").touch()
+    assert refusal(inference.main, world.words(tmp_path), capsys) == (
+        f"--output_folder {tmp_path}: {PROMPTS[1]}-0.mp4 is another clip than this call makes "
+        "(manifest.json does not know it); use another folder"
+    )
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_clips_of_weights_that_were_replaced_are_not_continued(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "own.safetensors"
+    content = (world.weights / "diffusion_pytorch_model.safetensors").read_bytes()
+    weights.write_bytes(content)
+    line = world.words(tmp_path / "clips", "--checkpoint_path", str(weights))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "run", lambda *_: None)
+        assert inference.main(line) == 0
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert refusal(inference.main, line, capsys) == (
+        f"--output_folder {tmp_path / 'clips'}: holds clips of other weights: {weights} has "
+        "changed since; use another folder"
+    )
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_torn_manifest_is_named(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "manifest.json").write_text('{"clips": [', encoding="utf-8")
+    said = refusal(inference.main, world.words(tmp_path), capsys)
+    assert said.startswith(f"{tmp_path / 'manifest.json'}: not a manifest of clips: ")
+
+
+def claim_nothing(folder: Path) -> str:
+    """On one rank: what it is told of a folder that only the main rank has looked at."""
+    from utils.distributed import distributed_session
+
+    with distributed_session(timeout_s=60.0) as session:
+        try:
+            manifest.claim_folder(folder, {}, folder / "absent.pt", [], session)
+        except ConfigError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_every_rank_is_told_what_is_wrong_with_the_folder(tmp_path: Path) -> None:
+    told = run_on_ranks(2, claim_nothing, tmp_path)
+    assert told[0] == told[1]
+    assert "absent.pt" in told[0]
+
+
+# ---- VBench
+
+
+def vbench(world: World, output: Path, *more: str) -> dict[str, int]:
+    """How many clips of each prompt are planned."""
+    line = world.words(output, "--vbench", *more)
+    args = inference.parser().parse_intermixed_args(line)
+    jobs = inference.plan(args, inference.load(world.config))
+    assert all(job.file.parent == output / "videos" for job in jobs)
+    count: dict[str, int] = {}
+    for job in jobs:
+        number = count.setdefault(job.item.title, 0)
+        assert job.file.name == f"{job.item.title}-{number}.mp4"
+        assert (job.request.sample, job.request.seed) == (number, 0)
+        count[job.item.title] += 1
+    return count
+
+
+def test_vbench_finds_five_clips_of_each_prompt_under_its_whole_text(
+    world: World, tmp_path: Path
+) -> None:
+    long = "a red circle, " * 15 + 'and "a" cat?'
+    assert len(long) > 200
+    data = write(tmp_path / "all_dimension.txt", f"{PROMPTS[0]}.\n\n{long}\n")
+    assert vbench(world, tmp_path, "--data_path", str(data)) == {f"{PROMPTS[0]}.": 5, long: 5}
+
+
+def test_vbench_finds_25_clips_where_its_filter_takes_some_out(
+    world: World, tmp_path: Path
+) -> None:
+    info = [
+        {"prompt_en": PROMPTS[0], "dimension": ["temporal_flickering"]},
+        {"prompt_en": PROMPTS[1], "dimension": ["color"]},
+        {"prompt_en": PROMPTS[1], "dimension": ["temporal_flickering"]},
+        {"prompt_en": PROMPTS[2], "dimension": ["scene", "overall_consistency"]},
+    ]
+    data = str(write(tmp_path / "VBench_full_info.json", info))
+    assert list(vbench(world, tmp_path, "--data_path", data).values()) == [25, 25, 5]
+    few = vbench(world, tmp_path, "--data_path", data, "--num_samples", "2")
+    assert list(few.values()) == [2, 2, 2]
+
+
+def test_a_vbench_folder_holds_clips_alone(world: World, tmp_path: Path) -> None:
+    longer = write(tmp_path / "longer.txt", "\n".join(f"{prompt} slowly" for prompt in PROMPTS))
+    line = world.words(
+        tmp_path / "out", "--vbench", "--num_samples", "2", "--extended_prompt_path", str(longer)
+    )
+    assert inference.main(line) == 0
+    made = read(tmp_path / "out")
+    expected = sorted(f"{prompt}-{i}.mp4" for prompt in PROMPTS for i in range(2))
+    assert sorted(path.name for path in (tmp_path / "out" / "videos").iterdir()) == expected
+    assert sorted(clip["file"] for clip in made["clips"]) == [f"videos/{n}" for n in expected]
+    assert (made["protocol"], made["vbench"]) == ("extended prompts", True)
+    assert [(clip["prompt"], clip["conditioning_prompt"]) for clip in made["clips"][::2]] == [
+        (prompt, f"{prompt} slowly") for prompt in PROMPTS
+    ]
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("prompt", "fault"),
+    [
+        ("a cat and/or a dog", "holds '/' or a control character, which no file name can"),
+        (" ".join(["word"] * 3000), "makes a file name of more than 230 bytes"),
+    ],
+)
+def test_a_prompt_that_vbench_could_not_find_is_refused(
+    prompt: str, fault: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "p.txt", prompt)
+    line = world.words(tmp_path / "clips", "--vbench", "--data_path", str(data))
+    said = refusal(inference.main, line, capsys)
+    assert said.startswith(f"--vbench: the prompt '{prompt[:60]}")
+    assert f"{fault}, so VBench could not find its clips; give short prompts" in said
+
+
+def test_a_prompt_of_3000_words_and_blank_lines_are_no_trouble_otherwise(
+    world: World, tmp_path: Path
+) -> None:
+    words = " ".join(["red"] * 3000)
+    data = write(tmp_path / "p.txt", f"\n{words}\n \n{PROMPTS[0]}\n\n")
+    line = world.words(tmp_path / "clips", "--data_path", str(data))
+    assert inference.main(line) == 0
+    assert names(tmp_path / "clips") == [f"{PROMPTS[0]}-0.mp4", f"{words[:100].strip()}-0.mp4"]
+    assert read(tmp_path / "clips")["clips"][0]["conditioning_prompt"] == words
+
+
+def test_images_that_are_named_by_their_prompts_are_read_for_vbench(
+    world: World, tmp_path: Path
+) -> None:
+    import imageio.v3 as iio
+    import numpy as np
+
+    iio.imwrite(tmp_path / f"{PROMPTS[0]}.jpg", np.zeros((32, 32, 3), dtype=np.uint8))
+    more = ("--i2v", "--data_path", str(tmp_path))
+    assert vbench(world, tmp_path / "out", *more) == {PROMPTS[0]: 5}

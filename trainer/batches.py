@@ -1,0 +1,82 @@
+"""From draws of the data order to encoded batches on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from model.conditioning import ConditioningEncoder, first_latents
+from model.types import SPATIAL_STRIDE, Batch, Keyframes
+from model.vae import VideoVAE
+from trainer.config import Config
+from utils.dataset import DataOrder, Dataset, RawItem
+from utils.images import to_signed
+
+
+class BatchLoader:
+    """Reads records, and encodes what the networks are conditioned on."""
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: Dataset,
+        encoder: ConditioningEncoder,
+        device: torch.device,
+        vae: VideoVAE | None = None,
+    ) -> None:
+        """vae: for causal.given_first_frame of data with images but without latents."""
+        self.config = config
+        self.dataset = dataset
+        self.encoder = encoder
+        self.device = device
+        self.vae = vae
+        self.order = DataOrder(list(dataset.buckets.values()), config.batch_size, config.seed)
+
+    def __call__(self, draws: int, indices: Sequence[int]) -> Batch:
+        """The samples at `indices` of the global batch that begins at draw number `draws`."""
+        return self.batch([self.dataset[self.order[draws + i]] for i in indices])
+
+    def batch(self, items: Sequence[RawItem]) -> Batch:
+        """Records of one shape, encoded."""
+        x0 = self._stack(item.latents for item in items)
+        images = self._stack(item.image for item in items)
+        first = None if images is None else to_signed(images)
+        shape = self._latent_shape(x0, first)
+        keyframes = Keyframes(first) if first is not None and self.encoder.reads_images else None
+        conditioning = self.encoder.encode(
+            [item.prompt for item in items], keyframes, frames=shape[1]
+        )
+        return Batch(
+            conditioning=conditioning,
+            unconditional=self.encoder.unconditional(conditioning),
+            latent_shape=shape,
+            x0=x0,
+            given=self._given(x0, first),
+            trajectory=self._stack(item.trajectory for item in items),
+        )
+
+    def _latent_shape(self, x0: Tensor | None, first: Tensor | None) -> tuple[int, int, int, int]:
+        """[C, F, H, W] of the samples to make: the run's, or with buckets the records'."""
+        channels, frames, height, width = self.config.latent_shape
+        if self.config.data.buckets and x0 is not None:
+            frames, height, width = x0.shape[2:]
+        elif self.config.data.buckets and first is not None:
+            height, width = (side // SPATIAL_STRIDE for side in first.shape[-2:])
+        return channels, frames, height, width
+
+    def _given(self, x0: Tensor | None, first: Tensor | None) -> Tensor | None:
+        """The latent frame that causal videos begin with, if they begin with a given one."""
+        if not self.config.causal.given_first_frame:
+            return None
+        if x0 is not None:
+            return x0[:, :, :1]
+        assert self.vae is not None, "a given first frame needs latents, or images and the VAE"
+        assert first is not None, "a given first frame needs latents or images"
+        return first_latents(self.vae, first)
+
+    def _stack(self, tensors: Iterable[Tensor | None]) -> Tensor | None:
+        """One tensor per sample as a batch on the device, where the data has them."""
+        found = [tensor for tensor in tensors if tensor is not None]
+        return torch.stack(found).to(self.device) if found else None

@@ -1,0 +1,89 @@
+"""What clips may begin with: images or frames that fit the model, checked before it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from model.folder import ModelFolder
+from model.types import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from trainer.config import Config, causal_config
+from utils.config import ConfigError
+from utils.given_frames import Given, Size, read_given
+from utils.prompts import PromptItem, some
+
+
+def pixel_size(config: Config) -> Size:
+    """Height and width of the configured clips."""
+    _, _, rows, columns = config.latent_shape
+    return SPATIAL_STRIDE * rows, SPATIAL_STRIDE * columns
+
+
+def pixel_frames(config: Config) -> int:
+    """How many frames the configured clips have."""
+    return 1 + TEMPORAL_STRIDE * (config.latent_shape[1] - 1)
+
+
+def check_images(config: Config, folder: ModelFolder, items: Sequence[PromptItem] | None) -> None:
+    """Raise ConfigError unless the model begins with as many images as each item has.
+
+    items: those of --i2v; None = there are no images.
+    """
+    count, causal = folder.wan_config().image_count, causal_config(config)
+    if items is None:
+        if count:
+            raise ConfigError(
+                f"--i2v: {folder.path} makes clips from images; add --i2v, and give a folder of "
+                f"images and texts as --data_path"
+            )
+        return
+    if not count and causal is None:
+        raise ConfigError(
+            f"--i2v: {folder.path} makes whole clips from text alone; use an image-to-video model, "
+            f"or one with generator_type: causal"
+        )
+    if not count and causal is not None:
+        try:
+            causal.split(config.latent_shape[1], 1)
+        except ValueError as error:
+            raise ConfigError(f"--i2v: {error}") from error
+    wanted = max(1, count)
+    wrong = sorted({item.name for item in items if len(item.pictures) != wanted})
+    if wrong:
+        takes = "one image for each clip" if wanted == 1 else "a first and a <stem>_last image"
+        has = "a first and a last one" if wanted == 1 else "no last one"
+        raise ConfigError(f"--i2v: {folder.path} takes {takes}; there is {has} for {some(wrong)}")
+
+
+def read_start(config: Config, path: Path | None, *, images: bool) -> Given | None:
+    """The frames that all clips begin with. Raises ConfigError unless blocks hold as many.
+
+    images: whether each clip begins with an image of its own.
+    """
+    causal = causal_config(config)
+    if path is None:
+        if causal is not None and causal.given_first_frame and not images:
+            raise ConfigError(
+                "--initial_path: this model was trained to continue a first frame; give one, or "
+                "images with --i2v, or set causal.given_first_frame=false"
+            )
+        return None
+    if causal is None:
+        raise ConfigError(
+            "--initial_path: this model makes whole clips and cannot begin with given frames; "
+            "use one with generator_type: causal"
+        )
+    try:
+        start = read_given(path, pixel_size(config), pixel_frames(config))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--initial_path: {error}") from error
+    pixels = start.frames.shape[2]
+    if (pixels - 1) % TEMPORAL_STRIDE:
+        raise ConfigError(
+            f"--initial_path: {path} has {pixels} frames; give 1 + 4 k, as latent frames hold them"
+        )
+    try:
+        causal.split(config.latent_shape[1], 1 + (pixels - 1) // TEMPORAL_STRIDE)
+    except ValueError as error:
+        raise ConfigError(f"--initial_path: {path}: {error}") from error
+    return start

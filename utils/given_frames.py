@@ -1,0 +1,96 @@
+"""Images and videos that clips begin or end with: read, cropped, fitted to the clips' size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import imageio.v3 as iio
+import torch
+from torch import Tensor
+
+from utils.images import IMAGE_SUFFIXES, describe_fit, fit, read_image
+from utils.prompts import Picture
+from utils.video import read_frames
+
+Size = tuple[int, int]  # height and width in pixels
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """Frames that clips begin with."""
+
+    frames: Tensor  # [1, 3, P, H, W] in [-1, 1]
+    fit: str  # what was done to them, in words
+
+
+def read_picture(picture: Picture) -> Tensor:
+    """What counts of an image, uint8 [3, H, W]. Raises FileNotFoundError or ValueError.
+
+    A box is cut out of the file that it was drawn on; a file of another size is taken as cut
+    already, as VBench-I2V ships its crops beside their boxes.
+    """
+    image = read_image(picture.path)
+    height, width = image.shape[1:]
+    if picture.box is None or (picture.origin is not None and picture.origin != (height, width)):
+        return image
+    left, top, right, bottom = picture.box
+    if right > width or bottom > height:
+        raise ValueError(
+            f"{picture.path}: is {height} x {width}, its target_bbox {list(picture.box)} "
+            f"(left, top, right, bottom) leaves it"
+        )
+    return image[:, top:bottom, left:right]
+
+
+def picture_size(picture: Picture) -> Size:
+    """Height and width of what counts of an image."""
+    height, width = read_picture(picture).shape[1:]
+    return height, width
+
+
+def describe_picture(picture: Picture, size: Size) -> str:
+    """What `read_fitted` does to an image, in words."""
+    whole, part = tuple(read_image(picture.path).shape[1:]), picture_size(picture)
+    box = "" if whole == part else f"{whole[0]} x {whole[1]} cut to its box, "
+    return f"{picture.path.name}: {box}{describe_fit(part, size)}"
+
+
+def read_fitted(picture: Picture, size: Size) -> Tensor:
+    """An image that covers `size`, cropped at the centre, [3, H, W] in [-1, 1]."""
+    return _signed(fit(read_picture(picture), size))
+
+
+def read_given(path: Path, size: Size, most: int) -> Given:
+    """The frames of an image or a video, fitted to `size`.
+
+    Raises FileNotFoundError, or ValueError if it is not readable or has more than `most` frames.
+    """
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        frames = read_image(path)[None]
+    else:
+        frames = torch.stack(list(read_frames(path, limit=most + 1)))
+        if len(frames) > most:
+            raise ValueError(f"{path}: has more than the {most} frames of a clip")
+    shape = (frames.shape[2], frames.shape[3])
+    enlarged = shape[0] // size[0]
+    if enlarged > 1 and shape == (enlarged * size[0], enlarged * size[1]):
+        # As small clips are written; scaling them back with a wider filter would blur them.
+        pooled = torch.nn.functional.avg_pool2d(frames.float(), enlarged)
+        frames = pooled.round().to(torch.uint8)
+    else:
+        frames = fit(frames, size)
+    return Given(_signed(frames.transpose(0, 1))[None], f"{path.name}: {describe_fit(shape, size)}")
+
+
+def read_clip(path: Path) -> Tensor:
+    """A whole video as [3, P, H, W] in [0, 1]. Raises OSError or ValueError."""
+    frames = torch.from_numpy(iio.imread(path))
+    if frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(f"expected RGB frames, got an array of shape {tuple(frames.shape)}")
+    return frames.permute(3, 0, 1, 2).float() / 255.0
+
+
+def _signed(pixels: Tensor) -> Tensor:
+    """Bytes as [-1, 1]."""
+    return pixels.float() / 127.5 - 1.0

@@ -1,0 +1,93 @@
+"""Pictures of any kind as RGB tensors, and frames brought to the size that a model takes.
+
+Letters: frames [..., 3, H, W], uint8. Sizes are (height, width).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# What Pillow raises for files that are torn, of another kind, or far too large.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+def read_image(path: Path) -> Tensor:
+    """One picture as uint8 [3, H, W], turned as its EXIF data tell.
+
+    Grey and palette become RGB, transparency is laid over white, an animation gives its first
+    picture. Raises FileNotFoundError, or ValueError with the file's name if it cannot be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such image")
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(_rgb(ImageOps.exif_transpose(image)))
+    except UNREADABLE as error:
+        reason = str(error).partition("\n")[0].replace(f" {str(path)!r}", "")
+        raise ValueError(f"{path}: not readable as an image: {reason}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut at 255
+        grey = np.asarray(image).astype(np.float64) * (255.0 / 65535.0)
+        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        opaque = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(opaque, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_signed(pixels: Tensor) -> Tensor:
+    """uint8 pixels as models take them: fp32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1.0
+
+
+def fit(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """Scale frames to cover `size`, keeping their aspect ratio, and crop them at the centre.
+
+    frames: uint8 [..., 3, H, W]. Returns uint8 [..., 3, *size]; bicubic, antialiased.
+    """
+    height, width = size
+    scaled = _covering((frames.shape[-2], frames.shape[-1]), size)
+    if scaled != tuple(frames.shape[-2:]):
+        flat = frames.reshape(-1, *frames.shape[-3:])
+        flat = F.interpolate(flat, size=scaled, mode="bicubic", antialias=True)
+        frames = flat.reshape(*frames.shape[:-2], *scaled)
+    top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
+    return frames[..., top : top + height, left : left + width].contiguous()
+
+
+def _covering(shape: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """The smallest size with the aspect ratio of `shape` that has `size` inside."""
+    height, width = size
+    if height * shape[1] >= width * shape[0]:
+        return height, max(width, round(shape[1] * height / shape[0]))
+    return max(height, round(shape[0] * width / shape[1])), width
+
+
+def describe_fit(shape: tuple[int, int], size: tuple[int, int]) -> str:
+    """What `fit` does to frames of `shape`, in words."""
+    scaled = _covering(shape, size)
+    steps = [] if scaled == tuple(shape) else [f"scaled to {_words(scaled)}"]
+    steps += [] if scaled == tuple(size) else [f"cropped to {_words(size)}"]
+    return f"{_words(shape)} {', '.join(steps) or 'kept'} (height x width)"
+
+
+def _words(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+def snapped_size(shape: tuple[int, int], area: int, multiple: int) -> tuple[int, int]:
+    """The size of about `area` pixels with the aspect ratio of `shape`, in whole `multiple`s."""
+    factor = math.sqrt(area / (shape[0] * shape[1]))
+    height, width = (max(1, round(side * factor / multiple)) * multiple for side in shape)
+    return height, width
