@@ -233,3 +233,42 @@ def test_a_bad_argument_gives_one_line_and_no_folder(
     line = world.words(tmp_path / "pairs", *more)
     assert refusal(generate_ode_pairs.main, line, capsys) == message
     assert not (tmp_path / "pairs").exists()
+
+
+# ---- pairs that begin with images
+
+
+def image_words(world: World, root: Path, output: Path) -> list[str]:
+    """The command line of an image-to-video teacher."""
+    words = world.words(output, "generator.model=Wan2.1-I2V-Tiny")
+    changed = {
+        str(world.weights): str(root / "wan_models" / "Wan2.1-I2V-Tiny"),
+        str(world.captions): str(root / "data" / "tiny" / "latents"),
+    }
+    return [changed.get(word, word) for word in words]
+
+
+def test_pairs_of_an_image_to_video_teacher_keep_their_images_and_train(
+    world: World, tiny_root: Path, tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs"
+    assert generate(image_words(world, tiny_root, pairs)) == 0
+    made, data = ShardReader(pairs), ShardReader(tiny_root / "data" / "tiny" / "latents")
+    for i in range(PAIRS):
+        assert made.prompt(i) == data.prompt(i)
+        assert torch.equal(made.image(i), data.image(i))
+    del made, data  # a process may open shards only once
+    config = write_config(tmp_path, tiny_root, "ode")
+    words = ("generator.model=Wan2.1-I2V-Tiny", f"data.path={pairs}", "steps=2")
+    assert len(rows(run(config, tmp_path / "run", *words))) == 2
+
+
+def test_captions_without_images_are_refused_for_an_image_to_video_teacher(
+    world: World, tiny_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = image_words(world, tiny_root, tmp_path / "pairs")
+    words = [str(world.captions) if word.endswith("tiny/latents") else word for word in words]
+    assert refusal(generate_ode_pairs.main, words, capsys) == (
+        f"--caption_path: this model begins with images of (32, 32) (height, width), "
+        f"{world.captions} holds none; make shards by scripts/create_lmdb_14b_shards.py"
+    )
