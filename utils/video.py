@@ -24,6 +24,7 @@ from utils.files import replaced_atomically
 MIN_SIDE = 256  # smaller clips are enlarged by a whole factor, or players blur them
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
 # A video is a file, never a list that names others; nothing is fetched on its behalf.
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif"  # whatever a file's suffix says
 FFMPEG = ("-nostdin", "-hide_banner", "-protocol_whitelist", "file")
 
 
@@ -119,7 +120,8 @@ def read_frames(
     filters = ",".join([*rate, "scale=round(iw*sar):ih", "setsar=1"])
     words = [*_input(path, "-xerror", "-v", "error"), "-map", "0:V:0", "-vf", filters]
     words += [] if limit is None else ["-frames:v", str(limit)]
-    words += ["-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-"]
+    words += ["-fps_mode", "passthrough", "-pix_fmt", "rgb24", "-f", "image2pipe", "-c:v", "ppm"]
+    words.append("-")
     count = 0
     with (
         tempfile.TemporaryFile() as messages,
@@ -158,7 +160,8 @@ def frame_rate(path: Path) -> float | None:
 
 
 def _input(path: Path, *options: str) -> list[str]:
-    return [get_ffmpeg_exe(), *FFMPEG, *options, "-i", f"file:{path}"]
+    containers = ("-format_whitelist", CONTAINERS)
+    return [get_ffmpeg_exe(), *FFMPEG, *containers, *options, "-i", f"file:{path}"]
 
 
 def _next_frame(stream: IO[bytes]) -> Tensor | None:

@@ -63,7 +63,8 @@ def text(seed: int, size: int = SIZE) -> Conditioning:
 
 
 def batch(shape: tuple[int, int, int, int] = SHAPE) -> Batch:
-    return Batch(text(1), text(2), shape, x0=random(SIZE, *shape, seed=3))
+    x0 = random(SIZE, *shape, seed=3)
+    return Batch(text(1), text(2), shape, x0=x0, given=x0[:, :, :1])
 
 
 def streams(size: int = SIZE) -> SampleRNG:

@@ -109,7 +109,7 @@ def test_shards_give_captions_with_latents(tiny_root: Path) -> None:
     data = open_dataset(tiny_root / "data" / "tiny" / "latents")
     item = data[63]
     assert len(data) == 64
-    assert data.buckets == {Shapes((16, 5, 4, 4)): list(range(64))}
+    assert data.buckets == {Shapes((16, 5, 4, 4), image=(32, 32)): list(range(64))}
     assert item.latents is not None
     assert item.latents.dtype == torch.float32
     assert item.prompt.startswith("a ")

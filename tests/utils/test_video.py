@@ -238,6 +238,21 @@ def test_odd_and_upright_sizes_are_read(tmp_path: Path, size: tuple[int, int]) -
     assert next(read_frames(make_video(tmp_path / "a.mp4", size=size))).shape == (3, *size)
 
 
+@pytest.mark.parametrize("kind", ["yuv420p10le", "gbrp16le", "gray16le", "gray", "yuva420p"])
+def test_colours_of_any_depth_are_read_as_bytes(tmp_path: Path, kind: str) -> None:
+    path = make_video(tmp_path / "a.mkv", "-c:v", "ffv1", "-pix_fmt", kind, frames=9)
+    frames = list(read_frames(path))
+    assert {(frame.shape, frame.dtype) for frame in frames} == {((3, 32, 32), torch.uint8)}
+    assert levels(frames) == list(range(9))
+
+
+def test_a_list_that_names_another_video_is_not_followed(tmp_path: Path) -> None:
+    make_video(tmp_path / "a.mp4")
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")
+    with pytest.raises(ValueError, match=r"list\.mp4: not readable as a video: "):
+        next(read_frames(tmp_path / "list.mp4"))
+
+
 def test_a_still_is_a_video_of_one_frame(tmp_path: Path) -> None:
     assert len(list(read_frames(make_video(tmp_path / "a.mp4", frames=1), fps=8))) == 1
 
