@@ -21,7 +21,7 @@ from torch import Tensor
 
 from utils.config import ConfigError
 from utils.files import write_text
-from utils.lmdb import FIRST_MAP_BYTES, GROWTH, _open, shard_paths
+from utils.lmdb import FIRST_MAP_BYTES, GROWTH, _open, shard_paths, writing
 
 FORMAT = 1  # of what is said above, and of how prompts are cleaned before they are encoded
 SHARDS = 64  # so many processes can write to one store; changing it would hide what is stored
@@ -169,7 +169,9 @@ class EmbeddingWriter:
         path.mkdir(parents=True, exist_ok=True)
         if _begun(path):
             _open(path).close()  # refuses a file that was cut off
-        self._env = lmdb.open(str(path), map_size=FIRST_MAP_BYTES, subdir=True, lock=False)
+        self._path = path
+        with writing(path):
+            self._env = lmdb.open(str(path), map_size=FIRST_MAP_BYTES, subdir=True, lock=False)
 
     def __enter__(self) -> EmbeddingWriter:
         return self
@@ -178,7 +180,10 @@ class EmbeddingWriter:
         self._env.close()
 
     def put(self, states: Mapping[str, Tensor]) -> None:
-        """Store prompts of this shard (see `by_shard`) with their states [L, D]; durable."""
+        """Store prompts of this shard (see `by_shard`) with their states [L, D]; durable.
+
+        Raises OSError if the disk does not take them, and then the shard is as it was.
+        """
         records = {}
         for prompt, rows in states.items():
             records[PROMPT + _hash(prompt)] = prompt.encode()
@@ -188,7 +193,7 @@ class EmbeddingWriter:
 
     def _put(self, records: Mapping[bytes, bytes]) -> bool:
         try:
-            with self._env.begin(write=True) as transaction:
+            with writing(self._path), self._env.begin(write=True) as transaction:
                 for key, value in records.items():
                     transaction.put(key, value)
         except lmdb.MapFullError:

@@ -9,8 +9,9 @@ things of the same kinds.
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -32,7 +33,9 @@ class ShardWriter:
         file = path / "data.mdb"
         if file.is_file() and file.stat().st_size:  # an empty one was killed before it began
             _open(path).close()
-        self._env = lmdb.open(str(path), map_size=FIRST_MAP_BYTES, subdir=True, lock=False)
+        self._path = path
+        with writing(path):
+            self._env = lmdb.open(str(path), map_size=FIRST_MAP_BYTES, subdir=True, lock=False)
         self._rows = _rows(self._env)
 
     @property
@@ -56,7 +59,8 @@ class ShardWriter:
         """Add rows; None = without.
 
         latents: [B, C, F, H, W]; trajectories: [B, S, C, F, H, W]; images: [B, 3, H, W], uint8.
-        Raises ValueError if there is not one row per prompt, or their shape is new.
+        Raises ValueError if there is not one row per prompt, or their shape is new; OSError if the
+        disk does not take them, and then the shard is as it was.
         """
         records = {b"prompts_shape": f"{self._rows + len(prompts)}".encode()}
         for i, prompt in enumerate(prompts):
@@ -100,7 +104,7 @@ class ShardWriter:
 
     def _put(self, records: dict[bytes, bytes]) -> bool:
         try:
-            with self._env.begin(write=True) as transaction:
+            with writing(self._path), self._env.begin(write=True) as transaction:
                 for key, value in records.items():
                     transaction.put(key, value)
         except lmdb.MapFullError:
@@ -277,6 +281,17 @@ def shard_paths(folder: Path) -> list[Path]:
     if (folder / "data.mdb").is_file():
         return [folder]
     return sorted(path.parent for path in folder.glob("*/data.mdb"))
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within the body, what LMDB cannot write is an OSError that names the shard."""
+    try:
+        yield
+    except lmdb.MapFullError:
+        raise
+    except lmdb.Error as error:
+        raise OSError(f"{path}: cannot be written: {error}; is the disk full?") from error
 
 
 def _frames_first(shape: Sequence[int]) -> tuple[int, ...]:
