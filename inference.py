@@ -18,7 +18,7 @@ from model.types import SPATIAL_STRIDE, Keyframes
 from trainer.config import Config, causal_config, generator_model, load, problems
 from trainer.serving import Request, Source, VideoGenerator, check_source, load_generator
 from trainer.starts import check_images, pixel_frames, pixel_size, read_start
-from utils.cli import USER_ERRORS, fail, start_logging
+from utils.cli import USER_ERRORS, fail, start_logging, stopped
 from utils.clip_names import clip_stems, default_samples
 from utils.config import ConfigError
 from utils.dataset import open_dataset
@@ -28,26 +28,25 @@ from utils.given_frames import (
     Size,
     describe_picture,
     picture_size,
-    read_clip,
     read_fitted,
 )
+from utils.hashes import sha256_of
 from utils.images import snapped_size
 from utils.lmdb import shard_paths
-from utils.manifest import ClipRecord, claim_folder, finish_manifest, sha256_of
+from utils.manifest import ClipRecord, claim_folder, finish_manifest
 from utils.prompts import (
-    Picture,
     PromptItem,
     merged,
     read_image_prompts,
     read_prompts,
     with_extended,
 )
-from utils.video import contact_sheet, save_mp4, save_png
+from utils.strides import PATCH_PIXELS
+from utils.video import contact_sheet, read_clip, save_mp4, save_png
 
 log = logging.getLogger(__name__)
 
 SHEET_CLIPS = 12  # on the contact sheet
-PATCH_PIXELS = 2 * SPATIAL_STRIDE  # a side's least step: Wan's patches have 2 x 2 latents
 VBENCH_FOLDER = "videos"  # the tool takes every file beside a clip for one
 
 
@@ -108,7 +107,7 @@ def plan(args: argparse.Namespace, config: Config) -> list[Job]:
     jobs = []
     for stem, item in zip(stems, items, strict=True):
         kind = ("_ema" if args.use_ema else "_regular") if args.save_with_index else ""
-        size = clip_size(args, config, item.image)
+        size = clip_size(args, config, item)
         for sample in range(args.num_samples or default_samples(item, vbench=args.vbench)):
             file = clip_folder(args) / f"{stem}-{sample}{kind}.mp4"
             jobs.append(Job(Request(item.text, args.seed, sample), item, size, file))
@@ -141,7 +140,7 @@ def read_items(args: argparse.Namespace) -> list[PromptItem]:
         items = read_prompts(args.data_path)  # with their names
     else:
         dataset = open_dataset(args.data_path)
-        items = [PromptItem(p, p) for p in (dataset[i].prompt for i in range(len(dataset)))]
+        items = [PromptItem(p, p) for p in map(dataset.prompt, range(len(dataset)))]
     if args.extended_prompt_path is not None:
         items = with_extended(items, args.extended_prompt_path, args.data_path)
     return merged(items) if args.vbench else items
@@ -152,15 +151,14 @@ def clip_folder(args: argparse.Namespace) -> Path:
     return args.output_folder / VBENCH_FOLDER if args.vbench else args.output_folder
 
 
-def clip_size(args: argparse.Namespace, config: Config, image: Picture | None) -> Size:
+def clip_size(args: argparse.Namespace, config: Config, item: PromptItem) -> Size:
     """Height and width of a clip. Raises FileNotFoundError or ValueError for a bad image."""
     size = pixel_size(config)
-    if image is None:
+    # Read even where their sizes do not count: a bad image is told before a model is loaded.
+    shapes = [picture_size(picture) for picture in item.pictures]
+    if not shapes or args.image_size == "configured":
         return size
-    shape = picture_size(image)
-    if args.image_size == "configured":
-        return size
-    return snapped_size(shape, size[0] * size[1], PATCH_PIXELS)
+    return snapped_size(shapes[0], size[0] * size[1], PATCH_PIXELS)
 
 
 def sized(config: Config, args: argparse.Namespace) -> Config:
@@ -329,8 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             run(args, config, source, jobs, start, session)
         except KeyboardInterrupt:
-            log.warning("stopped; run the same command again to continue")
-            return 130
+            return stopped(log)
     return 0
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model.wan.context import FULL_ATTENTION, Context
 from utils.seeding import StepRNG
+from utils.strides import SPATIAL_STRIDE, TEMPORAL_STRIDE
 
 __all__ = [
     "FULL_ATTENTION",
@@ -34,10 +35,6 @@ __all__ = [
     "Sample",
     "StepRNG",
 ]
-
-
-SPATIAL_STRIDE = 8  # pixels to a latent row or column
-TEMPORAL_STRIDE = 4  # pixel frames to a latent frame; the first holds one: P = 1 + 4 (F - 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,9 +28,10 @@ from scripts.report import STYLE, inline
 from trainer.config import Config, load
 from trainer.serving import Request, VideoGenerator, check_source, load_generator
 from utils.cli import USER_ERRORS, fail, start_logging
-from utils.config import ConfigError, refuse_other_settings
+from utils.config import ConfigError
 from utils.files import write_text
 from utils.metrics import read_metrics
+from utils.outputs import refuse_other_settings
 from utils.shapes_metrics import Exam
 from utils.shapes_world import FPS
 from utils.video import contact_sheet, save_mp4, save_png

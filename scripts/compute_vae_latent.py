@@ -27,18 +27,18 @@ from tqdm import tqdm
 
 from model.folder import VAE, ModelFolder, find_model
 from model.vae import VideoVAE, load_vae
-from utils.cli import USER_ERRORS, fail, start_logging
-from utils.clips import CaptionedVideo, Clip, pair_videos, save_clip
+from utils.captioned_clips import CaptionedVideo, Clip, pair_videos, save_clip
+from utils.cli import USER_ERRORS, fail, start_logging, stopped
 from utils.config import ConfigError
 from utils.distributed import Session, distributed_session
-from utils.embeddings import content_hash
-from utils.images import fit
+from utils.hashes import content_hash
+from utils.images import fit, to_signed
 from utils.outputs import Rejected, claim_folder, rejection, write_rejected
+from utils.strides import PATCH_PIXELS
 from utils.video import frame_rate, read_frames
 
 log = logging.getLogger(__name__)
 
-MULTIPLE = 16  # of both sides: 8 pixels to a latent, 2 latents to a patch
 TIMEOUT_S = 86400.0  # a process may be done long before the others
 
 
@@ -91,8 +91,8 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     whole = argparse.Namespace(**values)
     problems = []
     for height, width in whole.buckets:
-        if min(height, width) < MULTIPLE or height % MULTIPLE or width % MULTIPLE:
-            problems.append(f"{height} x {width}: both sides must be multiples of {MULTIPLE}")
+        if min(height, width) < PATCH_PIXELS or height % PATCH_PIXELS or width % PATCH_PIXELS:
+            problems.append(f"{height} x {width}: both sides must be multiples of {PATCH_PIXELS}")
     if whole.num_frames < 1 or whole.num_frames % 4 != 1:
         problems.append(f"--num_frames: must be 1 + 4 k, as 81, got {whole.num_frames}")
     if not 1 <= whole.min_num_frames <= whole.num_frames:
@@ -175,7 +175,7 @@ def encode(vae: VideoVAE, frames: Sequence[Tensor]) -> Tensor:
     """
     encoder = vae.stream_encoder()
     pieces = torch.stack(list(frames), dim=1).split([1] + [4] * (len(frames) // 4), dim=1)
-    latents = [encoder.encode(piece[None].float() / 127.5 - 1.0) for piece in pieces]
+    latents = [encoder.encode(to_signed(piece[None])) for piece in pieces]
     stored = torch.cat(latents, dim=2)[0].half().cpu()
     if not bool(stored.isfinite().all()):
         raise ValueError("its latents are not finite")
@@ -189,9 +189,9 @@ def outputs(video: CaptionedVideo, args: argparse.Namespace) -> list[Path]:
     return [args.output_latent_folder / f"{name}.pt" for name in names]
 
 
-def make(video: CaptionedVideo, vae: VideoVAE, args: argparse.Namespace) -> None:
-    """Encode and store the clips of one video. Raises ValueError if it is of no use."""
-    clips = [
+def make(video: CaptionedVideo, vae: VideoVAE, args: argparse.Namespace) -> list[Clip]:
+    """Encode the clips of one video. Raises ValueError if it is of no use."""
+    return [
         Clip(
             prompt=video.prompt,
             latents=encode(vae, frames),
@@ -202,6 +202,10 @@ def make(video: CaptionedVideo, vae: VideoVAE, args: argparse.Namespace) -> None
         )
         for number, frames in enumerate(windows(video, args))
     ]
+
+
+def store(video: CaptionedVideo, clips: Sequence[Clip], args: argparse.Namespace) -> None:
+    """Write the clips of one video. Raises OSError if the disk does not take them."""
     for path, clip in reversed(list(zip(outputs(video, args), clips, strict=False))):
         save_clip(path, clip)
 
@@ -209,17 +213,22 @@ def make(video: CaptionedVideo, vae: VideoVAE, args: argparse.Namespace) -> None
 def run(
     videos: Sequence[CaptionedVideo], vae: VideoVAE, args: argparse.Namespace, session: Session
 ) -> list[Rejected]:
-    """Encode what is missing of this process's videos; returns those that are of no use."""
+    """Encode what is missing of this process's videos; returns those that are of no use.
+
+    Raises OSError if the disk does not take what is encoded.
+    """
     mine, rejected = videos[session.rank :: session.world_size], []
     for video in tqdm(mine, desc="videos", disable=not session.is_main):
         if outputs(video, args)[0].is_file():
             continue
         try:
-            make(video, vae, args)
+            clips = make(video, vae, args)
         except (OSError, ValueError) as error:
             file = video.path.relative_to(args.input_video_folder).as_posix()
             rejected.append(rejection(file, video.path, error))
             log.warning("%s: rejected: %s", file, rejected[-1].reason)
+        else:
+            store(video, clips, args)
     return rejected
 
 
@@ -245,12 +254,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return fail(error)
         try:
             found = session.gather(run(videos, vae, args, session))
+            rejected = sorted([*rejected, *(entry for some in found for entry in some)])
+            if session.is_main:
+                write_rejected(folder / "rejected.json", rejected)
+        except OSError as error:
+            return fail(error, own=True)
         except KeyboardInterrupt:
-            log.warning("stopped; run the same command again to continue")
-            return 130
-        rejected = sorted([*rejected, *(entry for some in found for entry in some)])
+            return stopped(log)
         if session.is_main:
-            write_rejected(folder / "rejected.json", rejected)
             used = sum(outputs(video, args)[0].is_file() for video in videos)
             log.info("%d videos are encoded in %s", used, folder)
             if rejected:

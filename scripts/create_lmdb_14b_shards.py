@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.cli import USER_ERRORS, fail, start_logging
-from utils.clips import Clip, clip_files, pair_videos, read_clips
+from utils.captioned_clips import Clip, clip_files, pair_videos, read_clips
+from utils.cli import USER_ERRORS, fail, start_logging, stopped
 from utils.config import ConfigError
 from utils.distributed import Session, distributed_session
 from utils.files import write_text
@@ -39,6 +39,7 @@ from utils.outputs import (
     rejection,
     write_rejected,
 )
+from utils.strides import SPATIAL_STRIDE
 from utils.video import read_frames
 
 log = logging.getLogger(__name__)
@@ -195,7 +196,7 @@ def first_frame(clip: Clip, item: Item, work: Plan) -> Tensor:
         return clip.first_frame
     height, width = item.shape[-2:]
     with contextlib.closing(read_frames(work.videos[item.prompt], limit=1)) as frames:
-        return fit(next(frames), (8 * height, 8 * width))
+        return fit(next(frames), (SPATIAL_STRIDE * height, SPATIAL_STRIDE * width))
 
 
 def fill(
@@ -264,6 +265,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             work = plan(args, progress=session.is_main)
             claim(args, work, session)
+        except USER_ERRORS as error:
+            return fail(error)
+        except KeyboardInterrupt:
+            return stopped(log)
+        try:
             run(args, work, session)
             session.barrier()
             if session.is_main:
@@ -271,10 +277,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 text = json.dumps(summary, indent=1, ensure_ascii=False)
                 write_text(args.lmdb_path / "report.json", text + "\n")
         except USER_ERRORS as error:
-            return fail(error)
+            return fail(error, own=True)
         except KeyboardInterrupt:
-            log.warning("stopped; run the same command again to continue")
-            return 130
+            return stopped(log)
         if session.is_main:
             log.info(
                 "%s: %d records, %d duplicates and %d rejected, see report.json",

@@ -22,17 +22,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.types import SPATIAL_STRIDE, Keyframes
+from model.types import Keyframes
 from pipeline.teacher import trajectory
 from trainer.config import Config, load
 from trainer.serving import Source, VideoGenerator, check_source, load_generator
-from utils.cli import USER_ERRORS, fail, start_logging
-from utils.config import ConfigError, refuse_other_settings
+from trainer.starts import pixel_size
+from utils.cli import USER_ERRORS, fail, start_logging, stopped
+from utils.config import ConfigError
 from utils.dataset import Dataset, TrajectoryManifest, manifest_path, open_dataset, read_manifest
 from utils.distributed import Session, distributed_session
 from utils.files import write_text
 from utils.images import to_signed
 from utils.lmdb import ShardWriter
+from utils.outputs import refuse_other_settings
 from utils.seeding import sample_rng
 
 log = logging.getLogger(__name__)
@@ -81,7 +83,7 @@ class Records:
 
 def check_images(path: Path, dataset: Dataset, config: Config) -> None:
     """Raise ConfigError unless each record has an image of the size of the clips."""
-    size = tuple(SPATIAL_STRIDE * side for side in config.latent_shape[2:])
+    size = pixel_size(config)
     others = [shapes.image for shapes in dataset.buckets if shapes.image != size]
     if others:
         raise ConfigError(
@@ -213,9 +215,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return fail(error)
         try:
             run(args, config, records, load_generator(config, source, session.device), session)
+        except USER_ERRORS as error:
+            return fail(error, own=True)
         except KeyboardInterrupt:
-            log.warning("stopped; run the same command again to continue")
-            return 130
+            return stopped(log)
         log.info("this process's share of %d pairs is in %s", records.count, args.output_folder)
     return 0
 

@@ -26,6 +26,7 @@ from model.folder import CONFIG, IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, ModelFo
 from model.patch_codec import FILE_NAME, PatchCodec
 from model.umt5 import to_official
 from model.wan.config import PRESETS, write_wan_config
+from utils.cli import USER_ERRORS, fail
 from utils.lmdb import ShardWriter
 from utils.seeding import derive_seed, generator
 from utils.shapes_world import captions, draw_captions, draw_scenes, render
@@ -157,9 +158,12 @@ def make_data(folder: Path, codec: PatchCodec, count: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make the world; a second call finds it and returns at once."""
     args = parser().parse_args(arguments)
-    codec = make_folder(args.model_root / NAME)
-    make_folder(args.model_root / IMAGE_NAME, IMAGE_NAME)
-    make_data(args.data_path, codec, args.clips)
+    try:
+        codec = make_folder(args.model_root / NAME)
+        make_folder(args.model_root / IMAGE_NAME, IMAGE_NAME)
+        make_data(args.data_path, codec, args.clips)
+    except USER_ERRORS as error:
+        return fail(error)
     for name in (NAME, IMAGE_NAME):
         print(f"{args.model_root / name}: lacks {_lacking(args.model_root / name)}")
     return 0

@@ -23,7 +23,7 @@ from model.folder import ModelFolder, check_model, find_model
 from model.wan_wrapper import WanTextEncoder, clean_prompt
 from trainer.config import Config, compute_dtype, generator_model, load
 from trainer.inputs import needed_prompts
-from utils.cli import USER_ERRORS, fail, start_logging
+from utils.cli import USER_ERRORS, fail, start_logging, stopped
 from utils.config import ConfigError
 from utils.dataset import open_dataset
 from utils.distributed import Session, distributed_session
@@ -32,10 +32,10 @@ from utils.embeddings import (
     EmbeddingReader,
     EmbeddingWriter,
     by_shard,
-    content_hash,
     read_manifest,
     write_manifest,
 )
+from utils.hashes import content_hash
 
 log = logging.getLogger(__name__)
 
@@ -167,9 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if encoder is not None:
             try:
                 run(missing, folder, encoder, session)
+            except USER_ERRORS as error:
+                return fail(error, own=True)
             except KeyboardInterrupt:
-                log.warning("stopped; run the same command again to continue")
-                return 130
+                return stopped(log)
         if session.is_main:
             report(needed, missing, folder, encoder)
     return 0

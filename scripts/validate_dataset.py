@@ -116,12 +116,7 @@ def check_record(shard: Shard, row: int, found: Findings) -> None:
 
 def describe(shard: Shard) -> str:
     """What each record of a shard holds, in words."""
-    shapes = {
-        "latents": shard.latent_shape,
-        "trajectories": shard.trajectory_shape,
-        "images": shard.image_shape,
-    }
-    words = [f"{kind} {' x '.join(map(str, shapes[kind] or ()))}" for kind in shard.kinds]
+    words = [f"{kind} {' x '.join(map(str, shape))}" for kind, shape in shard.shapes.items()]
     return ", ".join(words) or "prompts alone"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -25,8 +26,8 @@ from tests.commands import ROOT, own_logging, refusal
 from tests.folders import vae_state
 from tests.ranks import run_on_ranks
 from tests.videos import make_long_video, make_sound, make_split_video, make_video, tear
-from utils import clips as clips_module
-from utils.clips import Clip, clip_files, read_clips
+from utils import captioned_clips as clips_module
+from utils.captioned_clips import Clip, clip_files, read_clips
 from utils.images import fit
 from utils.video import read_frames
 
@@ -376,6 +377,20 @@ def test_a_killed_process_is_continued_to_the_same_bytes(
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert len(list(tmp_path.rglob("*-0.pt"))) < len(list(made.rglob("*-0.pt")))
+    assert compute_vae_latent.main(line) == 0
+    assert content(tmp_path) == content(made)
+
+
+def test_a_full_disk_ends_the_call_and_rejects_no_video(
+    tiny_root: Path, videos: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = words(tiny_root, videos, tmp_path, "--clips_per_video", "2")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with patch.object(compute_vae_latent, "save_clip", side_effect=full):
+        assert compute_vae_latent.main(line) == 2
+    captured = capsys.readouterr().err
+    assert "error: [Errno 28] No space left on device" in captured
+    assert "rejected" not in captured
     assert compute_vae_latent.main(line) == 0
     assert content(tmp_path) == content(made)
 

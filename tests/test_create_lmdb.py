@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from scripts import compute_vae_latent, create_lmdb_14b_shards
-from tests.commands import ROOT, own_logging
+from tests.commands import ROOT, main_and_stderr, own_logging
 from tests.ranks import run_on_ranks
 from tests.runs import rows, run, write_config
 from tests.test_compute_vae_latent import Killed, captioned, words
 from tests.videos import make_video, tear
-from utils.clips import Clip, save_clip
+from utils.captioned_clips import Clip, save_clip
 from utils.images import fit
 from utils.lmdb import ShardReader, ShardWriter
 from utils.video import read_frames
@@ -361,6 +361,21 @@ def test_a_killed_process_is_continued_to_the_same_records(tmp_path: Path) -> No
     assert (records(output), report(output)) == (
         records(tmp_path / "whole"), report(tmp_path / "whole"),
     )  # fmt: skip
+
+
+def create_alone_on_rank_one(data: str, output: str) -> tuple[int, str]:
+    """What the second of two ranks says, the first being none of its concern."""
+    with patch.object(create_lmdb_14b_shards.Session, "barrier"):
+        return main_and_stderr(create_lmdb_14b_shards.main, line(Path(data), Path(output)))
+
+
+@pytest.mark.slow
+def test_a_rank_says_what_it_alone_has_met(data: Path, tmp_path: Path) -> None:
+    assert create(data, tmp_path) == 0
+    tear(tmp_path / "shard_16x5x4x4_00001" / "data.mdb")
+    first, second = run_on_ranks(2, create_alone_on_rank_one, str(data), str(tmp_path))
+    assert (first[0], second[0]) == (0, 2)
+    assert "shard_16x5x4x4_00001: cut off" in second[1]
 
 
 def test_a_folder_whose_clips_changed_is_refused(

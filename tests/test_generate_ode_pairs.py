@@ -162,6 +162,15 @@ def test_an_interrupted_call_ends_with_130_and_goes_on_to_the_same_bytes(
     assert content(tmp_path) == content(pairs)
 
 
+def test_a_full_disk_is_told_in_a_line(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = OSError("a full disk")
+    with patch.object(generate_ode_pairs.ShardWriter, "append", side_effect=full):
+        assert generate(world.words(tmp_path)) == 2
+    assert "error: a full disk" in capsys.readouterr().err
+
+
 def test_another_seed_makes_other_pairs(world: World, pairs: Path, tmp_path: Path) -> None:
     assert generate(world.words(tmp_path, "--seed", "1", "--num_pairs", "1")) == 0
     other = ShardReader(tmp_path).trajectory(0)

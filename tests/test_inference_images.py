@@ -333,10 +333,12 @@ def test_the_shape_of_images_matters_only_with_images(
 
 
 @pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("torn", ["x", "x_last"])
 def test_a_torn_image_is_named_before_anything_is_made(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    torn: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = picture(tmp_path / "x.png", (64, 64))
+    picture(tmp_path / "x.png", (64, 64))
+    path = picture(tmp_path / f"{torn}.png", (64, 64))
     path.write_bytes(path.read_bytes()[:2000])
     (tmp_path / "x.txt").write_text(CAPTIONS["boat"], encoding="utf-8")
     line = world.words(tmp_path / "clips", "--data_path", str(tmp_path))

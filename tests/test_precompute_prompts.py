@@ -21,6 +21,7 @@ from scripts import precompute_prompts
 from tests.commands import own_logging, refusal
 from tests.ranks import RankFailedError, run_on_ranks
 from tests.runs import write_config
+from utils import lmdb_files
 from utils.embeddings import EmbeddingReader, manifest_path, read_manifest
 from utils.lmdb import ShardWriter, shard_paths
 
@@ -218,20 +219,29 @@ def test_an_interrupted_call_ends_with_130_and_goes_on_to_the_same_states(
     assert_same_states(tmp_path, made)
 
 
+def test_a_full_disk_is_told_in_a_line(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = OSError("a full disk")
+    with patch.object(precompute_prompts.EmbeddingWriter, "put", side_effect=full):
+        assert precompute(world.words(tmp_path)) == 2
+    assert "error: a full disk" in capsys.readouterr().err
+
+
 def killed_while_it_writes(line: list[str], writes: int) -> int:
     """The command in a process that is killed within a write, after some are done."""
-    put, left = precompute_prompts.EmbeddingWriter._put, [writes]
+    put, left = lmdb_files._put, [writes]
 
-    def last(self: Any, records: Any) -> bool:
+    def last(env: Any, records: Any) -> bool:
         left[0] -= 1
         if left[0] < 0:
-            with self._env.begin(write=True) as transaction:
+            with env.begin(write=True) as transaction:
                 for key, value in records.items():
                     transaction.put(key, value)
                     os.kill(os.getpid(), signal.SIGKILL)
-        return put(self, records)
+        return put(env, records)
 
-    with patch.object(precompute_prompts.EmbeddingWriter, "_put", last):
+    with patch.object(lmdb_files, "_put", last):
         return precompute(line)
 
 

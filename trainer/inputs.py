@@ -151,7 +151,7 @@ def _check_data(config: Config, needs: Needs, dataset: Dataset, folder: ModelFol
             "causal.rollout_frames: an image-to-video model is scored from its first frame on; "
             "set it to null"
         )
-    if needs.latents or config.causal.given_first_frame or sees_images:
+    if needs.latents or config.causal.given_first_frame or sees_images or config.data.buckets:
         _check_shapes(config, dataset, folder)
     if needs.trajectories:
         _check_trajectories(config, dataset)

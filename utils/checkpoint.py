@@ -7,16 +7,21 @@ World size may change between save and load.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
 
 from utils.distributed import Session
 from utils.files import write_text
@@ -25,6 +30,74 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step_(\d{6,})$")
+
+# What torch pickles into a checkpoint's .metadata, beside its dtypes.
+_PATHS = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"}
+_PLAIN = {
+    "collections": {"OrderedDict"},
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Refuses a pickle that wants code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not dtype and name not in _PLAIN.get(module, ()):
+            raise pickle.UnpicklingError(
+                f"it wants to run code ({module}.{name}), which is refused"
+            )
+        return super().find_class(module, name)
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads a checkpoint's metadata once, and never runs code that it holds.
+
+    For each of a checkpoint's tensors, reading them again would be quadratic work.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._file = path / ".metadata"
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Raises ValueError that names the file if it is no metadata of a checkpoint."""
+        if self._metadata is None:
+            try:
+                with self._file.open("rb") as file:
+                    content = _Unpickler(file).load()
+            except Exception as error:  # unpickling raises many types; all mean the same
+                raise ValueError(f"{self._file}: not readable as metadata: {error}") from error
+            if not isinstance(content, Metadata):
+                raise ValueError(f"{self._file}: holds no metadata but a {type(content).__name__}")
+            self._metadata = content
+        return self._metadata
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    """Reads objects as torch reads weights: plain containers, no code."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        plain = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
 
 
 def save(
@@ -59,7 +132,9 @@ def save(
 
 def load(path: Path, state: dict[str, Any]) -> None:
     """Fill `state` in place from the checkpoint at `path`. Collective."""
-    dcp.load(state, checkpoint_id=path)
+    reader = Reader(path)
+    reader.read_metadata()  # what is wrong here is told as it is; dcp.load wraps it
+    dcp.load(state, storage_reader=reader, planner=_Planner())
 
 
 def problem(path: Path) -> str | None:

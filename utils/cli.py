@@ -25,9 +25,18 @@ def start_logging(*, main_rank: bool = True) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def fail(error: Exception) -> int:
-    """Print one line per problem, once for all ranks; returns the exit status 2."""
-    if os.environ.get("RANK", "0") == "0":
+def fail(error: Exception, *, own: bool = False) -> int:
+    """Print one line per problem, once for all ranks; returns the exit status 2.
+
+    own: of this rank alone, such as a full disk: then it speaks, whichever it is.
+    """
+    if own or os.environ.get("RANK", "0") == "0":
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
     return 2
+
+
+def stopped(log: logging.Logger) -> int:
+    """Say how to go on after Ctrl-C; returns the exit status 130."""
+    log.warning("stopped; run the same command again to continue")
+    return 130

@@ -70,7 +70,7 @@ def load_config(schema: T, layers: Sequence[Layer], renamed: Mapping[str, str] |
         f"{layer.source}: {_unknown(path, known, renamed or {})}"
         for layer in layers
         for path in _paths(layer.values)
-        if path not in known and _parent(path, layer.values, known)
+        if path not in known and _outermost(path, known)
     ]
     if unknown:
         raise ConfigError("\n".join(unknown))
@@ -122,8 +122,8 @@ def _leaves(node: DictConfig) -> Iterator[tuple[str, Any]]:
             yield path, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
-def _parent(path: str, values: DictConfig, known: Sequence[str]) -> bool:
-    """Whether the unknown `path` is the outermost unknown one, so that it is reported once."""
+def _outermost(path: str, known: Sequence[str]) -> bool:
+    """Whether the unknown `path` lies in no other unknown one, so that it is reported once."""
     parent = path.rpartition(".")[0]
     return not parent or parent in known
 
@@ -150,26 +150,6 @@ def nearest(path: str, known: Sequence[str]) -> str | None:
 def _siblings(path: str, known: Sequence[str]) -> str:
     parent = path.rpartition(".")[0]
     return ", ".join(key for key in known if key.rpartition(".")[0] == parent)
-
-
-def refuse_other_settings(
-    folder: Path,
-    there: Mapping[str, object],
-    here: Mapping[str, object],
-    *,
-    holds: str,
-    flag: str = "--output_folder",
-) -> None:
-    """Raise ConfigError, with what differs, unless an output folder was begun with these settings.
-
-    holds: what lies in the folder, flag: what gave it; both for the message.
-    """
-    changed = [f"{k} was {there.get(k)}, is {here[k]}" for k in here if there.get(k) != here[k]]
-    if changed:
-        raise ConfigError(
-            f"{flag} {folder}: holds {holds} of other settings ({'; '.join(changed)}); "
-            f"use another folder"
-        )
 
 
 def _one_line(error: Exception) -> str:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from utils.config import ConfigError
 from utils.files import write_text
-from utils.lmdb import FIRST_MAP_BYTES, GROWTH, _open, shard_paths, writing
+from utils.lmdb import shard_paths
+from utils.lmdb_files import begun, open_to_read, open_to_write, put
 
 FORMAT = 1  # of what is said above, and of how prompts are cleaned before they are encoded
 SHARDS = 64  # so many processes can write to one store; changing it would hide what is stored
@@ -67,16 +68,6 @@ def write_manifest(folder: Path, manifest: EmbeddingManifest) -> None:
     write_text(manifest_path(folder), json.dumps(asdict(manifest), indent=1))
 
 
-def content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of a folder's files, hidden ones left out."""
-    if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    files = sorted(f for f in path.iterdir() if f.is_file() and not f.name.startswith("."))
-    lines = "".join(f"{content_hash(file)} {file.name}\n" for file in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
 class EmbeddingReader:
     """The states of stored prompts. Nothing may write to the store while it is open."""
 
@@ -92,7 +83,7 @@ class EmbeddingReader:
         self.text_len = manifest.text_len
         self.text_dim = manifest.text_dim
         self.dtype: torch.dtype = getattr(torch, manifest.dtype)
-        self._envs = {path.name: _open(path) for path in shard_paths(folder) if _begun(path)}
+        self._envs = {path.name: open_to_read(path) for path in shard_paths(folder) if begun(path)}
 
     def __enter__(self) -> EmbeddingReader:
         return self
@@ -153,25 +144,25 @@ class EmbeddingReader:
     def _states(self, transaction: lmdb.Transaction, prompt: str) -> bytes | memoryview | None:
         """Where a prompt's states lie, not read yet; None = not stored."""
         digest = _hash(prompt)
-        stored = transaction.get(PROMPT + digest)
+        try:
+            stored, states = transaction.get(PROMPT + digest), transaction.get(STATES + digest)
+        except lmdb.Error as error:
+            raise ValueError(
+                f"{self.folder}: damaged where {_shown(prompt)} is stored: {error}; make it anew"
+            ) from error
         if stored is not None and bytes(stored) != prompt.encode():
             raise ValueError(
                 f"{self.folder}: holds another prompt under the hash of {_shown(prompt)}: "
                 f"{_shown(bytes(stored).decode())}; reword one of them"
             )
-        return transaction.get(STATES + digest)
+        return states
 
 
 class EmbeddingWriter:
     """Adds to one shard of a store, one process at a time. Use as a context manager."""
 
     def __init__(self, path: Path) -> None:
-        path.mkdir(parents=True, exist_ok=True)
-        if _begun(path):
-            _open(path).close()  # refuses a file that was cut off
-        self._path = path
-        with writing(path):
-            self._env = lmdb.open(str(path), map_size=FIRST_MAP_BYTES, subdir=True, lock=False)
+        self._env = open_to_write(path)
 
     def __enter__(self) -> EmbeddingWriter:
         return self
@@ -188,17 +179,7 @@ class EmbeddingWriter:
         for prompt, rows in states.items():
             records[PROMPT + _hash(prompt)] = prompt.encode()
             records[STATES + _hash(prompt)] = _bytes(rows)
-        while not self._put(records):
-            self._env.set_mapsize(self._env.info()["map_size"] * GROWTH)
-
-    def _put(self, records: Mapping[bytes, bytes]) -> bool:
-        try:
-            with writing(self._path), self._env.begin(write=True) as transaction:
-                for key, value in records.items():
-                    transaction.put(key, value)
-        except lmdb.MapFullError:
-            return False
-        return True
+        put(self._env, records)
 
 
 def by_shard(prompts: Sequence[str]) -> dict[str, list[str]]:
@@ -237,12 +218,6 @@ def check_embeddings(
 
 def _command(folder: Path | str) -> str:
     return f"scripts/precompute_prompts.py --config_path <config> --output_path {folder}"
-
-
-def _begun(shard: Path) -> bool:
-    """Whether anything was written; a process that is killed at once leaves an empty file."""
-    file = shard / "data.mdb"
-    return file.is_file() and file.stat().st_size > 0
 
 
 def _hash(prompt: str) -> bytes:

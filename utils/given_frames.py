@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import imageio.v3 as iio
 import torch
 from torch import Tensor
 
-from utils.images import IMAGE_SUFFIXES, describe_fit, fit, read_image
+from utils.images import IMAGE_SUFFIXES, describe_fit, fit, read_image, to_signed
 from utils.prompts import Picture
 from utils.video import read_frames
 
@@ -30,7 +29,11 @@ def read_picture(picture: Picture) -> Tensor:
     A box is cut out of the file that it was drawn on; a file of another size is taken as cut
     already, as VBench-I2V ships its crops beside their boxes.
     """
-    image = read_image(picture.path)
+    return _cut(read_image(picture.path), picture)
+
+
+def _cut(image: Tensor, picture: Picture) -> Tensor:
+    """The part that counts of a file's whole content."""
     height, width = image.shape[1:]
     if picture.box is None or (picture.origin is not None and picture.origin != (height, width)):
         return image
@@ -51,14 +54,15 @@ def picture_size(picture: Picture) -> Size:
 
 def describe_picture(picture: Picture, size: Size) -> str:
     """What `read_fitted` does to an image, in words."""
-    whole, part = tuple(read_image(picture.path).shape[1:]), picture_size(picture)
-    box = "" if whole == part else f"{whole[0]} x {whole[1]} cut to its box, "
-    return f"{picture.path.name}: {box}{describe_fit(part, size)}"
+    image = read_image(picture.path)
+    (height, width), part = image.shape[1:], _cut(image, picture).shape[1:]
+    box = "" if part == (height, width) else f"{height} x {width} cut to its box, "
+    return f"{picture.path.name}: {box}{describe_fit((part[0], part[1]), size)}"
 
 
 def read_fitted(picture: Picture, size: Size) -> Tensor:
     """An image that covers `size`, cropped at the centre, [3, H, W] in [-1, 1]."""
-    return _signed(fit(read_picture(picture), size))
+    return to_signed(fit(read_picture(picture), size))
 
 
 def read_given(path: Path, size: Size, most: int) -> Given:
@@ -80,17 +84,5 @@ def read_given(path: Path, size: Size, most: int) -> Given:
         frames = pooled.round().to(torch.uint8)
     else:
         frames = fit(frames, size)
-    return Given(_signed(frames.transpose(0, 1))[None], f"{path.name}: {describe_fit(shape, size)}")
-
-
-def read_clip(path: Path) -> Tensor:
-    """A whole video as [3, P, H, W] in [0, 1]. Raises OSError or ValueError."""
-    frames = torch.from_numpy(iio.imread(path))
-    if frames.ndim != 4 or frames.shape[-1] != 3:
-        raise ValueError(f"expected RGB frames, got an array of shape {tuple(frames.shape)}")
-    return frames.permute(3, 0, 1, 2).float() / 255.0
-
-
-def _signed(pixels: Tensor) -> Tensor:
-    """Bytes as [-1, 1]."""
-    return pixels.float() / 127.5 - 1.0
+    words = f"{path.name}: {describe_fit(shape, size)}"
+    return Given(to_signed(frames.transpose(0, 1))[None], words)

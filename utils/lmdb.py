@@ -9,9 +9,8 @@ things of the same kinds.
 
 from __future__ import annotations
 
-import contextlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -20,22 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GROWTH = 2  # a full map is reopened this many times larger
-FIRST_MAP_BYTES = 64 * 2**20
-SPATIAL_STRIDE = 8  # of Wan's autoencoder: the pixels of a latent, along height and width
+from utils.lmdb_files import open_to_read, open_to_write, put
+from utils.strides import SPATIAL_STRIDE
 
 
 class ShardWriter:
     """Appends records to one shard. Use as a context manager; each `append` call is durable."""
 
     def __init__(self, path: Path) -> None:
-        path.mkdir(parents=True, exist_ok=True)
-        file = path / "data.mdb"
-        if file.is_file() and file.stat().st_size:  # an empty one was killed before it began
-            _open(path).close()
-        self._path = path
-        with writing(path):
-            self._env = lmdb.open(str(path), map_size=FIRST_MAP_BYTES, subdir=True, lock=False)
+        self._env = open_to_write(path)
         self._rows = _rows(self._env)
 
     @property
@@ -72,8 +64,7 @@ class ShardWriter:
                 records |= self._tensor_records(name, stored)
         if images is not None:
             records |= self._image_records(images, len(prompts))
-        while not self._put(records):
-            self._env.set_mapsize(self._env.info()["map_size"] * GROWTH)
+        put(self._env, records)
         self._rows += len(prompts)
 
     def _image_records(self, images: Tensor, count: int) -> dict[bytes, bytes]:
@@ -102,15 +93,6 @@ class ShardWriter:
         rows = {f"{name}_{self._rows + i}_data".encode(): r.tobytes() for i, r in enumerate(values)}
         return {f"{name}_shape".encode(): shape.encode(), **rows}
 
-    def _put(self, records: dict[bytes, bytes]) -> bool:
-        try:
-            with writing(self._path), self._env.begin(write=True) as transaction:
-                for key, value in records.items():
-                    transaction.put(key, value)
-        except lmdb.MapFullError:
-            return False
-        return True
-
 
 class Shard:
     """The records of one shard, by row. A shape is None if the shard holds no such thing.
@@ -121,21 +103,26 @@ class Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = path.name
-        self._env = _open(path)
+        self._env = open_to_read(path)
         self.rows = _rows(self._env)
         self.latent_shape = self._row_shape("latents", "F C H W", 4)  # [C, F, H, W]
         self.trajectory_shape = self._row_shape("trajectories", "S F C H W", 5)  # [S, C, F, H, W]
         self.image_shape = self._image_shape()  # (H, W)
 
     @property
-    def kinds(self) -> list[str]:
-        """What each record holds beside its prompt."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """What each record holds beside its prompt, and its shape."""
         shapes = {
             "latents": self.latent_shape,
             "trajectories": self.trajectory_shape,
             "images": self.image_shape,
         }
-        return [kind for kind, shape in shapes.items() if shape is not None]
+        return {kind: shape for kind, shape in shapes.items() if shape is not None}
+
+    @property
+    def kinds(self) -> list[str]:
+        """What each record holds beside its prompt."""
+        return list(self.shapes)
 
     def prompt(self, row: int) -> str:
         """The caption."""
@@ -283,39 +270,12 @@ def shard_paths(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("*/data.mdb"))
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Within the body, what LMDB cannot write is an OSError that names the shard."""
-    try:
-        yield
-    except lmdb.MapFullError:
-        raise
-    except lmdb.Error as error:
-        raise OSError(f"{path}: cannot be written: {error}; is the disk full?") from error
-
-
 def _frames_first(shape: Sequence[int]) -> tuple[int, ...]:
     """[..., C, F, H, W] as it is stored, [..., F, C, H, W]; and back."""
     if not shape:
         return ()
     *rest, first, second, height, width = shape
     return (*rest, second, first, height, width)
-
-
-def _open(path: Path) -> lmdb.Environment:
-    try:
-        env = lmdb.open(str(path), readonly=True, lock=False, readahead=False, subdir=True)
-    except lmdb.Error as error:
-        raise ValueError(f"{path}: not readable as LMDB: {error}") from error
-    # LMDB maps the file into memory: reading past the end of a cut one kills the process.
-    size, whole = (path / "data.mdb").stat().st_size, _used_bytes(env)
-    if size < whole:
-        raise ValueError(f"{path}: cut off, data.mdb has {size} of {whole} bytes; copy it again")
-    return env
-
-
-def _used_bytes(env: lmdb.Environment) -> int:
-    return (env.info()["last_pgno"] + 1) * env.stat()["psize"]
 
 
 def _shape(env: lmdb.Environment, name: str) -> tuple[int, ...]:

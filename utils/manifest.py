@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import subprocess
@@ -13,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from utils.config import ConfigError, refuse_other_settings
+from utils.config import ConfigError
 from utils.distributed import Session
 from utils.files import write_text
+from utils.hashes import sha256_of
+from utils.outputs import check_settings, write_settings
 from utils.weights import INDEX_SUFFIX
 
 FILE = "manifest.json"
 ROOT = Path(__file__).resolve().parent.parent
-CHUNK_BYTES = 2**24
-SLOW_BYTES = 2**30  # less is hashed before a progress bar could be read
 # What samples, encoders and files depend on.
 PACKAGES = (
     "torch", "transformers", "tokenizers", "diffusers", "safetensors", "numpy", "pillow", "imageio",
@@ -44,23 +42,6 @@ class ClipRecord:
     width: int
     images: list[str]  # files that it begins and ends with, as they were given
     images_sha256: list[str]
-
-
-def sha256_of(files: Mapping[str, Path]) -> dict[str, str]:
-    """The SHA-256 of each file in hexadecimal, under the same names; large ones with a bar."""
-    total = sum(path.stat().st_size for path in files.values())
-    digests = {}
-    with tqdm(
-        total=total, desc="hashing weights", unit="B", unit_scale=True, disable=total < SLOW_BYTES
-    ) as bar:
-        for name, path in files.items():
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while chunk := file.read(CHUNK_BYTES):
-                    digest.update(chunk)
-                    bar.update(len(chunk))
-            digests[name] = digest.hexdigest()
-    return digests
 
 
 def weight_files(path: Path) -> dict[str, Path]:
@@ -161,10 +142,7 @@ def _claim(
     clips: Sequence[ClipRecord],
     device: torch.device,
 ) -> None:
-    path = folder / "settings.json"
-    if path.is_file():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        refuse_other_settings(folder, there, settings, holds="clips")
+    check_settings(folder, settings, holds="clips")
     before = read_manifest(folder)
     every = _continued(folder, before.get("clips", ()), clips)
     digests = sha256_of(weight_files(weights))
@@ -176,7 +154,7 @@ def _claim(
     made_by, here = before.get("made_by", []), environment(device)
     if here not in made_by and not all((folder / clip.file).is_file() for clip in clips):
         made_by = [*made_by, here]
-    write_text(path, json.dumps(settings, indent=1))
+    write_settings(folder, settings)
     shared = {"complete": False, **settings, "weights_sha256": digests}
     _write(folder, {**shared, "made_by": made_by, "clips": every})
 

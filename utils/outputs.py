@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from utils.config import refuse_other_settings
+from utils.config import ConfigError
 from utils.distributed import Session
 from utils.files import write_text
 
@@ -35,19 +35,55 @@ def claim_folder(
     What a killed call left half written is removed. Raises ConfigError, on every rank, if the
     folder was begun with other settings. holds, flag: for that message.
     """
-    path = folder / SETTINGS
-    if path.is_file():
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: damaged: {error}; use another folder") from error
-        refuse_other_settings(folder, there, settings, holds=holds, flag=flag)
+    check_settings(folder, settings, holds=holds, flag=flag)
     session.barrier()
     if session.is_main:
         for part in folder.rglob(".*.part*"):
             part.unlink()
-        write_text(path, json.dumps(settings, indent=1))
+        write_settings(folder, settings)
     session.barrier()
+
+
+def check_settings(
+    folder: Path, settings: Mapping[str, object], *, holds: str, flag: str = "--output_folder"
+) -> None:
+    """Refuse other settings than those that an output folder was begun with, if it was.
+
+    Raises ConfigError: `refuse_other_settings`, and ValueError if settings.json is damaged.
+    """
+    path = folder / SETTINGS
+    if not path.is_file():
+        return
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged: {error}; use another folder") from error
+    refuse_other_settings(folder, there, settings, holds=holds, flag=flag)
+
+
+def write_settings(folder: Path, settings: Mapping[str, object]) -> None:
+    """Begin an output folder."""
+    write_text(folder / SETTINGS, json.dumps(settings, indent=1))
+
+
+def refuse_other_settings(
+    folder: Path,
+    there: Mapping[str, object],
+    here: Mapping[str, object],
+    *,
+    holds: str,
+    flag: str = "--output_folder",
+) -> None:
+    """Raise ConfigError, with what differs, unless an output folder was begun with these settings.
+
+    holds: what lies in the folder, flag: what gave it; both for the message.
+    """
+    changed = [f"{k} was {there.get(k)}, is {here[k]}" for k in here if there.get(k) != here[k]]
+    if changed:
+        raise ConfigError(
+            f"{flag} {folder}: holds {holds} of other settings ({'; '.join(changed)}); "
+            f"use another folder"
+        )
 
 
 def read_rejected(path: Path) -> list[Rejected]:

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def read_utf8(path: Path) -> str:
 
 
 def _folder(folder: Path) -> list[PromptItem]:
-    files = sorted(folder.glob("*.txt"))
+    files = _texts(folder)
     texts = {file.stem: read_utf8(file).strip() for file in files}
     items = [PromptItem(text, text, name) for name, text in texts.items() if text]
     if not items:
@@ -167,7 +168,7 @@ def _folder(folder: Path) -> list[PromptItem]:
 
 def _pairs(folder: Path, *, named_by_prompt: bool) -> list[PromptItem]:
     images = _by_stem(folder)
-    texts = {file.stem: read_utf8(file).strip() for file in sorted(folder.glob("*.txt"))}
+    texts = {file.stem: read_utf8(file).strip() for file in _texts(folder)}
     if named_by_prompt and not texts:
         texts = {stem: stem for stem in images}
     last = {
@@ -191,6 +192,11 @@ def _pairs(folder: Path, *, named_by_prompt: bool) -> list[PromptItem]:
         PromptItem(texts[stem], texts[stem], stem, Picture(path), ends.get(stem))
         for stem, path in first.items()
     ]
+
+
+def _texts(folder: Path) -> list[Path]:
+    """The .txt files of a folder, sorted, without hidden ones, as macOS leaves beside each."""
+    return sorted(path for path in folder.glob("*.txt") if not path.name.startswith("."))
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
@@ -219,11 +225,16 @@ def _crop_list(folder: Path, lists: Sequence[Path]) -> list[PromptItem]:
         item = _item(path, number, row)
         if item.image is None:
             raise ValueError(f"{path}: entry {number}: no file_name")
-        origin = tuple(row[key] for key in ("origin_height", "origin_width") if row.get(key))
+        origin = [row[key] for key in ("origin_height", "origin_width") if row.get(key)]
+        if not all(isinstance(side, int) for side in origin):
+            raise ValueError(
+                f"{path}: entry {number}: origin_height and origin_width must be whole numbers, "
+                f"got {origin}"
+            )
         picture = Picture(
             images / item.image.path.name,
             _box(row.get("target_crop"), f"{path}: entry {number}"),
-            (int(origin[0]), int(origin[1])) if len(origin) == 2 else None,
+            (origin[0], origin[1]) if len(origin) == 2 else None,
         )
         items.append(replace(item, image=picture))
     if not items:
@@ -236,7 +247,7 @@ def _box(crop: Any, where: str) -> tuple[int, int, int, int] | None:
         return None
     try:
         left, top, right, bottom = (round(float(edge)) for edge in crop["target_bbox"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         left = top = right = bottom = 0
     if not (0 <= left < right and 0 <= top < bottom):
         raise ValueError(
@@ -271,8 +282,16 @@ def _item(path: Path, number: int, row: Any) -> PromptItem:
     text = row[key]
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{path}: entry {number}: '{key}' must be a text, got {text!r:.60}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can write halves of characters
+        raise ValueError(
+            f"{path}: entry {number}: '{key}' has half a character at {error.start}: {text!r:.60}"
+        ) from error
     image = next((row[name] for name in IMAGE_KEYS if row.get(name)), None)
-    dimensions = row.get("dimension") or ()
+    dimensions = row.get("dimension") or []
+    if not isinstance(dimensions, str | list):
+        raise ValueError(f"{path}: entry {number}: 'dimension' is no list, but {dimensions!r:.60}")
     return PromptItem(
         text=text.strip(),
         title=text.strip(),
@@ -286,7 +305,7 @@ def _json(path: Path, text: str) -> Rows:
     """The entries of a list; a mapping at the top is none."""
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, list):
         found = f"a mapping of {sorted(content)[:8]}" if isinstance(content, dict) else "a value"
@@ -313,19 +332,11 @@ def _separated(delimiter: str, path: Path, text: str) -> Rows:
         raise ValueError(f"{path}: not readable as a table: {error}") from error
 
 
-def _comma(path: Path, text: str) -> Rows:
-    return _separated(",", path, text)
-
-
-def _tab(path: Path, text: str) -> Rows:
-    return _separated("\t", path, text)
-
-
 TABLES: dict[str, Callable[[Path, str], Rows]] = {
     ".json": _json,
     ".jsonl": _json_lines,
-    ".csv": _comma,
-    ".tsv": _tab,
+    ".csv": partial(_separated, ","),
+    ".tsv": partial(_separated, "\t"),
 }
 
 

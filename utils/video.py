@@ -141,6 +141,11 @@ def read_frames(
         raise ValueError(f"{path}: {fault or 'holds no frame'} ({count} frames could be read)")
 
 
+def read_clip(path: Path) -> Tensor:
+    """A whole video as [3, P, H, W] in [0, 1]. Raises what `read_frames` raises."""
+    return torch.stack(list(read_frames(path)), dim=1).float() / 255.0
+
+
 def frame_rate(path: Path) -> float | None:
     """The average frames per second that a video's header tells; None if it does not.
 

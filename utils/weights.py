@@ -18,10 +18,11 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from utils import checkpoint
 from utils.files import replaced_atomically
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -47,27 +48,17 @@ class Weights(Protocol):
         """Rows of one tensor along its first dimension."""
 
 
-class _Reader(dcp.FileSystemReader):
-    """Reads a checkpoint's metadata once; for each of its tensors, it would be quadratic work."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._metadata: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._metadata is None:
-            self._metadata = super().read_metadata(*args, **kwargs)
-        return self._metadata
-
-
 class CheckpointWeights:
     """One role's weights, or their average, inside a training checkpoint."""
 
     def __init__(self, path: Path, *, role: str = "generator", averaged: bool = False) -> None:
         self.path = path
         self._prefix = f"{'ema' if averaged else 'roles'}.{role}."
-        self._reader = _Reader(path)
-        metadata = self._reader.read_metadata().state_dict_metadata
+        self._reader = checkpoint.Reader(path)
+        try:
+            metadata = self._reader.read_metadata().state_dict_metadata
+        except ValueError as error:
+            raise WeightsError(str(error)) from error
         self._tensors = {
             key.removeprefix(self._prefix): value
             for key, value in metadata.items()
@@ -185,7 +176,7 @@ def _lacks(path: Path, role: str) -> str:
 
 
 def _flat_tensors(path: Path, role: str, averaged: bool | None) -> Iterator[tuple[str, Tensor]]:
-    content = _unpickled(path)
+    content = read_tensors(path)
     for key in _GROUPS.get((role, averaged), ()):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -200,15 +191,18 @@ def _flat_tensors(path: Path, role: str, averaged: bool | None) -> Iterator[tupl
             yield plain_name(name), value
 
 
-def _unpickled(path: Path) -> Any:
-    """What a .pt or .pth file holds, if it is tensors and plain containers."""
+def read_tensors(path: Path) -> Any:
+    """What a .pt or .pth file holds, read when it is used; tensors and plain containers alone.
+
+    Raises WeightsError with the file's name.
+    """
     try:
         # Files of torch before 1.6 are no archives and cannot be mapped.
         mapped = zipfile.is_zipfile(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch.load raises many types; all mean: not a file of tensors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        code = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        code = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error))
         if isinstance(error, pickle.UnpicklingError) and code is not None:
             reason = f"it wants to run code ({code.group(1)}), which is refused; save tensors alone"
         raise WeightsError(f"{path}: not a file of plain tensors: {reason}") from error

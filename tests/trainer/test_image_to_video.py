@@ -178,6 +178,14 @@ def test_a_bucket_that_the_model_cannot_make_is_refused(
     assert "holds [16, 5, 4, 4]: " in message or "holds [16, 3, 4, 4]: " in message
 
 
+def test_a_bucket_is_checked_where_the_method_needs_no_latents(
+    configs: dict[str, Path], shapes: Path, tmp_path: Path
+) -> None:
+    words = ("data.buckets=true", "causal.num_frame_per_block=4", f"data.path={shapes}")
+    message = refusal(configs["self_forcing_dmd"], tmp_path, *words)
+    assert message.startswith(f"data.path: {shapes} holds [16, 3, 4, 4]: ")
+
+
 def test_each_batch_is_of_one_shape(configs: dict[str, Path], shapes: Path, tmp_path: Path) -> None:
     words = (*IMAGES, "data.buckets=true", f"data.path={shapes}")
     found = set()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -170,3 +172,43 @@ def test_other_files_of_the_folder_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "step_000009").write_text("a file")
     (tmp_path / "step_final").mkdir()
     assert checkpoint.latest(tmp_path) == tmp_path / "step_000001"
+
+
+class Evil:
+    """Runs code where it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_metadata_that_want_to_run_code_are_refused(tmp_path: Path) -> None:
+    (path,) = save(tmp_path, 7)
+    (path / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    with pytest.raises(ValueError, match=r"/\.metadata: .*run code \(posix\.mkdir\), .* refused"):
+        checkpoint.load(path, state(0.0))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_metadata_of_something_else_are_refused(tmp_path: Path) -> None:
+    (path,) = save(tmp_path, 7)
+    (path / ".metadata").write_bytes(pickle.dumps({"step": 7}))
+    with pytest.raises(ValueError, match=r"/\.metadata: holds no metadata but a dict"):
+        checkpoint.load(path, state(0.0))
+
+
+def test_an_object_that_wants_to_run_code_is_refused(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 7, {"step": Evil(tmp_path / "ran")}, {}, ALONE)
+    with pytest.raises(BaseException, match=r"GLOBAL posix\.mkdir"):  # torch's own exception
+        checkpoint.load(path, {"step": 0})
+    assert not (tmp_path / "ran").exists()
+
+
+def test_plain_objects_are_loaded(tmp_path: Path) -> None:
+    held = {"step": 7, "names": ["a", "b"], "mean": {"x": 0.5, "y": None}}
+    path = checkpoint.save(tmp_path, 7, held, {}, ALONE)
+    loaded = {"step": 0, "names": ["", ""], "mean": {"x": 0.0, "y": None}}
+    checkpoint.load(path, loaded)
+    assert loaded == held

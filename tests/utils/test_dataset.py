@@ -89,6 +89,7 @@ def test_a_prompt_folder_holds_one_prompt_per_file_in_the_order_of_names(tmp_pat
     (tmp_path / "b.txt").write_text("a dog\non two lines\n")
     (tmp_path / "a.txt").write_text("a cat\n")
     (tmp_path / "readme.md").write_text("not a prompt\n")
+    (tmp_path / "._a.txt").write_bytes(b"\x00\xff")  # as macOS leaves
     data = open_dataset(tmp_path)
     assert [data[i].prompt for i in range(len(data))] == ["a cat", "a dog\non two lines"]
 

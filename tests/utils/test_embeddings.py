@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 from pathlib import Path
 
 import lmdb
@@ -23,7 +24,6 @@ from utils.embeddings import (
     EmbeddingWriter,
     by_shard,
     check_embeddings,
-    content_hash,
     manifest_path,
     read_manifest,
     write_manifest,
@@ -155,7 +155,7 @@ def test_stored_prompts_can_be_listed(tmp_path: Path) -> None:
 
 
 def test_a_store_grows_past_its_first_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FIRST_MAP_BYTES", 64 * 1024)
+    monkeypatch.setattr("utils.lmdb_files.FIRST_MAP_BYTES", 64 * 1024)
     large = {str(i): torch.full((16, 1024), float(i + 1)) for i in range(12)}  # 64 KiB each
     with EmbeddingReader(store(tmp_path, large)) as reader:
         assert torch.equal(reader(list(large)), torch.stack(list(large.values())))
@@ -263,6 +263,30 @@ def test_a_shard_that_was_cut_off_is_refused(left: int, tmp_path: Path) -> None:
             opens()
 
 
+def test_a_damaged_shard_is_told(tmp_path: Path) -> None:
+    for path in small(tmp_path).glob("*/data.mdb"):
+        content = path.read_bytes()
+        path.write_bytes(content[:8192] + b"\x55" * (len(content) - 8192))  # behind the headers
+    with EmbeddingReader(tmp_path) as reader:
+        for read in (reader, reader.missing):
+            with pytest.raises(ValueError, match=f"{tmp_path}: damaged where '.*' is stored: "):
+                read([PROMPTS[0]])
+
+
+def test_a_full_disk_is_told_and_costs_no_prompt(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with EmbeddingWriter(tmp_path / "shard_00") as writer:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, limits[1]))  # of any file, in bytes
+        try:
+            with pytest.raises(OSError, match=r"shard_00: cannot be written: .*is the disk full\?"):
+                writer.put({"a": torch.ones(2**10, 2**8)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    small(tmp_path)
+    with EmbeddingReader(tmp_path) as reader:
+        assert sorted(reader.prompts()) == sorted(PROMPTS)
+
+
 def test_a_shard_that_was_killed_before_it_began_counts_for_nothing(tmp_path: Path) -> None:
     small(tmp_path)
     (name,) = by_shard(["another"])
@@ -286,30 +310,3 @@ def test_a_store_of_another_format_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 0}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"of format 0, this version reads 1; make a new store"):
         EmbeddingReader(tmp_path)
-
-
-# ---- what tells encoders apart
-
-
-def test_a_file_is_known_by_its_content_alone(tmp_path: Path) -> None:
-    for name, content in (("a", b"x"), ("b", b"x"), ("c", b"y")):
-        (tmp_path / name).write_bytes(content)
-    assert content_hash(tmp_path / "a") == hashlib.sha256(b"x").hexdigest()
-    assert content_hash(tmp_path / "a") == content_hash(tmp_path / "b")
-    assert content_hash(tmp_path / "a") != content_hash(tmp_path / "c")
-
-
-def test_a_folder_is_known_by_the_names_and_contents_of_its_files(tmp_path: Path) -> None:
-    def folder(name: str, **files: str) -> str:
-        (tmp_path / name).mkdir()
-        for file, content in files.items():
-            (tmp_path / name / file).write_text(content, encoding="utf-8")
-        return content_hash(tmp_path / name)
-
-    first = folder("1", a="x", b="y")
-    assert folder("2", b="y", a="x") == first
-    assert folder("3", a="y", b="x") != first
-    assert folder("4", a="x") != first
-    assert folder("5", a="x", b="z") != first
-    (tmp_path / "1" / ".cache").write_text("z", encoding="utf-8")
-    assert content_hash(tmp_path / "1") == first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import lmdb
@@ -10,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from utils import lmdb as module
 from utils.lmdb import ShardReader, ShardWriter, shard_paths
 
 SHAPE = (3, 2, 4, 5)  # [C, F, H, W]
@@ -133,7 +133,7 @@ def test_records_of_all_shards_follow_the_order_of_shard_names(tmp_path: Path) -
 
 
 def test_a_shard_grows_past_its_first_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FIRST_MAP_BYTES", 64 * 1024)
+    monkeypatch.setattr("utils.lmdb_files.FIRST_MAP_BYTES", 64 * 1024)
     count = 64 * 1024 * 5 // (2 * torch.Size(SHAPE).numel())
     reader = ShardReader(write(tmp_path, "a", ["x"] * count, latents(count)))
     assert torch.equal(reader.latents(count - 1), latents(count)[-1])
@@ -320,6 +320,22 @@ def test_a_cut_shard_is_not_written_to(tmp_path: Path, left: int) -> None:
     with pytest.raises(ValueError, match=r"not readable as LMDB|cut off"):
         ShardWriter(tmp_path / "a")
     assert path.stat().st_size == left
+
+
+def test_a_full_disk_is_told_and_costs_no_record(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with ShardWriter(tmp_path / "shard") as writer:
+        writer.append(["a"])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, limits[1]))  # of any file, in bytes
+        try:
+            with pytest.raises(OSError, match=r"shard: cannot be written: .*is the disk full\?"):
+                writer.append(["b" * 2**19])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with ShardWriter(tmp_path / "shard") as writer:
+        writer.append(["c"])
+    reader = ShardReader(tmp_path)
+    assert [reader.prompt(i) for i in range(len(reader))] == ["a", "c"]
 
 
 def test_a_shard_whose_writer_died_before_it_began_is_begun(tmp_path: Path) -> None:

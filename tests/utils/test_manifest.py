@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 from pathlib import Path
@@ -10,10 +9,8 @@ from pathlib import Path
 import pytest
 
 from utils.manifest import (
-    CHUNK_BYTES,
     code_revision,
     package_versions,
-    sha256_of,
     weight_files,
 )
 
@@ -24,16 +21,6 @@ def git(folder: Path, *words: str) -> str:
         ["git", *identity, *words], cwd=folder, capture_output=True, text=True, check=True
     )
     return done.stdout.strip()
-
-
-def test_hashes_are_those_of_sha256sum(tmp_path: Path) -> None:
-    content = {"a": b"", "b": b"weights", "c": bytes(CHUNK_BYTES + 1)}
-    for name, data in content.items():
-        (tmp_path / name).write_bytes(data)
-    assert sha256_of({name: tmp_path / name for name in content}) == {
-        name: hashlib.sha256(data).hexdigest() for name, data in content.items()
-    }
-    assert sha256_of({}) == {}
 
 
 def test_the_files_of_an_index_are_itself_and_its_shards(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,10 @@ def test_a_quoted_cell_may_hold_commas_and_line_ends(tmp_path: Path) -> None:
         ("p.json", [["a cat"]], "entry 1 is neither a text nor a mapping: ['a cat']"),
         ("p.json", ["a cat", " "], "entry 2: 'prompt' must be a text, got ' '"),
         ("p.json", [{"prompt": 3}], "entry 1: 'prompt' must be a text, got 3"),
+        ("p.json", '["a \\ud83d"]', "entry 1: 'prompt' has half a character at 2: 'a \\ud83d'"),
+        ("p.json", [{"prompt": "a cat", "dimension": 3}], "entry 1: 'dimension' is no list, but 3"),
         ("p.json", [], "holds no prompt"),
+        ("p.json", "[" * 100_000, "not JSON: maximum recursion depth exceeded"),
         ("p.json", "a cat", "not JSON: Expecting value: line 1 column 1 (char 0)"),
         ("p.jsonl", '"a cat"\na dog', "line 2 is not JSON: Expecting value: line 1 column 1"),
         ("p.csv", "", "holds no prompt"),
@@ -279,10 +283,17 @@ def test_a_crop_list_may_leave_images_whole(tmp_path: Path) -> None:
     assert item.image == Picture(tmp_path / "16-9" / "bird.jpg")
 
 
-@pytest.mark.parametrize("box", [[5, 1, 2, 10], [0, 0, 4], "all", None])
+@pytest.mark.parametrize("box", [[5, 1, 2, 10], [0, 0, 4], [0, 0, 4, math.inf], "all", None])
 def test_a_box_that_holds_nothing_is_refused(box: object, tmp_path: Path) -> None:
     folder = crop_list(tmp_path, target_crop={"target_bbox": box})
     with pytest.raises(ValueError, match=r"entry 1: target_crop must hold target_bbox: \[left,"):
+        read_image_prompts(folder)
+
+
+def test_a_size_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    folder = crop_list(tmp_path, origin_width="wide", origin_height=20)
+    message = r"entry 1: origin_height and origin_width must be whole numbers, got \[20, 'wide'\]"
+    with pytest.raises(ValueError, match=message):
         read_image_prompts(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path, PurePosixPath
 
@@ -241,6 +242,16 @@ def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path: Path) -> None:
         "refused; save tensors alone"
     )
     assert not marker.exists()
+
+
+def test_a_pickle_that_wants_a_module_of_the_system_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"0.weight": Evil()}, tmp_path / "w.pt")
+    assert "it wants to run code (posix.mkdir), which is refused" in error_of(tmp_path / "w.pt")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_an_object_of_another_package_is_refused_by_name(tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from torch import Tensor
 from utils.files import replaced_atomically
 from utils.outputs import Rejected
 from utils.prompts import read_utf8
+from utils.strides import SPATIAL_STRIDE
 from utils.video import VIDEO_SUFFIXES
+from utils.weights import read_tensors
 
 FOREIGN_CHANNELS = 16  # of the latents in .pt files of another system, which come after the frames
 
@@ -110,13 +112,9 @@ def read_clips(path: Path) -> list[Clip]:
     """The clips of one file, whose tensors are read when they are used.
 
     A file of `save_clip` holds one. Files of another system map prompts to latents [1, F, 16, h, w]
-    or [F, 16, h, w]. Raises ValueError, without the file's name, that tells what is wrong.
+    or [F, 16, h, w]. Raises ValueError that tells what is wrong.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch.load raises many types; all mean: not a file of tensors
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"not a file of plain tensors: {reason}") from error
+    content = read_tensors(path)
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"expected a clip, or latents by prompt, found a {_kind(content)}")
     if "latents" in content and "prompt" in content:
@@ -129,9 +127,9 @@ def _own(content: Mapping[str, Any]) -> Clip:
     if unknown:
         raise ValueError(f"holds a clip with unknown entries {unknown}")
     clip = Clip(**content)
-    _check_latents(clip.prompt, clip.latents, 4)
+    _check_latents(clip.prompt, clip.latents)
     frame, (height, width) = clip.first_frame, clip.latents.shape[-2:]
-    expected = (torch.uint8, (3, 8 * height, 8 * width))
+    expected = (torch.uint8, (3, SPATIAL_STRIDE * height, SPATIAL_STRIDE * width))
     if frame is not None and (
         not isinstance(frame, Tensor) or (frame.dtype, tuple(frame.shape)) != expected
     ):
@@ -142,7 +140,7 @@ def _own(content: Mapping[str, Any]) -> Clip:
 def _foreign(prompt: object, latents: object) -> Clip:
     if isinstance(latents, Tensor) and latents.ndim == 5 and len(latents) == 1:
         latents = latents[0]
-    _check_latents(prompt, latents, 4)
+    _check_latents(prompt, latents)
     assert isinstance(latents, Tensor)
     assert isinstance(prompt, str)
     if latents.shape[1] != FOREIGN_CHANNELS:
@@ -152,13 +150,13 @@ def _foreign(prompt: object, latents: object) -> Clip:
     return Clip(prompt, latents.transpose(0, 1))
 
 
-def _check_latents(prompt: object, latents: object, dims: int) -> None:
+def _check_latents(prompt: object, latents: object) -> None:
     if not isinstance(prompt, str):
         raise ValueError(f"the prompt must be text, got a {_kind(prompt)}")
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
         raise ValueError(f"latents must be a tensor of numbers, got a {_kind(latents)}")
-    if latents.ndim != dims or not latents.numel():
-        raise ValueError(f"latents must have {dims} dimensions, got {_kind(latents)}")
+    if latents.ndim != 4 or not latents.numel():
+        raise ValueError(f"latents must have 4 dimensions, got {_kind(latents)}")
 
 
 def _kind(value: object) -> str:

@@ -1,0 +1,19 @@
+"""scripts/make_tiny_world.py: what it says where it cannot write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scripts import make_tiny_world
+from tests.commands import refusal
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_a_line(
+    tiny_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    words = ["--model_root", f"{tiny_root}/wan_models", "--data_path", f"{tmp_path}/file/data"]
+    message = refusal(make_tiny_world.main, words, capsys)
+    assert message == f"[Errno 20] Not a directory: '{tmp_path}/file/data'"

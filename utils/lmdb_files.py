@@ -1,0 +1,70 @@
+"""LMDB files, whatever they hold: read only if they are whole, and written in one step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import lmdb
+
+GROWTH = 2  # a full map is reopened this many times larger
+FIRST_MAP_BYTES = 64 * 2**20
+
+
+def begun(path: Path) -> bool:
+    """Whether anything was written; a process that is killed at once leaves an empty file."""
+    file = path / "data.mdb"
+    return file.is_file() and file.stat().st_size > 0
+
+
+def open_to_read(path: Path) -> lmdb.Environment:
+    """The LMDB in a folder. Raises ValueError that names the folder if it is none, or cut off."""
+    try:
+        env = lmdb.open(str(path), readonly=True, lock=False, readahead=False, subdir=True)
+    except lmdb.Error as error:
+        raise ValueError(f"{path}: not readable as LMDB: {error}") from error
+    # LMDB maps the file into memory: reading past the end of a cut one kills the process.
+    size, whole = (path / "data.mdb").stat().st_size, _used_bytes(env)
+    if size < whole:
+        raise ValueError(f"{path}: cut off, data.mdb has {size} of {whole} bytes; copy it again")
+    return env
+
+
+def _used_bytes(env: lmdb.Environment) -> int:
+    return (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+
+
+def open_to_write(path: Path) -> lmdb.Environment:
+    """The LMDB in a folder, made if there is none, for one process at a time.
+
+    Raises ValueError if what is there is not whole, and OSError if it cannot be written.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    if begun(path):
+        open_to_read(path).close()
+    try:
+        return lmdb.open(str(path), map_size=FIRST_MAP_BYTES, subdir=True, lock=False)
+    except lmdb.Error as error:
+        raise _unwritten(str(path), error) from error
+
+
+def put(env: lmdb.Environment, records: Mapping[bytes, bytes]) -> None:
+    """Store all records or, with an OSError that names the folder, none; durable."""
+    while not _put(env, records):
+        env.set_mapsize(env.info()["map_size"] * GROWTH)
+
+
+def _put(env: lmdb.Environment, records: Mapping[bytes, bytes]) -> bool:
+    try:
+        with env.begin(write=True) as transaction:
+            for key, value in records.items():
+                transaction.put(key, value)
+    except lmdb.MapFullError:
+        return False
+    except lmdb.Error as error:
+        raise _unwritten(env.path(), error) from error
+    return True
+
+
+def _unwritten(path: str, error: lmdb.Error) -> OSError:
+    return OSError(f"{path}: cannot be written: {error}; is the disk full?")
