@@ -18,13 +18,14 @@ from model.wan.weights import to_diffusers
 from utils.cli import USER_ERRORS, fail, start_logging
 from utils.config import ConfigError
 from utils.files import replaced_atomically
-from utils.weights import Weights, write_weights
+from utils.weights import Weights, WeightsError, write_weights
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMINGS = ("official", "diffusers", "reference")
 FILES = (".safetensors", ".pt")
+MARKS = ("patch_embedding.weight", "blocks.0.modulation", "head.modulation")  # of a transformer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -100,7 +101,13 @@ def check_file_arguments(args: argparse.Namespace) -> None:
 
 
 def write_file(args: argparse.Namespace, weights: Weights) -> None:
-    """Write one weight file."""
+    """Write one weight file. Raises WeightsError unless it is a whole transformer's."""
+    absent = [name for name in MARKS if name not in weights.shapes()]
+    if absent:
+        raise WeightsError(
+            f"{weights.path}: not a whole Wan transformer: lacks {', '.join(absent)}; give a model "
+            f"folder, the index of its shards, or a file that holds all weights"
+        )
     dtype = DTYPES.get(args.dtype)
     rename = to_diffusers if args.naming == "diffusers" else str
     tensors: dict[str, Tensor] = {}

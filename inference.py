@@ -326,6 +326,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tell_fits(jobs, start)
         try:
             run(args, config, source, jobs, start, session)
+        except USER_ERRORS as error:  # such as damaged encoders, or a full disk
+            return fail(error, own=True)
         except KeyboardInterrupt:
             return stopped(log)
     return 0

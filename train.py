@@ -13,6 +13,7 @@ from trainer.build import RunOptions, build_trainer
 from trainer.config import Config, load
 from utils.cli import USER_ERRORS, fail, start_logging
 from utils.distributed import distributed_session
+from utils.lmdb import DamagedRecordError
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ def run(config: Config, options: RunOptions) -> int:
             trainer.train()
         except RunFailedError as error:
             return fail(error)
+        except DamagedRecordError as error:
+            return fail(error, own=True)
     return 0
 
 

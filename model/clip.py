@@ -51,6 +51,13 @@ class WanCLIPEncoder(nn.Module):
         path = folder.image_encoder
         assert path is not None, "check_model comes first"
         self.encoder = load_clip(path, dtype)
+        sizes, embeddings = folder.wan_config(), self.encoder.embeddings
+        found = (embeddings.num_positions, embeddings.embed_dim)
+        if found != (sizes.image_tokens, sizes.image_dim):
+            raise WeightsError(
+                f"{path}: a CLIP image encoder of {found[0]} states of width {found[1]}; the "
+                f"transformer of {folder.path} reads {sizes.image_tokens} of {sizes.image_dim}"
+            )
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -82,7 +89,7 @@ def load_clip(path: Path, dtype: torch.dtype) -> Any:
     # What is read are the states before the last layer, so it is neither kept nor computed.
     config.num_hidden_layers -= 1
     last = f"encoder.layers.{config.num_hidden_layers}."
-    with torch.device("meta"):
+    with component.described(path), torch.device("meta"):
         model = CLIPVisionModel(config)
     encoder: Any = getattr(model, "vision_model", model)  # transformers 4 wraps it once more
     state = {name: v.to(dtype) for name, v in state.items() if not name.startswith(last)}
@@ -104,7 +111,9 @@ def read_clip(path: Path) -> tuple[Any, dict[str, Tensor]]:
     from transformers import CLIPVisionConfig  # slow to import
 
     if path.is_dir():
-        config = CLIPVisionConfig.from_dict(component.folder_config(path, *_CLASSES))
+        values = component.folder_config(path, *_CLASSES)
+        with component.described(path):
+            config = CLIPVisionConfig.from_dict(values)
         file = component.folder_weights(path)
         return config, _without_prefix({name: file.read(name) for name in file.shapes()})
     file = WeightFile(path)

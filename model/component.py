@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,16 @@ def folder_config(folder: Path, *classes: str) -> dict[str, Any]:
         wanted = " or ".join(classes)
         raise WeightsError(f"{folder}: config.json must describe {wanted}, it names {named}")
     return values
+
+
+@contextlib.contextmanager
+def described(path: Path) -> Iterator[None]:
+    """Build a network from sizes found at `path`. Raises WeightsError if they make none."""
+    try:
+        yield
+    except Exception as error:  # each library and each bad value has a type of its own
+        reason = " ".join(str(error).split())
+        raise WeightsError(f"{path}: config.json describes no network: {reason}") from error
 
 
 def fill(module: nn.Module, weights: Weights, dtype: torch.dtype, *, what: str) -> None:

@@ -62,7 +62,12 @@ class ModelFolder:
 
     def wan_config(self) -> WanConfig:
         """The transformer's sizes. Raises ValueError or FileNotFoundError that names the file."""
-        return read_wan_config(self._first(CONFIGS) or self.path / CONFIG)
+        return read_wan_config(self.config or self.path / CONFIG)
+
+    @property
+    def config(self) -> Path | None:
+        """The file that holds the transformer's sizes."""
+        return self._first(CONFIGS)
 
     @property
     def weights(self) -> Path | None:
@@ -107,7 +112,7 @@ class ModelFolder:
         if encoders:
             wanted += [TEXT_ENCODERS, TOKENIZERS] if text else []
             wanted.append(VAE)
-            if self._first(CONFIGS) is not None and self.wan_config().sees_images:
+            if self.config is not None and self.wan_config().sees_images:
                 wanted.append(IMAGE_ENCODERS)
         return [" or ".join(names) for names in wanted if self._first(names) is None]
 

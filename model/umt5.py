@@ -68,18 +68,19 @@ def open_umt5(path: Path) -> tuple[Any, Weights]:
     from transformers import UMT5Config, UMT5EncoderModel  # slow to import
 
     if path.is_dir():
-        config = UMT5Config.from_dict(component.folder_config(path, "UMT5EncoderModel"))
+        values = component.folder_config(path, "UMT5EncoderModel")
         file = component.folder_weights(path)
         names = {name: name for name in file.shapes()}
     else:
         file = WeightFile(path)
-        config = UMT5Config(**_sizes(path, file.shapes()))
+        values = _sizes(path, file.shapes())
         names = {to_transformers(name): name for name in file.shapes()}
     for one, other in ((SHARED, TIED), (TIED, SHARED)):
         if one in names:
             names.setdefault(other, names[one])
-    with torch.device("meta"):
-        return UMT5EncoderModel(config), component.Renamed(file, names)
+    with component.described(path), torch.device("meta"):
+        network = UMT5EncoderModel(UMT5Config.from_dict(values))
+    return network, component.Renamed(file, names)
 
 
 def _sizes(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:

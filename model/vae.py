@@ -116,7 +116,7 @@ def open_vae(path: Path) -> tuple[Any, Weights]:
             raise WeightsError(f"{path}: not Wan2.1's autoencoder: lacks {error}") from error
         config = {"base_dim": width, "z_dim": channels}
         weights = component.Renamed(file, {to_diffusers(name): name for name in shapes})
-    with torch.device("meta"):
+    with component.described(path), torch.device("meta"):
         return AutoencoderKLWan.from_config(config), weights
 
 
@@ -172,9 +172,19 @@ def _empty_cache(half: nn.Module) -> list[Any]:
 
 
 def load_vae(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> VideoVAE:
-    """The video codec of a model folder: Wan's autoencoder, or the tiny world's codec."""
+    """The video codec of a model folder: Wan's autoencoder, or the tiny world's codec.
+
+    Raises WeightsError if it is none, or not that of the folder's transformer, if it has one.
+    """
     path = folder.vae
     assert path is not None, "check_model comes first"
     if path.suffix == ".safetensors":
         return PatchCodec.load(path).to(device)
-    return WanVAEWrapper.load(path, dtype).to(device)
+    vae = WanVAEWrapper.load(path, dtype)
+    channels = vae.mean.shape[1]
+    if folder.config is not None and channels != folder.wan_config().out_dim:
+        raise WeightsError(
+            f"{path}: an autoencoder of {channels} latent channels; the transformer of "
+            f"{folder.path} makes {folder.wan_config().out_dim}"
+        )
+    return vae.to(device)

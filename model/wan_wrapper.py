@@ -15,6 +15,7 @@ from model.folder import ModelFolder
 from model.types import FULL_ATTENTION, Conditioning, Context, Prediction
 from model.umt5 import load_umt5
 from model.wan.transformer import WanTransformer
+from utils.weights import WeightsError
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +57,18 @@ class WanTextEncoder(nn.Module):
 
     def __init__(self, folder: ModelFolder, text_len: int, dtype: torch.dtype) -> None:
         super().__init__()
-        from transformers import AutoTokenizer  # slow to import
-
         weights = folder.text_encoder
         assert weights is not None, "check_model comes first"
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder.tokenizer))
+        self.tokenizer = load_tokenizer(folder)
         self.encoder = load_umt5(weights, dtype)
         self.text_len = text_len
+        sizes, wanted = self.encoder.config, folder.wan_config().text_dim
+        if sizes.d_model != wanted or sizes.vocab_size < len(self.tokenizer):
+            raise WeightsError(
+                f"{weights}: a text encoder of {sizes.vocab_size} tokens and width "
+                f"{sizes.d_model}; the tokenizer of {folder.path} has {len(self.tokenizer)}, its "
+                f"transformer reads {wanted}"
+            )
 
     @torch.no_grad()
     def forward(self, prompts: list[str]) -> Tensor:
@@ -87,6 +93,17 @@ class WanTextEncoder(nn.Module):
         ).to(device)
         states = self.encoder(batch.input_ids, batch.attention_mask).last_hidden_state
         return states * batch.attention_mask[..., None].to(states.dtype)
+
+
+def load_tokenizer(folder: ModelFolder) -> Any:
+    """The tokenizer of a model folder. Raises WeightsError if it cannot be read."""
+    from transformers import AutoTokenizer  # slow to import
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder.tokenizer))
+    except Exception as error:  # damaged files raise many types, some of them bare Exception
+        reason = " ".join(str(error).split())
+        raise WeightsError(f"{folder.tokenizer}: not a readable tokenizer: {reason}") from error
 
 
 def clean_prompt(prompt: str) -> str:

@@ -32,6 +32,7 @@ from utils.files import write_text
 from utils.images import fit
 from utils.lmdb import ShardWriter, shard_paths
 from utils.outputs import (
+    REPORT,
     SETTINGS,
     Rejected,
     claim_folder,
@@ -275,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if session.is_main:
                 summary = report(args, work)
                 text = json.dumps(summary, indent=1, ensure_ascii=False)
-                write_text(args.lmdb_path / "report.json", text + "\n")
+                write_text(args.lmdb_path / REPORT, text + "\n")
         except USER_ERRORS as error:
             return fail(error, own=True)
         except KeyboardInterrupt:

@@ -27,6 +27,7 @@ from model.patch_codec import FILE_NAME, PatchCodec
 from model.umt5 import to_official
 from model.wan.config import PRESETS, write_wan_config
 from utils.cli import USER_ERRORS, fail
+from utils.config import ConfigError
 from utils.lmdb import ShardWriter
 from utils.seeding import derive_seed, generator
 from utils.shapes_world import captions, draw_captions, draw_scenes, render
@@ -159,6 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Make the world; a second call finds it and returns at once."""
     args = parser().parse_args(arguments)
     try:
+        if args.clips < 1:
+            raise ConfigError(f"--clips: must be at least 1, got {args.clips}")
         codec = make_folder(args.model_root / NAME)
         make_folder(args.model_root / IMAGE_NAME, IMAGE_NAME)
         make_data(args.data_path, codec, args.clips)

@@ -17,7 +17,7 @@ from model.loading import Placement, find_weights, load_network
 from model.wan.config import WanConfig, diffusers_config
 from model.wan.weights import to_diffusers
 from tests.commands import ROOT, own_logging, refusal
-from tests.folders import make_diffusers, make_official
+from tests.folders import VAE, make_diffusers, make_official
 from tests.runs import read_state, run, step_folder, unequal, write_config
 from utils.weights import WeightFile
 
@@ -394,3 +394,13 @@ def test_the_commands_of_the_models_page_run_as_written(
     for folder in exported.iterdir():
         if folder.is_dir():
             check_model(ModelFolder(folder))
+
+
+@pytest.mark.parametrize("part", [VAE, "diffusion_pytorch_model-00001-of-00002.safetensors"])
+def test_what_is_no_whole_transformer_is_refused(
+    part: str, release: ModelFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = words(release.path / part, tmp_path / "file.safetensors", "--naming", "diffusers")
+    message = refusal(convert_checkpoint.main, line, capsys)
+    assert message.startswith(f"{release.path / part}: not a whole Wan transformer: lacks ")
+    assert not list(tmp_path.iterdir())

@@ -17,3 +17,10 @@ def test_a_folder_that_cannot_be_made_is_told_in_a_line(
     words = ["--model_root", f"{tiny_root}/wan_models", "--data_path", f"{tmp_path}/file/data"]
     message = refusal(make_tiny_world.main, words, capsys)
     assert message == f"[Errno 20] Not a directory: '{tmp_path}/file/data'"
+
+
+def test_a_world_without_clips_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model_root", str(tmp_path), "--data_path", str(tmp_path), "--clips", "0"]
+    assert refusal(make_tiny_world.main, words, capsys) == "--clips: must be at least 1, got 0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,7 +13,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import lmdb
 import pytest
+import torch
 
 import train
 import trainer.build
@@ -22,6 +25,7 @@ from tests.conftest import build_wan
 from tests.ranks import run_on_ranks
 from tests.runs import rows, run, step_folder, write_config
 from utils import checkpoint
+from utils.lmdb import ShardWriter
 from utils.weights import write_weights
 
 __all__ = ["no_weights", "own_logging"]
@@ -386,3 +390,22 @@ def test_ctrl_c_on_the_real_command_exits_130_and_says_how_to_continue(
     assert f"stopped after step {step}; run the same command again to continue" in text
     assert train.main(words(configs["diffusion"], tmp_path, f"steps={step + 1}")) == 0
     assert rows(tmp_path)[-1]["step"] == step + 1
+
+
+def test_a_damaged_record_ends_a_run_with_a_line(
+    tiny_root: Path, configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = tmp_path / "shards"
+    with ShardWriter(shards / "a") as writer:
+        writer.append(["a red bar"], torch.zeros(1, 16, 5, 4, 4))
+    with (
+        contextlib.closing(lmdb.open(str(shards / "a"), lock=False)) as env,
+        env.begin(write=True) as transaction,
+    ):
+        transaction.put(b"latents_0_data", b"short")
+    line = words(configs["diffusion"], tmp_path / "run", f"data.path={shards}")
+    assert train.main(line) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {shards}/a: 'latents_0_data' has 5 bytes, expected 2560 for 5 x 16 x 4 x 4 of "
+        f"float16"
+    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.conditioning import ConditioningEncoder, first_latents
-from model.types import SPATIAL_STRIDE, Batch, Keyframes
+from model.types import Batch, Keyframes
 from model.vae import VideoVAE
 from trainer.config import Config
 from utils.dataset import DataOrder, Dataset, RawItem
@@ -43,7 +43,10 @@ class BatchLoader:
         x0 = self._stack(item.latents for item in items)
         images = self._stack(item.image for item in items)
         first = None if images is None else to_signed(images)
-        shape = self._latent_shape(x0, first)
+        channels, frames, height, width = self.config.latent_shape
+        shape = channels, frames, height, width
+        if self.config.data.buckets:
+            shape = items[0].shapes.video(shape)
         keyframes = Keyframes(first) if first is not None and self.encoder.reads_images else None
         conditioning = self.encoder.encode(
             [item.prompt for item in items], keyframes, frames=shape[1]
@@ -56,15 +59,6 @@ class BatchLoader:
             given=self._given(x0, first),
             trajectory=self._stack(item.trajectory for item in items),
         )
-
-    def _latent_shape(self, x0: Tensor | None, first: Tensor | None) -> tuple[int, int, int, int]:
-        """[C, F, H, W] of the samples to make: the run's, or with buckets the records'."""
-        channels, frames, height, width = self.config.latent_shape
-        if self.config.data.buckets and x0 is not None:
-            frames, height, width = x0.shape[2:]
-        elif self.config.data.buckets and first is not None:
-            height, width = (side // SPATIAL_STRIDE for side in first.shape[-2:])
-        return channels, frames, height, width
 
     def _given(self, x0: Tensor | None, first: Tensor | None) -> Tensor | None:
         """The latent frame that causal videos begin with, if they begin with a given one."""

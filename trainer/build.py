@@ -98,7 +98,7 @@ def build_trainer(config: Config, session: Session, options: RunOptions) -> Trai
         optimizers = build_optimizers(model, model.blocks, settings)
         roles[name] = TrainedRole(networks[name], optimizers, settings)
     validator = _build_validator(config, session, options, inputs, vae)
-    method = _build_method(config, session, inputs, networks, vae)
+    method = _build_method(config, inputs, networks, vae)
     _announce(config, session, networks)
     parts = TrainerParts(
         config=config,
@@ -252,7 +252,6 @@ def _build_trackers(config: Config, session: Session, options: RunOptions) -> li
 
 def _build_method(
     config: Config,
-    session: Session,
     inputs: Inputs,
     networks: dict[str, Network],
     vae: VideoVAE | None,

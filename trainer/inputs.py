@@ -32,7 +32,6 @@ from utils.config import ConfigError, differences, to_yaml
 from utils.dataset import (
     Dataset,
     RawItem,
-    Shapes,
     open_dataset,
     read_manifest,
 )
@@ -160,7 +159,7 @@ def _check_data(config: Config, needs: Needs, dataset: Dataset, folder: ModelFol
 def _check_shapes(config: Config, dataset: Dataset, folder: ModelFolder) -> None:
     """The shapes of the data must be the run's, or with buckets any that the model can make."""
     path, wanted = config.data.path, tuple(config.latent_shape)
-    found = {_latent_shape(shapes, wanted): shapes for shapes in dataset.buckets}
+    found = {shapes.video(wanted): shapes for shapes in dataset.buckets}
     others = [list(shape) for shape in found if shape != wanted]
     if others and not config.data.buckets:
         what = "latents" if next(iter(dataset.buckets)).latents else "images"
@@ -184,16 +183,6 @@ def _check_shapes(config: Config, dataset: Dataset, folder: ModelFolder) -> None
         layout = causal_config(config)
         for problem in () if layout is None else layout.problems(shape[1]):
             raise ConfigError(f"data.path: {path} holds {list(shape)}: {problem}")
-
-
-def _latent_shape(shapes: Shapes, usual: tuple[int, ...]) -> tuple[int, ...]:
-    """[C, F, H, W] of the videos made from records of these shapes."""
-    if shapes.latents is not None:
-        return shapes.latents
-    if shapes.image is not None:
-        height, width = (side // SPATIAL_STRIDE for side in shapes.image)
-        return (*usual[:2], height, width)
-    return usual
 
 
 def _check_trajectories(config: Config, dataset: Dataset) -> None:
@@ -245,7 +234,7 @@ def _shown(config: Config, dataset: Dataset, folder: ModelFolder) -> list[RawIte
     fitting = [
         record
         for shapes, records in dataset.buckets.items()
-        if _latent_shape(shapes, shape) == shape
+        if shapes.video(shape) == shape
         for record in records[:count]
     ]
     if config.validation.every and not fitting:

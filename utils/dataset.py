@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from utils.lmdb import ShardReader, shard_paths
+from utils.outputs import REPORT, SETTINGS
 from utils.prompts import read_prompt_folder, read_prompts
 from utils.seeding import generator
+from utils.strides import SPATIAL_STRIDE
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +28,15 @@ class RawItem:
     trajectory: Tensor | None = None  # [S, C, F, H, W], fp32, noise to clean
     image: Tensor | None = None  # [3, 8 H, 8 W], uint8, the first frame
 
+    @property
+    def shapes(self) -> Shapes:
+        """Those of its parts."""
+        return Shapes(
+            None if self.latents is None else tuple(self.latents.shape),
+            None if self.trajectory is None else tuple(self.trajectory.shape),
+            None if self.image is None else (self.image.shape[1], self.image.shape[2]),
+        )
+
 
 @dataclass(frozen=True)
 class Shapes:
@@ -34,6 +45,16 @@ class Shapes:
     latents: tuple[int, ...] | None = None  # [C, F, H, W]
     trajectory: tuple[int, ...] | None = None  # [S, C, F, H, W]
     image: tuple[int, int] | None = None  # height and width, pixels
+
+    def video(self, usual: Sequence[int]) -> tuple[int, int, int, int]:
+        """[C, F, H, W] of a video that is made from such a record; `usual` of what it leaves open.
+
+        As its latents; or of the size of its image.
+        """
+        channels, frames, height, width = self.latents or usual
+        if self.latents is None and self.image is not None:
+            height, width = (side // SPATIAL_STRIDE for side in self.image)
+        return channels, frames, height, width
 
 
 class Dataset(Protocol):
@@ -73,26 +94,23 @@ class LatentShards:
     def __init__(self, folder: Path) -> None:
         self._reader = ShardReader(folder)
         buckets: dict[Shapes, list[int]] = {}
-        for index in range(len(self._reader)):
-            buckets.setdefault(self._shapes(index), []).append(index)
+        first = 0
+        for shard in self._reader.shards:
+            shapes = Shapes(shard.latent_shape, shard.trajectory_shape, shard.image_shape)
+            buckets.setdefault(shapes, []).extend(range(first, first + shard.rows))
+            first += shard.rows
         self.buckets: Mapping[Shapes, Sequence[int]] = buckets
-
-    def _shapes(self, index: int) -> Shapes:
-        reader = self._reader
-        return Shapes(
-            reader.latent_shape(index), reader.trajectory_shape(index), reader.image_shape(index)
-        )
 
     def __len__(self) -> int:
         return len(self._reader)
 
     def __getitem__(self, index: int) -> RawItem:
-        reader, shapes = self._reader, self._shapes(index)
+        reader = self._reader
         return RawItem(
             reader.prompt(index),
-            None if shapes.latents is None else reader.latents(index),
-            None if shapes.trajectory is None else reader.trajectory(index),
-            None if shapes.image is None else reader.image(index),
+            None if reader.latent_shape(index) is None else reader.latents(index),
+            None if reader.trajectory_shape(index) is None else reader.trajectory(index),
+            None if reader.image_shape(index) is None else reader.image(index),
         )
 
     def prompt(self, index: int) -> str:
@@ -141,6 +159,11 @@ def open_dataset(path: Path) -> Dataset:
     if path.is_file():
         return Prompts([item.text for item in read_prompts(path)])
     if shard_paths(path):
+        if (path / SETTINGS).is_file() and not (path / REPORT).is_file():
+            raise ValueError(
+                f"{path}: scripts/create_lmdb_14b_shards.py was stopped before it was done; run "
+                f"the same command again"
+            )
         return LatentShards(path)
     if manifest_path(path).is_file():
         raise FileNotFoundError(

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.lmdb_files import open_to_read, open_to_write, put
+from utils.lmdb_files import allow_open, open_to_read, open_to_write, put
 from utils.strides import SPATIAL_STRIDE
 
 
@@ -94,6 +94,10 @@ class ShardWriter:
         return {f"{name}_shape".encode(): shape.encode(), **rows}
 
 
+class DamagedRecordError(ValueError):
+    """A record that cannot be what was written."""
+
+
 class Shard:
     """The records of one shard, by row. A shape is None if the shard holds no such thing.
 
@@ -130,7 +134,9 @@ class Shard:
         try:
             return value.decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self.path}: '{key}' is not UTF-8 at byte {error.start}") from error
+            raise DamagedRecordError(
+                f"{self.path}: '{key}' is not UTF-8 at byte {error.start}"
+            ) from error
 
     def latents(self, row: int) -> Tensor:
         """The latents, [C, F, H, W], fp32."""
@@ -156,7 +162,7 @@ class Shard:
         expected = int(np.prod(shape)) * np.dtype(kind).itemsize
         if len(value) != expected:
             words = " x ".join(map(str, shape))
-            raise ValueError(
+            raise DamagedRecordError(
                 f"{self.path}: '{key}' has {len(value)} bytes, expected {expected} for {words} of "
                 f"{np.dtype(kind).name}"
             )
@@ -166,7 +172,7 @@ class Shard:
         key = f"{name}_{row}_data"
         value = _value(self._env, key)
         if value is None:
-            raise ValueError(f"{self.path}: record {row} has no '{key}'")
+            raise DamagedRecordError(f"{self.path}: record {row} has no '{key}'")
         return key, value
 
     def _row_shape(self, name: str, letters: str, dims: int) -> tuple[int, ...] | None:
@@ -197,7 +203,9 @@ class ShardReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        shards = [Shard(path) for path in shard_paths(folder)]
+        paths = shard_paths(folder)
+        allow_open(len(paths))
+        shards = [Shard(path) for path in paths]
         if not shards:
             raise FileNotFoundError(f"{folder}: no LMDB shards (sub-folders with a data.mdb)")
         self.shards = [shard for shard in shards if shard.rows]

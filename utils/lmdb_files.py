@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,12 +10,23 @@ import lmdb
 
 GROWTH = 2  # a full map is reopened this many times larger
 FIRST_MAP_BYTES = 64 * 2**20
+SPARE_FILES = 512  # for all that is no LMDB
 
 
 def begun(path: Path) -> bool:
     """Whether anything was written; a process that is killed at once leaves an empty file."""
     file = path / "data.mdb"
     return file.is_file() and file.stat().st_size > 0
+
+
+def allow_open(count: int) -> None:
+    """Let this process open `count` files more than it is used to, as far as the system does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    wanted = count + SPARE_FILES
+    if soft != unlimited and soft < wanted:
+        wanted = wanted if hard == unlimited else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def open_to_read(path: Path) -> lmdb.Environment:

@@ -115,10 +115,12 @@ def claim_folder(
     """Write settings.json and the manifest of clips to be made, on the main rank. Collective.
 
     settings: what all clips share, fit for JSON. weights: see `weight_files`. Raises ConfigError,
-    on all ranks, if the folder holds clips of other settings, weights, prompts or images.
+    on all ranks, if the folder holds clips of other settings, weights, prompts or images, or if
+    ranks found different weights.
     """
-    fault = ""
-    if session.is_main:
+    found = sorted(set(session.gather(str(weights))))
+    fault = "" if len(found) == 1 else f"a run goes on saving: ranks found {found}; begin again"
+    if session.is_main and not fault:
         try:
             _claim(folder, settings, weights, clips, session.device)
         except (OSError, ValueError) as error:

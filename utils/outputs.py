@@ -11,7 +11,8 @@ from utils.config import ConfigError
 from utils.distributed import Session
 from utils.files import write_text
 
-SETTINGS = "settings.json"
+SETTINGS = "settings.json"  # written when a folder is begun
+REPORT = "report.json"  # written when LMDB shards are complete
 
 
 @dataclass(frozen=True, order=True)

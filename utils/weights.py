@@ -186,9 +186,14 @@ def _flat_tensors(path: Path, role: str, averaged: bool | None) -> Iterator[tupl
             raise WeightsError(_lacks(path, role))
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds no named tensors but a {type(content).__name__}")
-    for name, value in content.items():
-        if isinstance(name, str) and isinstance(value, Tensor):
-            yield plain_name(name), value
+    seen = set()
+    for held, value in content.items():
+        if isinstance(held, str) and isinstance(value, Tensor):
+            name = plain_name(held)
+            if name in seen:
+                raise WeightsError(f"{path}: holds '{name}' twice")
+            seen.add(name)
+            yield name, value
 
 
 def read_tensors(path: Path) -> Any:

@@ -50,6 +50,10 @@ class WanConfig:
         found = self._no_sizes()
         if found:
             return found
+        if type(self.eps) not in (int, float) or not 0.0 < self.eps < 1.0:
+            return [f"eps must be a number between 0 and 1, got {self.eps!r}"]
+        if type(self.absolute_positions) is not bool:
+            return [f"absolute_positions must be true or false, got {self.absolute_positions!r}"]
         if self.model_type not in tuple(IMAGE_COUNT):
             return [f"model_type must be t2v, i2v or flf2v, got {self.model_type!r}"]
         if self.dim % self.num_heads or self.head_dim % 2:

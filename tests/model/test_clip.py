@@ -13,7 +13,8 @@ from torch import Tensor
 
 from model.clip import HEAD_DIM, WanCLIPEncoder, preprocess, to_official, to_transformers
 from model.folder import IMAGE_ENCODER, ModelFolder
-from tests.folders import CLIP_LAYERS, CLIP_PATCH, IMAGE_DIM, IMAGE_TOKENS, clip_state
+from model.wan.config import write_wan_config
+from tests.folders import CLIP_LAYERS, CLIP_PATCH, IMAGE_DIM, IMAGE_TOKENS, clip_state, toy_config
 from utils.weights import WeightsError
 
 CLIP_SIZE = 2 * CLIP_PATCH  # pixels
@@ -39,11 +40,13 @@ def state() -> dict[str, Tensor]:
 
 
 def official(folder: Path, state: dict[str, Tensor]) -> ModelFolder:
+    write_wan_config(toy_config("i2v"), folder / "config.json")
     torch.save(state, folder / IMAGE_ENCODER)
     return ModelFolder(folder)
 
 
 def diffusers(folder: Path, state: dict[str, Tensor], prefix: str = "") -> ModelFolder:
+    write_wan_config(toy_config("i2v"), folder / "config.json")
     (folder / "image_encoder").mkdir()
     (folder / "image_encoder" / "config.json").write_text(json.dumps(CONFIG))
     named = {prefix + name: v.contiguous() for name, v in to_transformers(state).items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from model.folder import TEXT_ENCODER, TOKENIZER, ModelFolder
 from model.umt5 import load_umt5, official_name, open_umt5, to_official, to_transformers
+from model.wan.config import write_wan_config
 from model.wan_wrapper import WanTextEncoder, clean_prompt
-from tests.folders import umt5_shapes, umt5_state, write_tokenizer
+from tests.folders import toy_config, umt5_shapes, umt5_state, write_tokenizer
 from utils.weights import WeightsError, check_fits
 
 CAPTION = "a red bar moving left slowly on a dark background"  # ten words and an end token
@@ -28,7 +30,7 @@ def original() -> Any:
     from transformers import UMT5Config, UMT5EncoderModel
 
     config = UMT5Config(
-        vocab_size=50,
+        vocab_size=100,
         d_model=32,
         d_kv=8,
         d_ff=48,
@@ -227,6 +229,7 @@ def test_the_two_layouts_give_the_same_states(
     one, two = tmp_path / "official", tmp_path / "diffusers"
     for folder, tokenizer in ((one, TOKENIZER), (two, "tokenizer")):
         folder.mkdir()
+        write_wan_config(replace(toy_config(), text_dim=32), folder / "config.json")
         write_tokenizer(folder / tokenizer)
     shutil.copy(official, one / TEXT_ENCODER)
     original.save_pretrained(two / "text_encoder")

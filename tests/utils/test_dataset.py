@@ -231,3 +231,31 @@ def test_shards_of_several_shapes_make_buckets(tmp_path: Path) -> None:
     assert item.latents.shape == (16, 3, 4, 4)
     assert item.image is not None
     assert int(item.image.min()) == 3
+
+
+def test_shards_of_a_stopped_script_are_refused(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "a") as writer:
+        writer.append(["x"], torch.zeros(1, 16, 2, 4, 4))
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(ValueError) as caught:
+        open_dataset(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: scripts/create_lmdb_14b_shards.py was stopped before it was done; run the "
+        f"same command again"
+    )
+    (tmp_path / "report.json").write_text("{}")
+    assert len(open_dataset(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("shapes", "video"),
+    [
+        (Shapes(), (16, 5, 4, 4)),
+        (Shapes(image=(32, 48)), (16, 5, 4, 6)),
+        (Shapes((16, 3, 2, 2), image=(16, 16)), (16, 3, 2, 2)),
+    ],
+)
+def test_a_record_tells_the_shape_of_its_video(
+    shapes: Shapes, video: tuple[int, int, int, int]
+) -> None:
+    assert shapes.video([16, 5, 4, 4]) == video

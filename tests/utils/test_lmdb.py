@@ -386,3 +386,15 @@ def test_only_folders_with_a_data_file_are_shards(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "notes.txt").write_text("x")
     assert shard_paths(tmp_path) == [tmp_path / "a"]
+
+
+def test_as_many_shards_are_read_as_the_system_lets_a_process_open(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for i in range(40):
+        write(tmp_path, f"{i:02d}", ["x"])
+    used = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, hard))
+    try:
+        assert len(ShardReader(tmp_path)) == 40
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -7,8 +7,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
+from utils.config import ConfigError
+from utils.distributed import Session
 from utils.manifest import (
+    claim_folder,
     code_revision,
     package_versions,
     weight_files,
@@ -73,3 +77,14 @@ def test_versions_are_those_of_what_is_installed() -> None:
     versions = package_versions(["torch", "no-such-package"])
     assert versions["torch"] is not None and versions["python"] is not None
     assert versions["no-such-package"] is None
+
+
+def test_ranks_that_found_different_checkpoints_are_refused(tmp_path: Path) -> None:
+    class Pair(Session):
+        def gather(self, value: str) -> list[str]:  # type: ignore[override]
+            return [value, f"{tmp_path}/step_000002"]
+
+    session = Pair(rank=0, world_size=1, device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"step_000001.*step_000002"):
+        claim_folder(tmp_path / "clips", {}, tmp_path / "step_000001", [], session)
+    assert not (tmp_path / "clips").exists()

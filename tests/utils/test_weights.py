@@ -304,3 +304,8 @@ def test_each_weight_is_filled_by_name_and_shape() -> None:
         "0.bias": 6.0,
         "1.weight": 8.0,
     }
+
+
+def test_a_name_that_a_pt_file_holds_twice_is_refused(tmp_path: Path) -> None:
+    torch.save({"0.bias": torch.zeros(4), "model.0.bias": torch.ones(4)}, tmp_path / "w.pt")
+    assert error_of(tmp_path / "w.pt") == f"{tmp_path}/w.pt: holds '0.bias' twice"
