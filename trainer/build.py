@@ -18,7 +18,6 @@ from model.discriminator import Discriminator
 from model.folder import ModelFolder
 from model.loading import (
     Placement,
-    find_weights,
     load_network,
     random_discriminator,
     random_network,
@@ -45,7 +44,7 @@ from trainer.config import (
 from trainer.diffusion import DiffusionTrainer
 from trainer.distillation import ScoreDistillationTrainer
 from trainer.gan import GANTrainer
-from trainer.inputs import Inputs, check_inputs, claim_logdir
+from trainer.inputs import Inputs, check_inputs, claim_logdir, role_weights
 from trainer.ode import ODETrainer
 from trainer.validation import Validator
 from utils import checkpoint
@@ -148,7 +147,7 @@ def _build_network(
     place = _placement(config, session, trained=trained)
     if isinstance(settings, TrainedNetworkConfig) and settings.random_init:
         return random_network(folder.wan_config(), config.seed, place)
-    weights = find_weights(Path(settings.weights) if settings.weights else folder.path)
+    weights = role_weights(config, role, folder)
     network = load_network(folder.wan_config(), weights, place, what=f"{role} {folder.path}")
     return network.requires_grad_(trained)
 

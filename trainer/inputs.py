@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from utils.distributed import Session
 from utils.embeddings import EmbeddingReader, check_embeddings
 from utils.files import write_text
 from utils.prompts import read_prompt_file
+from utils.weights import Weights, WeightsError
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +91,7 @@ def _check_networks(config: Config, needs: Needs) -> dict[str, ModelFolder]:
             text=config.data.text_embeddings is None,
         )
         if not fresh:
-            weights = find_weights(Path(settings.weights) if settings.weights else folder.path)
+            weights = role_weights(config, role, folder)
             check_weights(folder.wan_config(), weights, what=f"{role} {folder.path}")
     if len({folder.wan_config().sees_images for folder in folders.values()}) > 1:
         named = ", ".join(f"{role} {folder.path}" for role, folder in folders.items())
@@ -104,6 +106,19 @@ def _check_networks(config: Config, needs: Needs) -> dict[str, ModelFolder]:
         )
     check_latent_shape(config.latent_shape, folders["generator"])
     return folders
+
+
+def role_weights(config: Config, role: str, folder: ModelFolder) -> Weights:
+    """Where a role begins: its own weights, or those of its model folder.
+
+    Of a checkpoint with several networks a critic takes the critic, if there is one, and every
+    other role the generator.
+    """
+    own = role_settings(config)[role].weights
+    if own is not None and role == "critic":
+        with contextlib.suppress(WeightsError):  # else the generator, or what is wrong with it
+            return find_weights(Path(own), role="critic")
+    return find_weights(Path(own) if own else folder.path)
 
 
 def check_latent_shape(shape: Sequence[int], folder: ModelFolder) -> None:
@@ -159,16 +174,16 @@ def _check_data(config: Config, needs: Needs, dataset: Dataset, folder: ModelFol
 def _check_shapes(config: Config, dataset: Dataset, folder: ModelFolder) -> None:
     """The shapes of the data must be the run's, or with buckets any that the model can make."""
     path, wanted = config.data.path, tuple(config.latent_shape)
-    found = {shapes.video(wanted): shapes for shapes in dataset.buckets}
-    others = [list(shape) for shape in found if shape != wanted]
+    found = [(shapes.video(wanted), shapes) for shapes in dataset.buckets]
+    others = [list(shape) for shape, _ in found if shape != wanted]
     if others and not config.data.buckets:
         what = "latents" if next(iter(dataset.buckets)).latents else "images"
-        held = others[0] if len(found) == 1 else [list(shape) for shape in found]
+        held = others[0] if len(found) == 1 else [list(shape) for shape, _ in found]
         several = "; data.buckets=true trains on them all" if len(found) > 1 else ""
         raise ConfigError(
             f"latent_shape: is {list(wanted)}, but the {what} in {path} are {held}{several}"
         )
-    for shape, shapes in found.items():
+    for shape, shapes in found:
         _, _, height, width = shape
         size = (SPATIAL_STRIDE * height, SPATIAL_STRIDE * width)
         if shapes.image not in (None, size):

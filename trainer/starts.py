@@ -47,6 +47,8 @@ def check_images(config: Config, folder: ModelFolder, items: Sequence[PromptItem
             causal.split(config.latent_shape[1], 1)
         except ValueError as error:
             raise ConfigError(f"--i2v: {error}") from error
+    if count > 1 and config.latent_shape[1] == 1:
+        raise ConfigError("--i2v: a clip of one latent frame has no last image to end with")
     wanted = max(1, count)
     wrong = sorted({item.name for item in items if len(item.pictures) != wanted})
     if wrong:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import pickle
 import re
@@ -24,6 +25,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from utils import checkpoint
 from utils.files import replaced_atomically
+
+log = logging.getLogger(__name__)
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -180,6 +183,8 @@ def _flat_tensors(path: Path, role: str, averaged: bool | None) -> Iterator[tupl
     for key in _GROUPS.get((role, averaged), ()):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
+            if averaged is False and key == "generator_ema":
+                log.warning("%s: holds no generator but its average, which is taken", path)
             break
     else:
         if averaged or role != "generator":

@@ -186,6 +186,20 @@ def test_a_bucket_is_checked_where_the_method_needs_no_latents(
     assert message.startswith(f"data.path: {shapes} holds [16, 3, 4, 4]: ")
 
 
+def test_images_of_another_size_than_their_latents_are_refused_in_any_bucket(
+    configs: dict[str, Path], tmp_path: Path
+) -> None:
+    for name, size in (("a", (32, 48)), ("b", (32, 32))):
+        with ShardWriter(tmp_path / "data" / name) as writer:
+            images = torch.zeros(1, 3, *size, dtype=torch.uint8)
+            writer.append(["x"], torch.zeros(1, 16, 5, 4, 4), images=images)
+    words = (*IMAGES, "data.buckets=true", f"data.path={tmp_path}/data")
+    assert refusal(configs["diffusion"], tmp_path, *words) == (
+        f"data.path: {tmp_path}/data holds images of (32, 48) (height, width) with latents of "
+        f"[16, 5, 4, 4]; they should be (32, 32)"
+    )
+
+
 def test_each_batch_is_of_one_shape(configs: dict[str, Path], shapes: Path, tmp_path: Path) -> None:
     words = (*IMAGES, "data.buckets=true", f"data.path={shapes}")
     found = set()

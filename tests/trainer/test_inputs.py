@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.folder import ModelFolder
 from tests.commands import no_weights
+from tests.conftest import build_wan
 from tests.runs import refusal
+from trainer.config import load
+from trainer.inputs import role_weights
 from utils.dataset import manifest_path
 from utils.lmdb import ShardWriter
 
@@ -146,3 +150,27 @@ def test_layers_that_a_discriminator_cannot_read_are_refused(
     assert refusal(configs[method], tmp_path, f"discriminator.layers={layers}") == (
         f"discriminator.layers: must be different blocks of 0 .. 1, got {json.loads(layers)}"
     )
+
+
+@pytest.mark.parametrize(("role", "seed"), [("generator", 1), ("critic", 2), ("teacher", 1)])
+def test_each_role_takes_its_own_network_of_a_checkpoint(
+    role: str, seed: int, configs: dict[str, Path], tiny_root: Path, tmp_path: Path
+) -> None:
+    groups = {g: build_wan(seed=i).state_dict() for i, g in ((1, "generator"), (2, "critic"))}
+    torch.save(groups, tmp_path / "both.pt")
+    config = load(configs["dmd"], [f"{role}.weights={tmp_path}/both.pt"])
+    folder = ModelFolder(tiny_root / "wan_models" / "Wan2.1-T2V-Tiny")
+    name = "blocks.0.ffn.0.weight"
+    expected = build_wan(seed=seed).state_dict()[name]
+    assert torch.equal(role_weights(config, role, folder).read(name), expected)
+
+
+def test_a_critic_takes_the_generator_of_a_checkpoint_without_a_critic(
+    configs: dict[str, Path], tiny_root: Path, tmp_path: Path
+) -> None:
+    torch.save({"generator": build_wan(seed=1).state_dict()}, tmp_path / "one.pt")
+    config = load(configs["dmd"], [f"critic.weights={tmp_path}/one.pt"])
+    folder = ModelFolder(tiny_root / "wan_models" / "Wan2.1-T2V-Tiny")
+    name = "blocks.0.ffn.0.weight"
+    expected = build_wan(seed=1).state_dict()[name]
+    assert torch.equal(role_weights(config, "critic", folder).read(name), expected)
