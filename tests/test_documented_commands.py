@@ -27,6 +27,7 @@ from trainer.config import (
     method_class,
     method_needs,
 )
+from utils.dataset import open_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -167,6 +168,13 @@ def test_every_shipped_configuration_takes_one_step_at_toy_size(
     line = ["--config_path", str(path), "--logdir", str(tmp_path), "--disable-wandb", *toy]
     assert train.main(line) == 0
     assert (tmp_path / "checkpoints" / "step_000001").is_dir()
+
+
+def test_prompts_that_a_shipped_configuration_names_are_shipped() -> None:
+    named = {load(path).data.path for path in SHIPPED}
+    own = [path for path in named if path.startswith("prompts/")]
+    assert own
+    assert all(len(open_dataset(ROOT / path)) > 0 for path in own)
 
 
 def test_every_trainer_has_a_shipped_configuration_and_so_has_every_method() -> None:
