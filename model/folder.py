@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from model.patch_codec import FILE_NAME as PATCH_CODEC
 from model.wan.config import WanConfig, read_wan_config
@@ -51,14 +50,6 @@ class ModelFolder:
     """One release on disk."""
 
     path: Path
-
-    @property
-    def layout(self) -> Literal["official", "diffusers"]:
-        """Whose layout this is; what lies at the top decides in a mixture."""
-        if (self.path / CONFIG).is_file():
-            return "official"
-        marks = (MODEL_INDEX, *CONFIGS[1:])
-        return "diffusers" if any((self.path / mark).is_file() for mark in marks) else "official"
 
     def wan_config(self) -> WanConfig:
         """The transformer's sizes. Raises ValueError or FileNotFoundError that names the file."""

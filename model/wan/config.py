@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,40 +88,27 @@ _SIZES = (
     "text_dim", "image_dim", "image_tokens",
 )  # fmt: skip
 
+_SMALL = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
+_LARGE = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+_TINY = WanConfig(
+    dim=128,
+    ffn_dim=512,
+    num_heads=4,
+    num_layers=4,
+    in_dim=26,
+    freq_dim=64,
+    text_len=12,
+    text_dim=64,
+    absolute_positions=True,
+)
+
 PRESETS = {
-    "Wan2.1-T2V-1.3B": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
-    "Wan2.1-T2V-14B": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
-    "Wan2.1-I2V-14B": WanConfig(
-        dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, model_type="i2v", in_dim=36
-    ),
-    "Wan2.1-FLF2V-14B": WanConfig(
-        dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, model_type="flf2v", in_dim=36
-    ),
-    "Wan2.1-T2V-Tiny": WanConfig(
-        dim=128,
-        ffn_dim=512,
-        num_heads=4,
-        num_layers=4,
-        in_dim=26,
-        freq_dim=64,
-        text_len=12,
-        text_dim=64,
-        absolute_positions=True,
-    ),
-    "Wan2.1-I2V-Tiny": WanConfig(
-        dim=128,
-        ffn_dim=512,
-        num_heads=4,
-        num_layers=4,
-        model_type="i2v",
-        in_dim=46,
-        freq_dim=64,
-        text_len=12,
-        text_dim=64,
-        image_dim=80,
-        image_tokens=5,
-        absolute_positions=True,
-    ),
+    "Wan2.1-T2V-1.3B": _SMALL,
+    "Wan2.1-T2V-14B": _LARGE,
+    "Wan2.1-I2V-14B": replace(_LARGE, model_type="i2v", in_dim=36),
+    "Wan2.1-FLF2V-14B": replace(_LARGE, model_type="flf2v", in_dim=36),
+    "Wan2.1-T2V-Tiny": _TINY,
+    "Wan2.1-I2V-Tiny": replace(_TINY, model_type="i2v", in_dim=46, image_dim=80, image_tokens=5),
 }
 
 

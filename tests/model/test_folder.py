@@ -51,7 +51,7 @@ def error_of(folder: ModelFolder, **options: bool) -> str:
 
 def test_an_official_folder_holds_its_parts_at_the_top(tmp_path: Path) -> None:
     folder = official(tmp_path)
-    assert folder.layout == "official"
+    assert folder.config == tmp_path / "config.json"
     assert folder.wan_config() == PRESETS["Wan2.1-I2V-14B"]
     assert folder.weights == tmp_path / f"{STEM}.safetensors.index.json"
     assert folder.vae == tmp_path / "Wan2.1_VAE.pth"
@@ -63,7 +63,7 @@ def test_an_official_folder_holds_its_parts_at_the_top(tmp_path: Path) -> None:
 
 def test_a_diffusers_folder_holds_its_parts_below(tmp_path: Path) -> None:
     folder = diffusers(tmp_path)
-    assert folder.layout == "diffusers"
+    assert folder.config == tmp_path / "transformer" / "config.json"
     assert folder.wan_config() == PRESETS["Wan2.1-I2V-14B"]
     assert folder.weights == tmp_path / f"transformer/{STEM}.safetensors.index.json"
     assert folder.vae == tmp_path / "vae"
@@ -76,7 +76,7 @@ def test_a_diffusers_folder_holds_its_parts_below(tmp_path: Path) -> None:
 def test_a_mixture_takes_what_lies_at_the_top_first(tmp_path: Path) -> None:
     diffusers(tmp_path, "Wan2.1-T2V-14B")
     folder = official(tmp_path)
-    assert folder.layout == "official"
+    assert folder.config == tmp_path / "config.json"
     assert folder.wan_config().model_type == "i2v"
     assert folder.text_encoder == tmp_path / TEXT
     (tmp_path / TEXT).unlink()
