@@ -103,7 +103,7 @@ def test_a_diffusers_folder_holds_what_ours_and_theirs_need(
 ) -> None:
     folder = twins[kind]
     check_model(folder)
-    assert folder.layout == "diffusers"
+    assert folder.config == folder.path / "transformer" / "config.json"
     assert folder.wan_config() == official[kind].wan_config()
     index = json.loads((folder.path / "model_index.json").read_text(encoding="utf-8"))
     parts = {name for name in index if not name.startswith("_")}
