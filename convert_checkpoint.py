@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.export import LAYOUTS, Export, write_model_folder
-from model.folder import CONFIGS, ModelFolder
-from model.loading import find_weights
+from model.folders.export import LAYOUTS, Export, write_model_folder
+from model.folders.folder import CONFIGS, ModelFolder
+from model.folders.loading import find_weights
 from model.wan.weights import to_diffusers
 from utils.cli import USER_ERRORS, fail, start_logging
 from utils.config import ConfigError

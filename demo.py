@@ -19,15 +19,16 @@ from flask import Flask, Response, request, send_file, url_for
 from werkzeug.exceptions import BadRequest, HTTPException
 from werkzeug.serving import make_server
 
+import utils.web
 from trainer.config import Config, generator_model, load
 from trainer.serving import Request, VideoGenerator, check_source, load_generator
 from utils.cli import USER_ERRORS, fail, start_logging
 from utils.config import ConfigError
-from utils.jobs import Job, JobQueue, OnStep
-from utils.prompts import read_prompt_file
-from utils.video import save_mp4
+from utils.data.prompts import read_prompt_file
+from utils.media.video import save_mp4
+from utils.web.jobs import Job, JobQueue, OnStep
 
-WEB = Path(__file__).resolve().parent / "utils" / "web"
+PAGE = Path(utils.web.__file__).parent / "page"
 MAX_PROMPT = 2000  # characters
 MAX_SEED = 2**53 - 1  # beyond it, whole numbers in a browser are not exact
 Reply = dict[str, object]  # becomes JSON
@@ -73,7 +74,7 @@ def make_clip(generator: VideoGenerator, fps: float, job: Job, path: Path, on_st
 
 def create_app(queue: JobQueue, about: About) -> Flask:
     """The page at /, and the API that it talks to below /api."""
-    app = Flask(__name__, static_folder=WEB, static_url_path="/static")
+    app = Flask(__name__, static_folder=PAGE, static_url_path="/static")
     app.config["MAX_CONTENT_LENGTH"] = 2**16  # bytes
 
     def news(job: Job) -> Reply:

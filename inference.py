@@ -19,30 +19,30 @@ from trainer.config import Config, causal_config, generator_model, load, problem
 from trainer.serving import Request, Source, VideoGenerator, check_source, load_generator
 from trainer.starts import check_images, pixel_frames, pixel_size, read_start
 from utils.cli import USER_ERRORS, fail, start_logging, stopped
-from utils.clip_names import clip_stems, default_samples
 from utils.config import ConfigError
-from utils.dataset import open_dataset
-from utils.distributed import Session, distributed_session
-from utils.given_frames import (
-    Given,
-    Size,
-    describe_picture,
-    picture_size,
-    read_fitted,
-)
-from utils.hashes import sha256_of
-from utils.images import snapped_size
-from utils.lmdb import shard_paths
-from utils.manifest import ClipRecord, claim_folder, finish_manifest
-from utils.prompts import (
+from utils.data.dataset import open_dataset
+from utils.data.prompts import (
     PromptItem,
     merged,
     read_image_prompts,
     read_prompts,
     with_extended,
 )
+from utils.data.shards import shard_paths
+from utils.distributed import Session, distributed_session
+from utils.hashes import sha256_of
+from utils.media.clip_names import clip_stems, default_samples
+from utils.media.given_frames import (
+    Given,
+    Size,
+    describe_picture,
+    picture_size,
+    read_fitted,
+)
+from utils.media.images import snapped_size
+from utils.media.manifest import ClipRecord, claim_folder, finish_manifest
+from utils.media.video import contact_sheet, read_clip, save_mp4, save_png
 from utils.strides import PATCH_PIXELS
-from utils.video import contact_sheet, read_clip, save_mp4, save_png
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Package metadata, dependencies and console commands."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="fewstep",
@@ -8,9 +8,9 @@ setup(
     description="Distil many-step video diffusion models (Wan2.1) into 4-step students",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["model", "model.wan", "pipeline", "trainer", "utils", "utils.web"],
+    packages=find_packages(include=["model*", "pipeline*", "trainer*", "utils*"]),
     py_modules=["train", "inference", "demo", "convert_checkpoint"],
-    package_data={"utils.web": ["*"]},
+    package_data={"utils.web": ["page/*"]},
     install_requires=[
         "torch==2.13.0",
         "omegaconf>=2.4",

@@ -12,8 +12,8 @@ from trainer.base import AGAIN, RunFailedError
 from trainer.build import RunOptions, build_trainer
 from trainer.config import Config, load
 from utils.cli import USER_ERRORS, fail, start_logging
+from utils.data.shards import DamagedRecordError
 from utils.distributed import distributed_session
-from utils.lmdb import DamagedRecordError
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from model.encoders.vae import VideoVAE
 from model.types import TEMPORAL_STRIDE, Conditioning, Keyframes
-from model.vae import VideoVAE
 
 
 @dataclass(frozen=True, eq=False)

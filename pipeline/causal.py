@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from model.causal import CausalLayout
+from model.encoders.vae import VideoVAE
 from model.flow import TIMESTEPS, constant_sigma
 from model.guidance import concatenate
 from model.types import Batch, Conditioning, Context, Denoiser, Sample
-from model.vae import VideoVAE
 from model.wan.cache import KeyValue, KVCache
 from pipeline.few_step import OnStep, backward_simulation, few_step, renoise
 from pipeline.teacher import SamplingConfig, evaluations_per_step, integrate

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from model.loading import Placement, random_network
+from model.folders.loading import Placement, random_network
 from model.types import Batch, Conditioning
 from model.wan import transformer
 from model.wan.config import PRESETS

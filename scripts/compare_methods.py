@@ -27,14 +27,14 @@ from scripts.evaluate import fingerprint, markdown, sample
 from scripts.report import STYLE, inline
 from trainer.config import Config, load
 from trainer.serving import Request, VideoGenerator, check_source, load_generator
+from utils.claims import refuse_other_settings
 from utils.cli import USER_ERRORS, fail, start_logging
 from utils.config import ConfigError
 from utils.files import write_text
+from utils.media.video import contact_sheet, save_mp4, save_png
 from utils.metrics import read_metrics
-from utils.outputs import refuse_other_settings
-from utils.shapes_metrics import Exam
-from utils.shapes_world import FPS
-from utils.video import contact_sheet, save_mp4, save_png
+from utils.tiny_world.metrics import Exam
+from utils.tiny_world.world import FPS
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = 3  # captions on the page

@@ -25,17 +25,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.folder import VAE, ModelFolder, find_model
-from model.vae import VideoVAE, load_vae
-from utils.captioned_clips import CaptionedVideo, Clip, pair_videos, save_clip
+from model.encoders.vae import VideoVAE, load_vae
+from model.folders.folder import VAE, ModelFolder, find_model
+from utils.claims import Rejected, claim_folder, rejection, write_rejected
 from utils.cli import USER_ERRORS, fail, start_logging, stopped
 from utils.config import ConfigError
+from utils.data.captioned_clips import CaptionedVideo, Clip, pair_videos, save_clip
 from utils.distributed import Session, distributed_session
 from utils.hashes import content_hash
-from utils.images import fit, to_signed
-from utils.outputs import Rejected, claim_folder, rejection, write_rejected
+from utils.media.images import fit, to_signed
+from utils.media.video import frame_rate, read_frames
 from utils.strides import PATCH_PIXELS
-from utils.video import frame_rate, read_frames
 
 log = logging.getLogger(__name__)
 

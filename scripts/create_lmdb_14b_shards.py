@@ -24,14 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.captioned_clips import Clip, clip_files, pair_videos, read_clips
-from utils.cli import USER_ERRORS, fail, start_logging, stopped
-from utils.config import ConfigError
-from utils.distributed import Session, distributed_session
-from utils.files import write_text
-from utils.images import fit
-from utils.lmdb import ShardWriter, shard_paths
-from utils.outputs import (
+from utils.claims import (
     REPORT,
     SETTINGS,
     Rejected,
@@ -40,8 +33,15 @@ from utils.outputs import (
     rejection,
     write_rejected,
 )
+from utils.cli import USER_ERRORS, fail, start_logging, stopped
+from utils.config import ConfigError
+from utils.data.captioned_clips import Clip, clip_files, pair_videos, read_clips
+from utils.data.shards import ShardWriter, shard_paths
+from utils.distributed import Session, distributed_session
+from utils.files import write_text
+from utils.media.images import fit
+from utils.media.video import read_frames
 from utils.strides import SPATIAL_STRIDE
-from utils.video import read_frames
 
 log = logging.getLogger(__name__)
 

@@ -32,10 +32,10 @@ from trainer.config import Config, causal_config, load, sigmas
 from trainer.serving import Request, VideoGenerator, check_source, load_generator
 from utils.cli import USER_ERRORS, fail, start_logging
 from utils.files import write_text
+from utils.media.video import contact_sheet, save_mp4, save_png, to_unit
 from utils.plots import plot_run
-from utils.shapes_metrics import Exam
-from utils.shapes_world import FPS, Caption
-from utils.video import contact_sheet, save_mp4, save_png, to_unit
+from utils.tiny_world.metrics import Exam
+from utils.tiny_world.world import FPS, Caption
 
 BATCH = 64
 SOLVER2_SHIFT = 1.0  # of teacher_solver2; of 1, 1.5, 2 and 3 the best in 4 steps: a fair rival

@@ -27,14 +27,20 @@ from pipeline.teacher import trajectory
 from trainer.config import Config, load
 from trainer.serving import Source, VideoGenerator, check_source, load_generator
 from trainer.starts import pixel_size
+from utils.claims import refuse_other_settings
 from utils.cli import USER_ERRORS, fail, start_logging, stopped
 from utils.config import ConfigError
-from utils.dataset import Dataset, TrajectoryManifest, manifest_path, open_dataset, read_manifest
+from utils.data.dataset import (
+    Dataset,
+    TrajectoryManifest,
+    manifest_path,
+    open_dataset,
+    read_manifest,
+)
+from utils.data.shards import ShardWriter
 from utils.distributed import Session, distributed_session
 from utils.files import write_text
-from utils.images import to_signed
-from utils.lmdb import ShardWriter
-from utils.outputs import refuse_other_settings
+from utils.media.images import to_signed
 from utils.seeding import sample_rng
 
 log = logging.getLogger(__name__)

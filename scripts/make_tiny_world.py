@@ -20,17 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-from model.clip import HEAD_DIM
-from model.clip import to_official as clip_to_official
-from model.folder import CONFIG, IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, ModelFolder
-from model.patch_codec import FILE_NAME, PatchCodec
-from model.umt5 import to_official
+from model.encoders.clip import HEAD_DIM
+from model.encoders.clip import to_official as clip_to_official
+from model.encoders.umt5 import to_official
+from model.folders.folder import CONFIG, IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, ModelFolder
 from model.wan.config import PRESETS, write_wan_config
 from utils.cli import USER_ERRORS, fail
 from utils.config import ConfigError
-from utils.lmdb import ShardWriter
+from utils.data.shards import ShardWriter
 from utils.seeding import derive_seed, generator
-from utils.shapes_world import captions, draw_captions, draw_scenes, render
+from utils.tiny_world.codec import FILE_NAME, PatchCodec
+from utils.tiny_world.world import captions, draw_captions, draw_scenes, render
 from utils.weights import write_weights
 
 NAME, IMAGE_NAME = "Wan2.1-T2V-Tiny", "Wan2.1-I2V-Tiny"

@@ -19,15 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from torch import Tensor
 from tqdm import tqdm
 
-from model.folder import ModelFolder, check_model, find_model
-from model.wan_wrapper import WanTextEncoder, clean_prompt
+from model.encoders.text import WanTextEncoder, clean_prompt
+from model.folders.folder import ModelFolder, check_model, find_model
 from trainer.config import Config, compute_dtype, generator_model, load
 from trainer.inputs import needed_prompts
 from utils.cli import USER_ERRORS, fail, start_logging, stopped
 from utils.config import ConfigError
-from utils.dataset import open_dataset
-from utils.distributed import Session, distributed_session
-from utils.embeddings import (
+from utils.data.dataset import open_dataset
+from utils.data.embeddings import (
     EmbeddingManifest,
     EmbeddingReader,
     EmbeddingWriter,
@@ -35,6 +34,7 @@ from utils.embeddings import (
     read_manifest,
     write_manifest,
 )
+from utils.distributed import Session, distributed_session
 from utils.hashes import content_hash
 
 log = logging.getLogger(__name__)

@@ -184,7 +184,7 @@ student, 4 steps without guidance <b>{student["both"]:.1%}</b>
 <h2>Every sampler</h2><div class="scroll">{table(rows)}</div>
 <p>NFE: network evaluations per clip. Shares are of {student["clips"]} clips, with their standard
 error. FD: Frechet distance to real clips, lower is nearer; diversity: spread of the free start
-position. Judged in closed form by utils/shapes_checker.py.</p>
+position. Judged in closed form by utils/tiny_world/checker.py.</p>
 <h2>The runs</h2>{plots}
 <h2>Time</h2><table><tr><th>stage</th><th>seconds</th></tr>{stages}</table>
 <p>{html.escape(summary["machine"])}</p></html>

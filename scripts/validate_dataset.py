@@ -22,9 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.cli import USER_ERRORS, fail
-from utils.dataset import open_dataset
+from utils.data.dataset import open_dataset
+from utils.data.shards import Shard, check_kinds, shard_paths
 from utils.files import write_text
-from utils.lmdb import Shard, check_kinds, shard_paths
 
 
 def parser() -> argparse.ArgumentParser:

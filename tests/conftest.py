@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from model.flow import step_sigmas
-from model.folder import CONFIG, WEIGHTS
+from model.folders.folder import CONFIG, WEIGHTS
 from model.wan.config import WanConfig, write_wan_config
 from model.wan.transformer import WanTransformer
 from scripts.make_tiny_world import IMAGE_NAME, NAME, make_data, make_folder
-from utils.dataset import TrajectoryManifest, manifest_path
-from utils.lmdb import ShardReader, ShardWriter
+from utils.data.dataset import TrajectoryManifest, manifest_path
+from utils.data.shards import ShardReader, ShardWriter
 from utils.seeding import generator
 from utils.weights import fill_weights, write_weights
 

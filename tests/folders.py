@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.export import Export, write_model_folder
-from model.folder import CONFIG, IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, ModelFolder
-from model.loading import find_weights
-from model.vae_names import to_official
+from model.encoders.vae_names import to_official
+from model.folders.export import Export, write_model_folder
+from model.folders.folder import CONFIG, IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, ModelFolder
+from model.folders.loading import find_weights
 from model.wan.config import WanConfig, write_wan_config
 from tests.conftest import build_wan, random_value
-from utils.shapes_world import captions
+from utils.tiny_world.world import captions
 
 VAE = "Wan2.1_VAE.pth"
 STEM = "diffusion_pytorch_model"

@@ -17,19 +17,19 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from model.folder import ModelFolder
-from model.patch_codec import FILE_NAME, PatchCodec
-from model.vae import load_vae
+from model.encoders.vae import load_vae
+from model.folders.folder import ModelFolder
 from scripts import compute_vae_latent
 from scripts.make_tiny_world import NAME
 from tests.commands import ROOT, own_logging, refusal
 from tests.folders import vae_state
 from tests.ranks import run_on_ranks
 from tests.videos import make_long_video, make_sound, make_split_video, make_video, tear
-from utils import captioned_clips as clips_module
-from utils.captioned_clips import Clip, clip_files, read_clips
-from utils.images import fit
-from utils.video import read_frames
+from utils.data import captioned_clips as clips_module
+from utils.data.captioned_clips import Clip, clip_files, read_clips
+from utils.media.images import fit
+from utils.media.video import read_frames
+from utils.tiny_world.codec import FILE_NAME, PatchCodec
 
 __all__ = ["own_logging"]
 

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 import convert_checkpoint
-from model.folder import CONFIG, ModelFolder, check_model
-from model.loading import Placement, find_weights, load_network
+from model.folders.folder import CONFIG, ModelFolder, check_model
+from model.folders.loading import Placement, find_weights, load_network
 from model.wan.config import WanConfig, diffusers_config
 from model.wan.weights import to_diffusers
 from tests.commands import ROOT, own_logging, refusal

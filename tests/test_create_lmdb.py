@@ -23,10 +23,10 @@ from tests.ranks import run_on_ranks
 from tests.runs import rows, run, write_config
 from tests.test_compute_vae_latent import Killed, captioned, words
 from tests.videos import make_video, tear
-from utils.captioned_clips import Clip, save_clip
-from utils.images import fit
-from utils.lmdb import ShardReader, ShardWriter
-from utils.video import read_frames
+from utils.data.captioned_clips import Clip, save_clip
+from utils.data.shards import ShardReader, ShardWriter
+from utils.media.images import fit
+from utils.media.video import read_frames
 
 __all__ = ["own_logging"]
 

@@ -14,8 +14,8 @@ from scripts.make_tiny_world import NAME
 from tests.commands import own_logging
 from tests.test_documented_commands import documented, script_of
 from tests.videos import make_video
-from utils.captioned_clips import read_clips
-from utils.lmdb import ShardReader, shard_paths
+from utils.data.captioned_clips import read_clips
+from utils.data.shards import ShardReader, shard_paths
 
 __all__ = ["own_logging"]
 

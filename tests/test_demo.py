@@ -26,12 +26,12 @@ from torch import Tensor
 from werkzeug.serving import make_server
 
 import demo
-import utils.jobs
-from demo import WEB, About, create_app, make_clip
+import utils.web.jobs
+from demo import PAGE, About, create_app, make_clip
 from trainer.config import load
 from trainer.serving import Request, VideoGenerator, check_source, load_generator
-from utils.jobs import JobQueue
 from utils.seeding import generator
+from utils.web.jobs import JobQueue
 
 ROOT = Path(demo.__file__).resolve().parent
 CONFIG = ROOT / "configs" / "tiny" / "dmd.yaml"
@@ -194,7 +194,7 @@ def test_closing_stops_the_worker_at_its_next_step(tried: Demo) -> None:
 def test_the_oldest_ended_jobs_are_forgotten_with_their_clips(
     tried: Demo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(utils.jobs, "KEPT", 2)
+    monkeypatch.setattr(utils.web.jobs, "KEPT", 2)
     tried.miniature.allow()
     jobs = [tried.submit(prompt) for prompt in ("one", "two", "three")]
     tried.until(jobs[-1], state="done")
@@ -252,7 +252,7 @@ def test_every_error_is_json_with_its_status(tried: Demo) -> None:
 
 
 def test_a_full_queue_refuses_more(tried: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(utils.jobs, "MAX_QUEUED", 2)
+    monkeypatch.setattr(utils.web.jobs, "MAX_QUEUED", 2)
     tried.until(tried.submit("running"), state="running")
     tried.submit("one")
     tried.submit("two")
@@ -264,7 +264,7 @@ def test_a_full_queue_refuses_more(tried: Demo, monkeypatch: pytest.MonkeyPatch)
 def test_the_page_fetches_nothing_from_outside(tried: Demo) -> None:
     page = tried.client.get("/").text
     names = re.findall(r'(?:href|src)="(static/[^"]+)"', page)
-    assert {Path(name).name for name in names} == {path.name for path in WEB.glob("*.*")} - {
+    assert {Path(name).name for name in names} == {path.name for path in PAGE.glob("*.*")} - {
         "index.html"
     }
     for name in names:

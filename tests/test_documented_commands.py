@@ -27,7 +27,7 @@ from trainer.config import (
     method_class,
     method_needs,
 )
-from utils.dataset import open_dataset
+from utils.data.dataset import open_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"

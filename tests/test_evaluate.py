@@ -10,8 +10,8 @@ import pytest
 
 from scripts import evaluate, report
 from tests.runs import run, write_config
-from utils import shapes_metrics
 from utils.config import ConfigError
+from utils.tiny_world import metrics as shapes_metrics
 
 ROWS = 20  # real clips, 16 of the teacher, 3 of the student
 

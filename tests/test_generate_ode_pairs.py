@@ -18,8 +18,8 @@ from tests.ranks import run_on_ranks
 from tests.runs import rows, run, write_config
 from trainer.config import load
 from trainer.serving import check_source, load_generator
-from utils.dataset import read_manifest
-from utils.lmdb import ShardReader, shard_paths
+from utils.data.dataset import read_manifest
+from utils.data.shards import ShardReader, shard_paths
 from utils.seeding import sample_rng
 
 __all__ = ["no_weights", "own_logging"]

@@ -28,7 +28,7 @@ from tests.videos import make_long_video
 from trainer.config import load
 from trainer.serving import Request, check_source, load_generator
 from utils.files import replaced_atomically
-from utils.video import save_mp4
+from utils.media.video import save_mp4
 from utils.weights import write_weights
 
 __all__ = ["no_weights", "own_logging"]

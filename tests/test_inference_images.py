@@ -14,14 +14,14 @@ import pytest
 import torch
 
 import inference
-from model.folder import CONFIG, WEIGHTS
+from model.folders.folder import CONFIG, WEIGHTS
 from model.wan.config import write_wan_config
 from scripts.make_tiny_world import IMAGE_NAME
 from tests.commands import no_weights, own_logging, refusal
 from tests.conftest import IMAGE_MINIATURE, build_wan
 from tests.ranks import run_on_ranks
 from tests.runs import write_config
-from utils.video import save_mp4
+from utils.media.video import save_mp4
 from utils.weights import write_weights
 
 __all__ = ["no_weights", "own_logging"]

@@ -15,8 +15,8 @@ from scripts.make_tiny_world import NAME
 from tests.commands import no_weights, own_logging, refusal
 from tests.ranks import run_on_ranks
 from tests.runs import write_config
-from utils import manifest
 from utils.config import ConfigError
+from utils.media import manifest
 
 __all__ = ["no_weights", "own_logging"]
 

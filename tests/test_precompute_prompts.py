@@ -15,15 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.folder import ModelFolder
-from model.wan_wrapper import WanTextEncoder
+from model.encoders.text import WanTextEncoder
+from model.folders.folder import ModelFolder
 from scripts import precompute_prompts
 from tests.commands import own_logging, refusal
 from tests.ranks import RankFailedError, run_on_ranks
 from tests.runs import write_config
-from utils import lmdb_files
-from utils.embeddings import EmbeddingReader, manifest_path, read_manifest
-from utils.lmdb import ShardWriter, shard_paths
+from utils.data import lmdb_files
+from utils.data.embeddings import EmbeddingReader, manifest_path, read_manifest
+from utils.data.shards import ShardWriter, shard_paths
 
 __all__ = ["own_logging"]
 

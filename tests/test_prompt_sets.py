@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.given_frames import picture_size
-from utils.prompts import PromptItem, read_image_prompts, read_prompts, with_extended
+from utils.data.prompts import PromptItem, read_image_prompts, read_prompts, with_extended
+from utils.media.given_frames import picture_size
 
 PROMPTS = Path(__file__).resolve().parent.parent / "prompts"
 SETS = {"tiny.txt": 6, "showcase.txt": 24, "short.txt": 24, "extended.txt": 24, "training": 48}

@@ -12,13 +12,13 @@ import torch
 import convert_checkpoint
 import inference
 import train
-from model.loading import find_weights
+from model.folders.loading import find_weights
 from scripts import compute_vae_latent, create_lmdb_14b_shards
 from tests.commands import own_logging
 from tests.conftest import build_wan
 from tests.test_documented_commands import serve
 from tests.videos import make_video
-from utils.lmdb import ShardReader
+from utils.data.shards import ShardReader
 
 ROOT = Path(__file__).resolve().parent.parent
 __all__ = ["own_logging"]

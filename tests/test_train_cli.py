@@ -25,7 +25,7 @@ from tests.conftest import build_wan
 from tests.ranks import run_on_ranks
 from tests.runs import rows, run, step_folder, write_config
 from utils import checkpoint
-from utils.lmdb import ShardWriter
+from utils.data.shards import ShardWriter
 from utils.weights import write_weights
 
 __all__ = ["no_weights", "own_logging"]

@@ -13,7 +13,7 @@ import torch
 from scripts import validate_dataset
 from tests.commands import own_logging, refusal
 from tests.videos import tear
-from utils.lmdb import ShardWriter
+from utils.data.shards import ShardWriter
 
 __all__ = ["own_logging"]
 

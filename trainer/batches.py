@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from model.conditioning import ConditioningEncoder, first_latents
+from model.encoders.vae import VideoVAE
 from model.types import Batch, Keyframes
-from model.vae import VideoVAE
 from trainer.config import Config
-from utils.dataset import DataOrder, Dataset, RawItem
-from utils.images import to_signed
+from utils.data.dataset import DataOrder, Dataset, RawItem
+from utils.media.images import to_signed
 
 
 class BatchLoader:

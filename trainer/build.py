@@ -12,19 +12,20 @@ from torch import Tensor
 
 from model.base import Method, Parts
 from model.causvid import CausVidConfig
-from model.clip import WanCLIPEncoder
 from model.conditioning import ConditioningEncoder, ImageEncoder
 from model.discriminator import Discriminator
-from model.folder import ModelFolder
-from model.loading import (
+from model.encoders.clip import WanCLIPEncoder
+from model.encoders.text import WanTextEncoder
+from model.encoders.vae import VideoVAE, load_vae
+from model.folders.folder import ModelFolder
+from model.folders.loading import (
     Placement,
     load_network,
     random_discriminator,
     random_network,
 )
 from model.types import Denoiser, Rollout
-from model.vae import VideoVAE, load_vae
-from model.wan_wrapper import WanDiffusionWrapper, WanTextEncoder
+from model.wan_wrapper import WanDiffusionWrapper
 from pipeline.bidirectional import BidirectionalTrainingPipeline
 from pipeline.build import few_step_pipeline, many_step_pipeline
 from pipeline.causal import SelfForcingTrainingPipeline
@@ -48,8 +49,8 @@ from trainer.inputs import Inputs, check_inputs, claim_logdir, role_weights
 from trainer.ode import ODETrainer
 from trainer.validation import Validator
 from utils import checkpoint
+from utils.data.embeddings import EmbeddingReader
 from utils.distributed import Session
-from utils.embeddings import EmbeddingReader
 from utils.metrics import JsonLines, Tracker, WandB
 from utils.optim import build_optimizers
 from utils.parallel import build_mesh

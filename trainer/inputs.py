@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from model.base import Method, Needs
 from model.discriminator import tapped_layers
 from model.dmd import DMDConfig
-from model.folder import ModelFolder, check_model, find_model
-from model.loading import check_weights, find_weights
+from model.folders.folder import ModelFolder, check_model, find_model
+from model.folders.loading import check_weights, find_weights
 from model.types import SPATIAL_STRIDE
 from trainer.config import (
     CHANGEABLE,
@@ -30,16 +30,16 @@ from trainer.config import (
 )
 from utils import checkpoint
 from utils.config import ConfigError, differences, to_yaml
-from utils.dataset import (
+from utils.data.dataset import (
     Dataset,
     RawItem,
     open_dataset,
     read_manifest,
 )
+from utils.data.embeddings import EmbeddingReader, check_embeddings
+from utils.data.prompts import read_prompt_file
 from utils.distributed import Session
-from utils.embeddings import EmbeddingReader, check_embeddings
 from utils.files import write_text
-from utils.prompts import read_prompt_file
 from utils.weights import Weights, WeightsError
 
 log = logging.getLogger(__name__)

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from model.conditioning import ConditioningEncoder, first_latents
-from model.folder import ModelFolder, check_model, find_model
-from model.loading import Placement, check_weights, find_weights, load_network
+from model.encoders.vae import VideoVAE, load_vae
+from model.folders.folder import ModelFolder, check_model, find_model
+from model.folders.loading import Placement, check_weights, find_weights, load_network
 from model.types import Keyframes
-from model.vae import VideoVAE, load_vae
 from model.wan_wrapper import WanDiffusionWrapper
 from pipeline.protocol import InferencePipeline
 from trainer.build import build_encoder, run_pipeline
 from trainer.config import Config, generator_model
 from trainer.inputs import check_latent_shape
+from utils.media.video import to_unit
 from utils.seeding import sample_rng
-from utils.video import to_unit
 from utils.weights import Weights
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from model.folder import ModelFolder
+from model.folders.folder import ModelFolder
 from model.types import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from trainer.config import Config, causal_config
 from utils.config import ConfigError
-from utils.given_frames import Given, Size, read_given
-from utils.prompts import PromptItem, some
+from utils.data.prompts import PromptItem, some
+from utils.media.given_frames import Given, Size, read_given
 
 
 def pixel_size(config: Config) -> Size:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.encoders.vae import VideoVAE
 from model.types import Denoiser
-from model.vae import VideoVAE
 from pipeline.protocol import InferencePipeline, sample
 from trainer.batches import BatchLoader
-from utils.dataset import RawItem
+from utils.data.dataset import RawItem
 from utils.distributed import Session
+from utils.media.video import contact_sheet, save_png, to_unit
 from utils.seeding import sample_rng
-from utils.video import contact_sheet, save_png, to_unit
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from model.conditioning import ConditioningEncoder, ImageEncoder, first_latents
-from model.patch_codec import PatchCodec
 from model.types import Keyframes
+from utils.tiny_world.codec import PatchCodec
 
 CPU = torch.device("cpu")
 

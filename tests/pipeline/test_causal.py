@@ -15,7 +15,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.flow import add_noise, constant_sigma
-from model.patch_codec import FILE_NAME, PatchCodec
 from model.types import Batch, Conditioning, Context, Denoiser, Prediction, Sample
 from model.wan.cache import KeyValue, KVCache
 from model.wan.transformer import WanTransformer
@@ -32,6 +31,7 @@ from pipeline.protocol import InferencePipeline, sample
 from pipeline.teacher import SamplingConfig, TeacherInferencePipeline
 from tests.gaussian import CPU, Said, Watched
 from utils.seeding import SampleRNG, StepRNG, generator, sample_rng
+from utils.tiny_world.codec import FILE_NAME, PatchCodec
 
 WanFactory = Callable[..., WanTransformer]
 

@@ -13,8 +13,8 @@ from tests.ranks import run_on_ranks
 from tests.runs import assert_same_end, built, cut_after, refusal, rows, run
 from trainer import build as build_module
 from trainer.base import Trainer
-from utils.images import to_signed
-from utils.lmdb import ShardReader, ShardWriter
+from utils.data.shards import ShardReader, ShardWriter
+from utils.media.images import to_signed
 
 IMAGES = ("generator.model=Wan2.1-I2V-Tiny",)
 METHODS = ("dmd", "dmd_gan", "sid", "gan", "diffusion", "causvid", "consistency")

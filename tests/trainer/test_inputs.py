@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.folder import ModelFolder
+from model.folders.folder import ModelFolder
 from tests.commands import no_weights
 from tests.conftest import build_wan
 from tests.runs import refusal
 from trainer.config import load
 from trainer.inputs import role_weights
-from utils.dataset import manifest_path
-from utils.lmdb import ShardWriter
+from utils.data.dataset import manifest_path
+from utils.data.shards import ShardWriter
 
 __all__ = ["no_weights"]
 

@@ -411,7 +411,7 @@ ON_THE_CPU = {
     "pipeline/bidirectional.py": "the exit step, drawn by the generator that all ranks share",
     "pipeline/causal.py": "exit steps and frame counts, from the same generator",
     "torch/optim/adam.py": "AdamW's step counters",
-    "utils/dataset.py": "the order of the data, once per epoch",
+    "utils/data/dataset.py": "the order of the data, once per epoch",
 }
 
 

@@ -1,0 +1,1 @@
+"""Text, images and video to what transformers read, and latents back to pixels."""

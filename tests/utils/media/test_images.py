@@ -1,0 +1,172 @@
+"""Pictures of every kind become RGB, and frames are brought to size without distortion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from utils.media.images import describe_fit, fit, read_image, snapped_size
+
+
+def saved(path: Path, image: Image.Image, **options: object) -> Path:
+    image.save(path, **options)  # type: ignore[arg-type]
+    return path
+
+
+def colour(pixels: Tensor) -> list[int]:
+    """The one colour of a picture."""
+    assert bool((pixels == pixels[:, :1, :1]).all())
+    return pixels[:, 0, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "expected"),
+    [
+        ("RGB", (10, 20, 30), [10, 20, 30]),
+        ("L", 77, [77, 77, 77]),
+        ("1", 1, [255, 255, 255]),
+        ("RGBA", (10, 20, 30, 255), [10, 20, 30]),
+        ("RGBA", (10, 20, 30, 0), [255, 255, 255]),
+        ("RGBA", (0, 100, 200, 51), [204, 224, 244]),
+        ("LA", (0, 51), [204, 204, 204]),
+        ("I;16", 257 * 77, [77, 77, 77]),
+    ],
+)
+def test_every_kind_of_png_becomes_rgb(
+    tmp_path: Path, mode: str, value: object, expected: list[int]
+) -> None:
+    path = saved(tmp_path / "a.png", Image.new(mode, (5, 3), value))  # type: ignore[arg-type]
+    pixels = read_image(path)
+    assert (pixels.shape, pixels.dtype) == ((3, 3, 5), torch.uint8)
+    assert colour(pixels) == pytest.approx(expected, abs=1)
+
+
+def test_palettes_keep_their_colours_and_their_transparency(tmp_path: Path) -> None:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    assert colour(read_image(saved(tmp_path / "a.png", image))) == [200, 100, 50]
+    path = saved(tmp_path / "b.png", image, transparency=1)
+    assert colour(read_image(path)) == [255, 255, 255]
+
+
+def test_print_colours_become_rgb(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), quality=95)
+    assert colour(read_image(path)) == pytest.approx([255, 0, 0], abs=6)
+
+
+def test_a_picture_is_turned_as_its_exif_data_tell(tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 16), "black")
+    image.paste("white", (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    pixels = read_image(saved(tmp_path / "a.png", image, exif=exif))
+    assert pixels.shape == (3, 8, 16)
+    assert (int(pixels[0, 4, 2]), int(pixels[0, 4, 13])) == (0, 255)
+
+
+def test_an_animation_gives_its_first_picture(tmp_path: Path) -> None:
+    first, second = (Image.new("RGB", (4, 4), c) for c in ("red", "blue"))
+    path = saved(tmp_path / "a.gif", first, save_all=True, append_images=[second])
+    assert colour(read_image(path)) == [255, 0, 0]
+
+
+def test_a_missing_picture_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"a.png: no such image"):
+        read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "gif"])
+@pytest.mark.parametrize("left", [0, 30, 0.5])
+def test_a_torn_picture_names_its_file(tmp_path: Path, kind: str, left: float) -> None:
+    noise = torch.randint(256, (64, 64, 3), generator=torch.Generator().manual_seed(0))
+    path = saved(tmp_path / f"a.{kind}", Image.fromarray(noise.numpy().astype(np.uint8)))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(left if left != 0.5 else len(content) // 2)])
+    with pytest.raises(ValueError) as caught:
+        read_image(path)
+    assert str(caught.value).startswith(f"{path}: not readable as an image: ")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_picture_too_large_to_be_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path / "a.png", Image.new("L", (100, 100)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="not readable as an image: Image size"):
+        read_image(path)
+
+
+# ---- sizes
+
+
+def halves(height: int, width: int) -> Tensor:
+    """White left of the middle, black right of it."""
+    frame = torch.zeros(3, height, width, dtype=torch.uint8)
+    frame[..., : width // 2] = 255
+    return frame
+
+
+def test_frames_of_the_right_size_are_not_touched() -> None:
+    frames = torch.randint(256, (2, 3, 6, 8), generator=torch.Generator().manual_seed(0)).byte()
+    assert torch.equal(fit(frames, (6, 8)), frames)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (32, 16), (16, 32), (15, 17)])
+@pytest.mark.parametrize("shape", [(64, 48), (48, 64), (8, 8), (9, 31)])
+def test_the_middle_of_a_frame_stays_in_the_middle(
+    shape: tuple[int, int], size: tuple[int, int]
+) -> None:
+    fitted = fit(halves(shape[0], shape[1] // 2 * 2), size)
+    assert fitted.shape == (3, *size)
+    assert fitted.dtype == torch.uint8
+    middle = size[1] // 2
+    assert int(fitted[:, :, : middle - 4].min()) > 250
+    assert int(fitted[:, :, middle + 5 :].max()) < 5
+
+
+def test_shrinking_averages_instead_of_skipping() -> None:
+    stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    stripes[..., ::2] = 255
+    inner = fit(stripes, (8, 8))[..., 1:-1].float()
+    assert (inner - 127.5).abs().max() < 8
+
+
+def test_each_frame_of_a_clip_is_scaled_as_if_alone() -> None:
+    frames = torch.randint(256, (2, 3, 3, 20, 30), generator=torch.Generator().manual_seed(0))
+    clip = frames.byte()
+    assert torch.equal(fit(clip, (16, 16))[1, 2], fit(clip[1, 2], (16, 16)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "words"),
+    [
+        ((1080, 1920), (480, 832), "1080 x 1920 scaled to 480 x 853, cropped to 480 x 832"),
+        ((480, 853), (480, 832), "480 x 853 cropped to 480 x 832"),
+        ((960, 1664), (480, 832), "960 x 1664 scaled to 480 x 832"),
+        ((480, 832), (480, 832), "480 x 832 kept"),
+    ],
+)
+def test_what_is_done_to_a_frame_is_told(
+    shape: tuple[int, int], size: tuple[int, int], words: str
+) -> None:
+    assert describe_fit(shape, size) == f"{words} (height x width)"
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((480, 832), (480, 832)), ((1080, 1920), (480, 848)), ((1000, 1000), (624, 624))],
+)
+def test_a_size_is_snapped_to_the_area_and_the_multiple(
+    shape: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    assert snapped_size(shape, 480 * 832, 16) == expected
+
+
+def test_the_thinnest_strip_still_has_a_size() -> None:
+    assert snapped_size((1, 5000), 256 * 256, 16) == (16, 18096)

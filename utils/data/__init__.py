@@ -1,0 +1,1 @@
+"""What is trained on: prompts, records, shards and encoded prompts, and in which order."""

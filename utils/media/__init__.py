@@ -1,0 +1,1 @@
+"""Pictures and clips: in and out of files, their names, and how they were made."""

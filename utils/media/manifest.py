@@ -1,0 +1,194 @@
+"""What a folder of clips was made from, so that others can repeat it, and who may add to it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.claims import check_settings, write_settings
+from utils.config import ConfigError
+from utils.distributed import Session
+from utils.files import write_text
+from utils.hashes import sha256_of
+from utils.weights import INDEX_SUFFIX
+
+FILE = "manifest.json"
+ROOT = Path(__file__).resolve().parent.parent.parent
+# What samples, encoders and files depend on.
+PACKAGES = (
+    "torch", "transformers", "tokenizers", "diffusers", "safetensors", "numpy", "pillow", "imageio",
+    "imageio-ffmpeg",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ClipRecord:
+    """One clip: everything that it alone depends on."""
+
+    file: str  # below the manifest's folder
+    prompt: str  # as its list has it; it names the file
+    conditioning_prompt: str  # what the model read
+    seed: int
+    sample: int  # number among the clips of its prompt, from 0
+    height: int  # of the model's pixels; small clips are written enlarged
+    width: int
+    images: list[str]  # files that it begins and ends with, as they were given
+    images_sha256: list[str]
+
+
+def weight_files(path: Path) -> dict[str, Path]:
+    """The files behind a weight file, an index of shards or a training checkpoint, by name."""
+    if path.is_dir():
+        data = [file for file in sorted(path.iterdir()) if file.suffix == ".distcp"]
+        return {file.name: file for file in [path / ".metadata", *data]}
+    if path.name.endswith(INDEX_SUFFIX):
+        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+        return {name: path.parent / name for name in [path.name, *sorted(set(shards))]}
+    return {path.name: path}
+
+
+def code_revision(root: Path = ROOT) -> dict[str, Any] | None:
+    """The commit at `root` and whether tracked files differ from it; None outside a checkout."""
+    top = _git(root, "rev-parse", "--show-toplevel")
+    commit = _git(root, "rev-parse", "--verify", "HEAD")
+    if top is None or commit is None or Path(top).resolve() != root.resolve():
+        return None
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return {"revision": commit, "dirty": bool(changes)}
+
+
+def _git(root: Path, *words: str) -> str | None:
+    """What git says, or None where it is not installed or fails."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The code, the packages and the kind of device of this process."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"code": code_revision(), "packages": package_versions(), "device": name}
+
+
+def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str | None]:
+    """Installed versions, Python's among them; None = not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A folder's manifest; empty where there is none. Raises ConfigError if it is damaged."""
+    path = folder / FILE
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        return {**manifest, "clips": [ClipRecord(**clip) for clip in manifest["clips"]]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: not a manifest of clips: {error}") from error
+
+
+def claim_folder(
+    folder: Path,
+    settings: Mapping[str, Any],
+    weights: Path,
+    clips: Sequence[ClipRecord],
+    session: Session,
+) -> None:
+    """Write settings.json and the manifest of clips to be made, on the main rank. Collective.
+
+    settings: what all clips share, fit for JSON. weights: see `weight_files`. Raises ConfigError,
+    on all ranks, if the folder holds clips of other settings, weights, prompts or images, or if
+    ranks found different weights.
+    """
+    found = sorted(set(session.gather(str(weights))))
+    fault = "" if len(found) == 1 else f"a run goes on saving: ranks found {found}; begin again"
+    if session.is_main and not fault:
+        try:
+            _claim(folder, settings, weights, clips, session.device)
+        except (OSError, ValueError) as error:
+            fault = str(error)
+    fault = session.from_main(fault)
+    if fault:
+        raise ConfigError(fault)
+
+
+def finish_manifest(folder: Path) -> None:
+    """Note in the manifest that all its clips are there, if they are."""
+    manifest = read_manifest(folder)
+    complete = all((folder / clip.file).is_file() for clip in manifest["clips"])
+    _write(folder, {**manifest, "complete": complete})
+
+
+def _claim(
+    folder: Path,
+    settings: Mapping[str, Any],
+    weights: Path,
+    clips: Sequence[ClipRecord],
+    device: torch.device,
+) -> None:
+    check_settings(folder, settings, holds="clips")
+    before = read_manifest(folder)
+    every = _continued(folder, before.get("clips", ()), clips)
+    digests = sha256_of(weight_files(weights))
+    if before.get("weights_sha256", digests) != digests:
+        raise ConfigError(
+            f"--output_folder {folder}: holds clips of other weights: {weights} has changed since; "
+            f"use another folder"
+        )
+    made_by, here = before.get("made_by", []), environment(device)
+    if here not in made_by and not all((folder / clip.file).is_file() for clip in clips):
+        made_by = [*made_by, here]
+    write_settings(folder, settings)
+    shared = {"complete": False, **settings, "weights_sha256": digests}
+    _write(folder, {**shared, "made_by": made_by, "clips": every})
+
+
+def _write(folder: Path, manifest: Mapping[str, Any]) -> None:
+    lines = [asdict(clip) for clip in manifest["clips"]]
+    text = json.dumps({**manifest, "clips": lines}, indent=1, ensure_ascii=False)
+    write_text(folder / FILE, text + "\n")
+
+
+def _continued(
+    folder: Path, before: Sequence[ClipRecord], clips: Sequence[ClipRecord]
+) -> list[ClipRecord]:
+    """`clips`, and after them others of an earlier call that are in the folder.
+
+    Raises ConfigError if a file that exists is not the clip that is wanted under its name.
+    """
+    known = {clip.file: clip for clip in before}
+    there = [clip for clip in clips if (folder / clip.file).is_file()]
+    for clip in there:
+        if known.get(clip.file) != clip:
+            raise ConfigError(
+                f"--output_folder {folder}: {clip.file} is another clip than this call makes "
+                f"({_difference(known.get(clip.file), clip)}); use another folder"
+            )
+    wanted = {clip.file for clip in clips}
+    others = [clip for clip in before if clip.file not in wanted]
+    return [*clips, *(clip for clip in others if (folder / clip.file).is_file())]
+
+
+def _difference(old: ClipRecord | None, new: ClipRecord) -> str:
+    if old is None:
+        return f"{FILE} does not know it"
+    was, is_ = asdict(old), asdict(new)
+    return "; ".join(f"{k} was {was[k]!r:.80}, is {is_[k]!r:.80}" for k in was if was[k] != is_[k])
