@@ -10,7 +10,8 @@ N video tokens, D width of the transformer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -29,12 +30,82 @@ __all__ = [
     "Context",
     "Denoiser",
     "Keyframes",
+    "LatentSpec",
     "LossOutput",
     "Prediction",
     "Rollout",
     "Sample",
     "StepRNG",
 ]
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """How a model's latents relate to pixels and to tokens.
+
+    The first latent frame holds one pixel frame and every other `temporal_stride` of them.
+    """
+
+    channels: int
+    temporal_stride: int  # pixel frames to a latent frame
+    spatial_stride: int  # pixels to a latent row or column
+    patch: tuple[int, int]  # latent rows and columns to a token; tokens never span frames
+
+    def pixel_frames(self, frames: int) -> int:
+        """Pixel frames of so many latent frames."""
+        return 1 + self.temporal_stride * (frames - 1)
+
+    def latent_frames(self, pixel_frames: int) -> int:
+        """Latent frames of so many pixel frames. Raises ValueError unless they come out even."""
+        if pixel_frames < 1 or (pixel_frames - 1) % self.temporal_stride:
+            raise ValueError(
+                f"{pixel_frames} pixel frames: must be 1 + {self.temporal_stride} k, as latent "
+                f"frames hold them"
+            )
+        return 1 + (pixel_frames - 1) // self.temporal_stride
+
+    def pixel_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels of latents of `height` x `width`."""
+        return self.spatial_stride * height, self.spatial_stride * width
+
+    def latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the latents of pixels of `size`. Raises ValueError."""
+        height, width = size
+        if height % self.spatial_stride or width % self.spatial_stride:
+            raise ValueError(
+                f"{height} x {width} pixels: sides must be multiples of {self.spatial_stride}"
+            )
+        return height // self.spatial_stride, width // self.spatial_stride
+
+    @property
+    def pixel_step(self) -> tuple[int, int]:
+        """The least steps of a clip's height and width: the pixels of one token."""
+        return self.spatial_stride * self.patch[0], self.spatial_stride * self.patch[1]
+
+    def nearest_size(self, shape: tuple[int, int], area: int) -> tuple[int, int]:
+        """The size of about `area` pixels with the aspect ratio of `shape`, in whole tokens."""
+        factor = math.sqrt(area / (shape[0] * shape[1]))
+        height, width = (
+            max(1, round(side * factor / step)) * step
+            for side, step in zip(shape, self.pixel_step, strict=True)
+        )
+        return height, width
+
+    def tokens(self, shape: Sequence[int]) -> int:
+        """How many tokens the transformer sees of latents [C, F, H, W]."""
+        _, frames, height, width = shape
+        return frames * (height // self.patch[0]) * (width // self.patch[1])
+
+    def problems(self, shape: Sequence[int]) -> Iterator[str]:
+        """Why the model cannot make latents of `shape`, [C, F, H, W]; one sentence each."""
+        channels, _, height, width = shape
+        if channels != self.channels:
+            yield f"has {channels} channels, the model makes {self.channels}"
+        if height % self.patch[0] or width % self.patch[1]:
+            yield (
+                f"{height} x {width} does not divide into patches of "
+                f"{self.patch[0]} x {self.patch[1]}"
+            )
 
 
 @dataclass(frozen=True, eq=False)

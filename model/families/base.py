@@ -1,0 +1,139 @@
+"""What every released model answers, whatever its family: sizes, parts, and how to load them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from model.encoders.vae import VideoVAE
+from model.folders.loading import Placement
+from model.types import LatentSpec
+from utils.weights import Weights
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """What a model reads of a prompt: states [length, width]."""
+
+    length: int  # rows, padding included
+    width: int
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What a model reads of the images that its clips begin and end with."""
+
+    count: int  # 1 = the first frame, 2 = first and last
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """The features of a denoiser that discriminator heads read: [B, N, width] after each layer."""
+
+    layers: int
+    width: int
+    heads: int
+    eps: float
+
+
+class Model(ABC):
+    """One release on disk, opened: nothing above `model/` asks for more than this.
+
+    A family is one file or folder of `model/families/` that defines one concrete subclass. A
+    folder may hold more than one network; `load_network` makes one Denoiser of them.
+    """
+
+    family: ClassVar[str]  # as messages name it
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, path: Path) -> bool:
+        """Whether the folder at `path` is of this family; cheap, and true of an incomplete one."""
+
+    @property
+    @abstractmethod
+    def latent(self) -> LatentSpec:
+        """How its latents relate to pixels and tokens. Raises UserError for a bad folder."""
+
+    @property
+    @abstractmethod
+    def text(self) -> TextSpec:
+        """What it reads of prompts."""
+
+    @property
+    @abstractmethod
+    def images(self) -> ImageSpec | None:
+        """What it reads of images beside the noisy latents; None = it begins with none."""
+
+    @property
+    @abstractmethod
+    def features(self) -> FeatureSpec:
+        """What a discriminator can read of its denoiser."""
+
+    @property
+    @abstractmethod
+    def architecture(self) -> Hashable:
+        """Equal for models whose weights fit each other."""
+
+    @property
+    def fps(self) -> float:
+        """Pixel frames per second of the clips that it was trained on."""
+        return 16.0
+
+    @abstractmethod
+    def missing(
+        self, *, weights: bool = True, encoders: bool = True, text: bool = True
+    ) -> list[str]:
+        """What is absent, each with the alternatives that would do.
+
+        weights: of the denoiser. encoders: codec, text encoder with tokenizer, and what reads
+        images. text: False = of these, text is not wanted.
+        """
+
+    @abstractmethod
+    def fetch(self) -> str:
+        """How to complete this folder, as a sentence."""
+
+    @abstractmethod
+    def find_weights(
+        self, path: Path | None = None, *, role: str = "generator", averaged: bool | None = False
+    ) -> Weights:
+        """The denoiser's weights at `path`, under this family's own names; None = its own.
+
+        path: a model folder, a weight file, a training checkpoint or a log directory. role: of a
+        checkpoint with several networks. averaged: True = the average, None = if there is one.
+        Raises WeightsError.
+        """
+
+    @abstractmethod
+    def check_weights(self, weights: Weights, *, what: str) -> None:
+        """Raise WeightsError unless `weights` fit this architecture. Cheap; `what` names it."""
+
+    @abstractmethod
+    def load_network(self, weights: Weights, place: Placement, *, what: str) -> nn.Module:
+        """A Denoiser with `weights`, as a module; each rank reads only what it keeps."""
+
+    @abstractmethod
+    def random_network(self, seed: int, place: Placement) -> nn.Module:
+        """A Denoiser with fresh weights, the same for any number of ranks."""
+
+    @abstractmethod
+    def load_text_encoder(self, dtype: torch.dtype) -> nn.Module:
+        """Prompts (a list of B texts) to states [B, length, width]."""
+
+    @abstractmethod
+    def load_image_encoder(self, dtype: torch.dtype) -> nn.Module | None:
+        """Images [B, 3, H, W] in [-1, 1] to states; None if it reads none of them."""
+
+    @abstractmethod
+    def load_codec(self, device: torch.device, dtype: torch.dtype) -> VideoVAE:
+        """What turns pixels into its latents and back."""
