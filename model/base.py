@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,11 @@ class MethodConfig:
         """What is impossible about these settings, one line each, keys with their section."""
         yield from ()
 
+    def run_problems(self, *, steps: int, causal: bool) -> Iterator[str]:
+        """What is impossible about them in a run of `steps` of such a generator."""
+        del steps, causal
+        yield from ()
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -37,15 +42,18 @@ class Needs:
     networks: tuple[str, ...] = ("generator",)  # roles that are Wan transformers
     trained: tuple[str, ...] = ("generator",)  # roles whose weights move
     latents: bool = False  # whether batches carry real latents
+    because: str = ""  # the settings that ask for them, if the method alone does not
     trajectories: bool = False  # whether batches carry a teacher's stored states
-    rollout: Literal["none", "simulation", "data"] = "none"  # where samples come from
-    judged: str | None = None  # the role whose features the discriminator reads, if there is one
-    alike: tuple[str, ...] = ()  # roles that must have the same architecture
+    rollout: str | None = None  # where samples come from: a name in pipeline.build.ROLLOUTS
+    rollout_options: Mapping[str, Any] = field(default_factory=dict)  # keywords of that factory
+    sampler: str = "few_step"  # what samples the generator: a name in pipeline.build.SAMPLERS
+    backbone: str | None = None  # the role whose features a discriminator reads, if there is one
+    same_architecture: tuple[str, ...] = ()  # roles whose weights must fit each other
 
     @property
     def roles(self) -> tuple[str, ...]:
         """All roles, the discriminator included."""
-        return self.networks if self.judged is None else (*self.networks, "discriminator")
+        return self.networks if self.backbone is None else (*self.networks, "discriminator")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +70,7 @@ class Method(ABC):
     """A training objective over named roles."""
 
     config_class: ClassVar[type[MethodConfig]]
+    trainer: ClassVar[str]  # whose phases it is trained in: a name in trainer.registry.TRAINERS
 
     def __init__(self, config: Any, parts: Parts) -> None:
         self.config = config
@@ -84,7 +93,9 @@ class Method(ABC):
 
 
 class RegressionMethod(Method):
-    """A method of `trainer: ode`: teaches the generator to jump along a teacher's path."""
+    """Teaches the generator to jump along a teacher's path."""
+
+    trainer = "ode"
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,11 @@ class AlternatingConfig(MethodConfig):
     min_sigma: float = 0.02
     max_sigma: float = 0.98
     generator_every: int = 5  # outer steps per generator update; the opponent moves at each
+
+    @property
+    def head_start(self) -> int:
+        """Outer steps before the generator moves for the first time."""
+        return 0
 
     def problems(self) -> Iterator[str]:
         """See MethodConfig."""
@@ -152,7 +168,7 @@ class DistributionMatching(Method):
     """Pull the generator's distribution to the teacher's; the critic tracks the generator's own."""
 
     scores_need_grad: ClassVar[bool] = False  # whether the loss differentiates through the scores
-    rollout_source: ClassVar[Literal["simulation", "data"]] = "simulation"
+    trainer = "score_distillation"
     config: DistributionMatchingConfig
 
     def __init__(self, config: DistributionMatchingConfig, parts: Parts) -> None:
@@ -164,18 +180,17 @@ class DistributionMatching(Method):
 
     @classmethod
     def needs(cls, config: DistributionMatchingConfig) -> Needs:
-        """Three networks; real latents only where samples are made from them."""
+        """Three networks, and samples that the generator makes itself."""
         del config
         return Needs(
             networks=("generator", "critic", "teacher"),
             trained=("generator", "critic"),
-            latents=cls.rollout_source == "data",
-            rollout=cls.rollout_source,
+            rollout="simulation",
         )
 
     def generator_loss(self, batch: Batch, rng: StepRNG) -> LossOutput:
         """Compare teacher and critic on the generator's samples, noised; DMD sec. 3."""
-        return self.objective(*learnt(*self.simulate(batch, rng)))
+        return self.objective(*made_frames(*self.simulate(batch, rng)))
 
     def simulate(self, batch: Batch, rng: StepRNG) -> tuple[Sample, Scores]:
         """Samples with the generator's gradient, and both networks on them."""
@@ -227,8 +242,8 @@ def error_size(x0: Tensor, scores: Scores) -> Tensor:
     return size.clamp(min=MIN_SIZE)
 
 
-def learnt(sample: Sample, scores: Scores) -> tuple[Sample, Scores]:
-    """Both without the frames that were given to the generator."""
+def made_frames(sample: Sample, scores: Scores) -> tuple[Sample, Scores]:
+    """Both on the frames that the generator made, without those that it was given."""
     first = sample.given_frames
     if not first:
         return sample, scores

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from model.base import Needs
 from model.dmd import DMD, DMDConfig
 
 
@@ -18,4 +19,15 @@ class CausVid(DMD):
     """DMD's loss; only where samples come from differs."""
 
     config_class = CausVidConfig
-    rollout_source = "data"
+
+    @classmethod
+    def needs(cls, config: CausVidConfig) -> Needs:  # type: ignore[override]
+        """As DMD, on samples that are made from real latents."""
+        options = {"teacher_forcing": config.teacher_forcing}
+        return replace(
+            super().needs(config),
+            latents=True,
+            because="",
+            rollout="data",
+            rollout_options=options,
+        )

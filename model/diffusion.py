@@ -35,6 +35,12 @@ class DiffusionConfig(MethodConfig):
         if self.clean_noise and not self.teacher_forcing:
             yield f"loss.clean_noise: {self.clean_noise} has no effect without loss.teacher_forcing"
 
+    def run_problems(self, *, steps: int, causal: bool) -> Iterator[str]:
+        """See MethodConfig."""
+        yield from super().run_problems(steps=steps, causal=causal)
+        if not causal and 0.0 < self.clean_noise <= 1.0:
+            yield "loss.clean_noise: has no effect without generator_type: causal"
+
 
 class Diffusion(Method):
     """Mean squared error of the velocity at a random noise level.
@@ -44,13 +50,14 @@ class Diffusion(Method):
     """
 
     config_class = DiffusionConfig
+    trainer = "diffusion"
     config: DiffusionConfig
 
     @classmethod
     def needs(cls, config: DiffusionConfig) -> Needs:
-        """Real latents."""
+        """Real latents; the trained model follows its ODE in many steps."""
         del config
-        return Needs(latents=True)
+        return Needs(latents=True, sampler="many_step")
 
     def generator_loss(self, batch: Batch, rng: StepRNG) -> LossOutput:
         """|| velocity(x_sigma) - (noise - x0) ||^2, averaged over samples and elements."""
@@ -65,11 +72,11 @@ class Diffusion(Method):
         dropped = rng.samples.rand((1, 1)) < self.config.caption_dropout
         text = torch.where(dropped.to(x0.device), batch.unconditional.text, batch.conditioning.text)
         conditioning = Conditioning(text, batch.conditioning.clip, batch.conditioning.first_frame)
-        velocity = self.seen(x0, rng)(add_noise(x0, noise, sigma), sigma, conditioning).velocity
+        velocity = self.forced(x0, rng)(add_noise(x0, noise, sigma), sigma, conditioning).velocity
         return LossOutput(F.mse_loss(velocity, noise - x0))
 
-    def seen(self, x0: Tensor, rng: StepRNG) -> Denoiser:
-        """The generator as it sees the video x0 [B, C, F, H, W]."""
+    def forced(self, x0: Tensor, rng: StepRNG) -> Denoiser:
+        """The generator on the past that training forces on it: of the video x0, clean or noisy."""
         layout, forced = self.parts.layout, self.config.teacher_forcing
         if layout is None or not forced or not self.config.clean_noise:
             return on_real_video(self.generator, layout, x0 if forced else None)

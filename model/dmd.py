@@ -18,7 +18,7 @@ from model.base import (
     Parts,
     Scores,
     error_size,
-    learnt,
+    made_frames,
 )
 from model.discriminator import AdversarialConfig, Pair, adversarial_loss, discriminate
 from model.flow import add_noise
@@ -82,11 +82,17 @@ class DMD(DistributionMatching):
         """A discriminator compares with real latents; a pulled critic has the generator's sizes."""
         needs = super().needs(config)
         if config.critic_pull:
-            needs = replace(needs, alike=("generator", "critic"))
+            needs = replace(needs, same_architecture=("generator", "critic"))
         if not config.judges:
             return needs
         trained = (*needs.trained, "discriminator")
-        return replace(needs, trained=trained, latents=True, judged="teacher")
+        return replace(
+            needs,
+            trained=trained,
+            latents=True,
+            because="" if needs.latents else "with loss.gan_weight or loss.divergence",
+            backbone="teacher",
+        )
 
     def objective(self, sample: Sample, scores: Scores, weight: Tensor | None = None) -> LossOutput:
         """Half the mean squared distance to a target that is one such gradient away.
@@ -112,7 +118,7 @@ class DMD(DistributionMatching):
             judged = self.discriminator(self.teacher, x, scores.sigma, batch.conditioning)
         weight = divergence_weight(self.config.divergence, judged.logits.detach())
         weight = weight / judged.mean_weight.detach().clamp(min=math.exp(-MAX_LOG_RATIO))
-        output = self.objective(*learnt(sample, scores), weight)
+        output = self.objective(*made_frames(sample, scores), weight)
         if not self.config.gan_weight:
             return output
         real = None

@@ -31,11 +31,26 @@ class GANConfig(AlternatingConfig):
                 f"got {self.discriminator_warmup_steps}"
             )
 
+    def run_problems(self, *, steps: int, causal: bool) -> Iterator[str]:
+        """See MethodConfig."""
+        yield from super().run_problems(steps=steps, causal=causal)
+        if self.discriminator_warmup_steps >= steps:
+            yield (
+                f"loss.discriminator_warmup_steps: must be below steps={steps}, or the "
+                f"generator never moves; got {self.discriminator_warmup_steps}"
+            )
+
+    @property
+    def head_start(self) -> int:
+        """The discriminator's."""
+        return self.discriminator_warmup_steps
+
 
 class GAN(Method):
     """The generator's samples, noised, against real latents noised to the same level."""
 
     config_class = GANConfig
+    trainer = "gan"
     config: GANConfig
 
     def __init__(self, config: GANConfig, parts: Parts) -> None:
@@ -54,7 +69,7 @@ class GAN(Method):
             trained=("generator", *backbone, "discriminator"),
             latents=True,
             rollout="simulation",
-            judged=config.backbone,
+            backbone=config.backbone,
         )
 
     def generator_loss(self, batch: Batch, rng: StepRNG) -> LossOutput:

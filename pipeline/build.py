@@ -1,33 +1,68 @@
-"""Which pipeline serves a generator: many steps or few, the whole clip or block by block."""
+"""The rollouts and samplers that methods ask for by name, and how each is made."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-from model.types import Denoiser
-from pipeline.bidirectional import BidirectionalInferencePipeline
+from model.encoders.vae import VideoVAE
+from model.types import Denoiser, Rollout
+from pipeline.bidirectional import BidirectionalInferencePipeline, BidirectionalTrainingPipeline
 from pipeline.causal import (
     CausalConfig,
     CausalDiffusionInferencePipeline,
     CausalInferencePipeline,
+    SelfForcingTrainingPipeline,
 )
+from pipeline.data import DataRollout
 from pipeline.protocol import InferencePipeline
 from pipeline.teacher import SamplingConfig, TeacherInferencePipeline
 
 
-def few_step_pipeline(
-    net: Denoiser, sigmas: Sequence[float], causal: CausalConfig | None
-) -> InferencePipeline:
-    """For a distilled generator; causal None = bidirectional."""
-    if causal is None:
-        return BidirectionalInferencePipeline(net, sigmas)
-    return CausalInferencePipeline(net, sigmas, causal)
+@dataclass(frozen=True, eq=False)
+class Sampling:
+    """What rollouts and samplers are made of."""
+
+    sigmas: Sequence[float] = ()  # noise levels of the few steps
+    causal: CausalConfig | None = None  # how videos fall into blocks; None = bidirectional
+    many_step: SamplingConfig = field(
+        default_factory=SamplingConfig
+    )  # of models that follow their ODE
+    vae: VideoVAE | None = None  # for rollouts longer than what is scored
 
 
-def many_step_pipeline(
-    net: Denoiser, sampling: SamplingConfig, causal: CausalConfig | None
-) -> InferencePipeline:
-    """For a model that follows its ODE; causal None = bidirectional."""
-    if causal is None:
-        return TeacherInferencePipeline(net, sampling)
-    return CausalDiffusionInferencePipeline(net, sampling, causal)
+def simulation_rollout(sampling: Sampling) -> Rollout:
+    """Samples that the generator makes as inference will."""
+    if sampling.causal is None:
+        return BidirectionalTrainingPipeline(sampling.sigmas)
+    return SelfForcingTrainingPipeline(sampling.sigmas, sampling.causal, sampling.vae)
+
+
+def data_rollout(sampling: Sampling, *, teacher_forcing: bool) -> Rollout:
+    """Samples predicted from noised real videos."""
+    return DataRollout(sampling.sigmas, sampling.causal, teacher_forcing=teacher_forcing)
+
+
+def few_step_sampler(net: Denoiser, sampling: Sampling) -> InferencePipeline:
+    """For a distilled generator."""
+    if sampling.causal is None:
+        return BidirectionalInferencePipeline(net, sampling.sigmas)
+    return CausalInferencePipeline(net, sampling.sigmas, sampling.causal)
+
+
+def many_step_sampler(net: Denoiser, sampling: Sampling) -> InferencePipeline:
+    """For a model that follows its ODE."""
+    if sampling.causal is None:
+        return TeacherInferencePipeline(net, sampling.many_step)
+    return CausalDiffusionInferencePipeline(net, sampling.many_step, sampling.causal)
+
+
+# By the names that `Needs` uses; a factory of rollouts takes `Needs.rollout_options` as keywords.
+ROLLOUTS: dict[str, Callable[..., Rollout]] = {
+    "simulation": simulation_rollout,
+    "data": data_rollout,
+}
+SAMPLERS: dict[str, Callable[[Denoiser, Sampling], InferencePipeline]] = {
+    "few_step": few_step_sampler,
+    "many_step": many_step_sampler,
+}

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tqdm import tqdm
 
 from model.types import Keyframes
-from pipeline.build import few_step_pipeline, many_step_pipeline
+from pipeline.build import SAMPLERS, Sampling
 from pipeline.protocol import InferencePipeline
 from pipeline.teacher import SamplingConfig
 from trainer.config import Config, causal_config, load, sigmas
@@ -92,7 +92,7 @@ def pipeline_for(
         # Fewer steps take the leading noise levels that the student was trained at, evenly.
         levels = sigmas(config)
         stride = len(levels) // row.steps
-        return few_step_pipeline(generator_.network, levels[::stride], causal)
+        return SAMPLERS["few_step"](generator_.network, Sampling(levels[::stride], causal))
     second = row.sampler == "teacher_solver2"
     sampling = SamplingConfig(
         steps=row.steps,
@@ -100,7 +100,7 @@ def pipeline_for(
         timestep_shift=solver2_shift if second else config.sampling.timestep_shift,
         solver="unipc" if second else "euler",
     )
-    return many_step_pipeline(generator_.network, sampling, causal)
+    return SAMPLERS["many_step"](generator_.network, Sampling(causal=causal, many_step=sampling))
 
 
 def sample(

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from model.base import Method, Parts
-from model.causvid import CausVidConfig
 from model.conditioning import ConditioningEncoder, ImageEncoder
 from model.discriminator import Discriminator
 from model.encoders.clip import WanCLIPEncoder
@@ -26,10 +25,7 @@ from model.folders.loading import (
 )
 from model.types import Denoiser, Rollout
 from model.wan_wrapper import WanDiffusionWrapper
-from pipeline.bidirectional import BidirectionalTrainingPipeline
-from pipeline.build import few_step_pipeline, many_step_pipeline
-from pipeline.causal import SelfForcingTrainingPipeline
-from pipeline.data import DataRollout
+from pipeline.build import ROLLOUTS, SAMPLERS, Sampling
 from pipeline.protocol import InferencePipeline
 from trainer.base import TrainedRole, Trainer, TrainerParts
 from trainer.batches import BatchLoader
@@ -38,15 +34,13 @@ from trainer.config import (
     TrainedNetworkConfig,
     causal_config,
     compute_dtype,
+    method_needs,
     optimizer_settings,
     role_settings,
     sigmas,
 )
-from trainer.diffusion import DiffusionTrainer
-from trainer.distillation import ScoreDistillationTrainer
-from trainer.gan import GANTrainer
 from trainer.inputs import Inputs, check_inputs, claim_logdir, role_weights
-from trainer.ode import ODETrainer
+from trainer.registry import TRAINERS
 from trainer.validation import Validator
 from utils import checkpoint
 from utils.data.embeddings import EmbeddingReader
@@ -59,13 +53,6 @@ from utils.seeding import derive_seed
 log = logging.getLogger(__name__)
 
 Network = WanDiffusionWrapper | Discriminator
-
-TRAINERS: dict[str, type[Trainer]] = {
-    "score_distillation": ScoreDistillationTrainer,
-    "diffusion": DiffusionTrainer,
-    "gan": GANTrainer,
-    "ode": ODETrainer,
-}
 
 
 @dataclass(frozen=True)
@@ -111,7 +98,8 @@ def build_trainer(config: Config, session: Session, options: RunOptions) -> Trai
         logdir=options.logdir,
         save=options.save,
     )
-    return TRAINERS[config.trainer](parts)
+    trainer: Trainer = TRAINERS[config.trainer].load()(parts)
+    return trainer
 
 
 def _placement(config: Config, session: Session, *, trained: bool) -> Placement:
@@ -130,8 +118,8 @@ def _build_networks(config: Config, session: Session, inputs: Inputs) -> dict[st
         network = _build_network(config, session, inputs, role)
         network.model.checkpoint_blocks = config.parallel.activation_checkpoint == "block"
         networks[role] = network
-    if inputs.needs.judged is not None:
-        sizes = inputs.folders[inputs.needs.judged].wan_config()
+    if inputs.needs.backbone is not None:
+        sizes = inputs.folders[inputs.needs.backbone].wan_config()
         place = _placement(config, session, trained=True)
         networks["discriminator"] = random_discriminator(
             sizes, config.discriminator, config.seed, replace(place, compute=torch.float32)
@@ -203,9 +191,8 @@ def build_encoder(
 
 def run_pipeline(config: Config, net: Denoiser) -> InferencePipeline:
     """The pipeline that samples a run's generator."""
-    if config.trainer == "diffusion":
-        return many_step_pipeline(net, config.sampling, causal_config(config))
-    return few_step_pipeline(net, sigmas(config), causal_config(config))
+    sampling = Sampling(sigmas(config), causal_config(config), config.sampling)
+    return SAMPLERS[method_needs(config).sampler](net, sampling)
 
 
 def _build_validator(
@@ -266,16 +253,11 @@ def _build_method(
 
 
 def _build_rollout(config: Config, inputs: Inputs, vae: VideoVAE | None) -> Rollout | None:
-    causal = causal_config(config)
-    if inputs.needs.rollout == "none":
+    needs = inputs.needs
+    if needs.rollout is None:
         return None
-    if inputs.needs.rollout == "data":
-        assert isinstance(config.loss, CausVidConfig)
-        forced = config.loss.teacher_forcing
-        return DataRollout(sigmas(config), causal, teacher_forcing=forced)
-    if causal is None:
-        return BidirectionalTrainingPipeline(sigmas(config))
-    return SelfForcingTrainingPipeline(sigmas(config), causal, vae)
+    sampling = Sampling(sigmas(config), causal_config(config), config.sampling, vae)
+    return ROLLOUTS[needs.rollout](sampling, **needs.rollout_options)
 
 
 def _announce(config: Config, session: Session, networks: dict[str, Network]) -> None:

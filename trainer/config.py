@@ -5,25 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from omegaconf import MISSING, OmegaConf
 
-import model
-from model.base import DistributionMatching, Method, MethodConfig, Needs, RegressionMethod
-from model.diffusion import Diffusion, DiffusionConfig
+from model.base import Method, MethodConfig, Needs
 from model.discriminator import DiscriminatorConfig
 from model.dmd import DMDConfig
 from model.flow import step_sigmas
-from model.gan import GAN, GANConfig
 from pipeline.causal import ROLLOUT_KEYS, CausalConfig
 from pipeline.teacher import SamplingConfig
+from trainer.registry import TRAINERS, find_method
 from utils.config import ConfigError, Layer, load_config, read_overrides, read_yaml
 from utils.ema import EMAConfig
 from utils.optim import OptimizerConfig
 from utils.parallel import ParallelConfig
-from utils.registry import member_of
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "default_config.yaml"
 
@@ -183,15 +180,6 @@ CHANGEABLE = (
 )  # fmt: skip
 
 
-# Per trainer, the methods that it takes, and the one that it takes unless told otherwise.
-FAMILIES: dict[str, tuple[type[Method], str]] = {
-    "score_distillation": (DistributionMatching, "dmd"),
-    "diffusion": (Diffusion, "diffusion"),
-    "gan": (GAN, "gan"),
-    "ode": (RegressionMethod, "ode"),
-}
-
-
 def method_class(config: Config) -> type[Method]:
     """The class of the run's method."""
     return find_method(config.trainer, config.distribution_loss)
@@ -205,13 +193,6 @@ def method_name(config: Config) -> str:
 def method_needs(config: Config) -> Needs:
     """What the run's method must be given."""
     return method_class(config).needs(config.loss)
-
-
-def find_method(trainer: str, distribution_loss: str | None) -> type[Method]:
-    """The method that two selectors name. Raises ValueError with the choices."""
-    base, usual = FAMILIES[trainer]
-    name = distribution_loss or usual
-    return cast(type[Method], member_of(model, name, base, key="distribution_loss"))
 
 
 def load(config_path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -231,7 +212,7 @@ def _schema(layers: Sequence[Layer]) -> Config:
     """The root schema, its `loss` typed by the method that the layers select."""
     selected = OmegaConf.merge(*(layer.values for layer in layers))
     trainer = OmegaConf.select(selected, "trainer", default="score_distillation")
-    if trainer not in FAMILIES:
+    if trainer not in TRAINERS:
         return Config()  # the typed merge will name the wrong trainer
     loss = OmegaConf.select(selected, "distribution_loss", default=None)
     try:
@@ -283,6 +264,8 @@ def problems(config: Config) -> Iterator[str]:
     if not 0.0 <= config.ema.decay < 1.0:
         yield f"ema.decay: must lie in [0, 1), got {config.ema.decay}"
     yield from config.loss.problems()
+    causal = config.generator_type == "causal"
+    yield from config.loss.run_problems(steps=config.steps, causal=causal)
     if config.generator.model is None and config.teacher.model is None:
         yield "generator.model: must name a model folder (or teacher.model must)"
 
@@ -294,8 +277,6 @@ def _causal_problems(config: Config) -> Iterator[str]:
     if config.generator_type != "causal":
         if set_:
             yield f"causal.{set_[0]}: has no effect without generator_type: causal"
-        if isinstance(config.loss, DiffusionConfig) and 0.0 < config.loss.clean_noise <= 1.0:
-            yield "loss.clean_noise: has no effect without generator_type: causal"
         return
     yield from layout.problems(config.latent_shape[1])
     idle = [name for name in set_ if name in ROLLOUT_KEYS]
@@ -304,12 +285,6 @@ def _causal_problems(config: Config) -> Iterator[str]:
 
 
 def _role_problems(config: Config) -> Iterator[str]:
-    loss = config.loss
-    if isinstance(loss, GANConfig) and loss.discriminator_warmup_steps >= config.steps:
-        yield (
-            f"loss.discriminator_warmup_steps: must be below steps={config.steps}, or the "
-            f"generator never moves; got {loss.discriminator_warmup_steps}"
-        )
     for name, settings in optimizer_settings(config).items():
         yield from _optimizer_problems(name, settings)
     for name, network in trained_networks(config).items():

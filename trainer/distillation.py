@@ -26,13 +26,12 @@ class Alternating(Protocol):
 class AlternatingTrainer(Trainer):
     """Alternates a generator and an opponent that judges its samples."""
 
-    head_start: int = 0  # outer steps before the generator moves for the first time
-
     def __init__(self, parts: TrainerParts) -> None:
         super().__init__(parts)
         self.opponents = tuple(name for name in parts.roles if name != "generator")
         self.losses = cast(Alternating, parts.method)
         self.every = self.losses.config.generator_every
+        self.head_start = self.losses.config.head_start
 
     def phases(self, step: int) -> Iterator[Phase]:
         """The generator first, so that both see the opponent of the step before."""

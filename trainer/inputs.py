@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 
 from model.base import Method, Needs
 from model.discriminator import tapped_layers
-from model.dmd import DMDConfig
 from model.folders.folder import ModelFolder, check_model, find_model
 from model.folders.loading import check_weights, find_weights
 from model.types import SPATIAL_STRIDE
@@ -70,8 +69,8 @@ def check_inputs(config: Config, session: Session) -> Inputs:
     folders = _check_networks(config, needs)
     dataset = open_dataset(Path(config.data.path))
     _check_data(config, needs, dataset, folders["generator"])
-    if needs.judged is not None:
-        tapped_layers(folders[needs.judged].wan_config(), config.discriminator)
+    if needs.backbone is not None:
+        tapped_layers(folders[needs.backbone].wan_config(), config.discriminator)
     shown = _shown(config, dataset, folders["generator"])
     embeddings = _open_embeddings(config, dataset, folders["generator"])
     return Inputs(folders, dataset, shown, embeddings, method, needs)
@@ -99,10 +98,11 @@ def _check_networks(config: Config, needs: Needs) -> dict[str, ModelFolder]:
             f"teacher.model: an image-to-video model and a text-to-video model cannot be used "
             f"together; {named}"
         )
-    if len({folders[role].wan_config() for role in needs.alike}) > 1:
+    like = {role: folders[role] for role in needs.same_architecture}
+    if len({folder.wan_config() for folder in like.values()}) > 1:
         raise ConfigError(
-            f"{' and '.join(f'{role}.model' for role in needs.alike)}: this method needs them of "
-            f"the same architecture, got {', '.join(str(folders[r].path) for r in needs.alike)}"
+            f"{' and '.join(f'{role}.model' for role in like)}: this method needs them of the "
+            f"same architecture, got {', '.join(str(folder.path) for folder in like.values())}"
         )
     check_latent_shape(config.latent_shape, folders["generator"])
     return folders
@@ -141,9 +141,7 @@ def _check_data(config: Config, needs: Needs, dataset: Dataset, folder: ModelFol
     path, held = config.data.path, next(iter(dataset.buckets))
     sees_images = folder.wan_config().sees_images
     if needs.latents and held.latents is None:
-        who = f"method '{method_name(config)}'"
-        if isinstance(config.loss, DMDConfig) and config.loss.judges:
-            who += " with loss.gan_weight or loss.divergence"
+        who = f"method '{method_name(config)}' {needs.because}".rstrip()
         raise ConfigError(f"data.path: {who} needs real latents, but {path} holds none")
     if config.causal.given_first_frame and held.latents is None and held.image is None:
         raise ConfigError(

@@ -5,19 +5,33 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 
-def member_of(package: ModuleType, name: str, base: type, *, key: str) -> type:
-    """The one subclass of `base` that module `name` of `package` defines.
+def member_of(
+    package: ModuleType,
+    name: str,
+    base: type,
+    *,
+    key: str,
+    fits: Callable[[Any], bool] = lambda _: True,
+) -> type:
+    """The one subclass of `base` that module `name` of `package` defines and that `fits`.
 
     `key` is the configuration key that carried `name`; a ValueError quotes it with what is allowed.
     """
     choices = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg]
-    found = _members(package, name, base) if name in choices else []
-    if len(found) == 1:
-        return found[0]
-    allowed = [choice for choice in choices if len(_members(package, choice, base)) == 1]
+
+    def one(choice: str) -> type | None:
+        found = [cls for cls in _members(package, choice, base) if fits(cls)]
+        return found[0] if len(found) == 1 else None
+
+    found = one(name) if name in choices else None
+    if found is not None:
+        return found
+    allowed = [choice for choice in choices if one(choice) is not None]
     near = difflib.get_close_matches(name, allowed, n=1)
     hint = f"; did you mean '{near[0]}'?" if near else ""
     raise ValueError(f"{key}: '{name}' is unknown, choose one of {', '.join(allowed)}{hint}")

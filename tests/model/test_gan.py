@@ -137,4 +137,4 @@ def test_the_discriminators_loss_leaves_the_generator_alone() -> None:
 def test_a_teacher_as_backbone_stays_as_it_is(backbone: str, trained: tuple[str, ...]) -> None:
     needs = GAN.needs(GANConfig(backbone=backbone))  # type: ignore[arg-type]
     assert needs.trained == trained
-    assert needs.judged == backbone
+    assert needs.backbone == backbone

@@ -22,9 +22,8 @@ from model.gan import GANConfig
 from model.types import Batch, Conditioning, Rollout
 from model.wan.transformer import WanTransformer
 from model.wan_wrapper import WanDiffusionWrapper
-from pipeline.bidirectional import BidirectionalTrainingPipeline
-from pipeline.causal import CausalConfig, SelfForcingTrainingPipeline
-from pipeline.data import DataRollout
+from pipeline.build import ROLLOUTS, Sampling
+from pipeline.causal import CausalConfig
 from tests.conftest import MINIATURE, random_value
 from tests.gaussian import streams_of_step
 from tests.methods import methods
@@ -68,7 +67,7 @@ class Case:
     def passes_through_others(self) -> bool:
         """Whether the generator's gradient comes through the networks of other roles."""
         matching = issubclass(self.cls, DistributionMatching) and self.cls.scores_need_grad
-        return matching or self.needs.judged is not None
+        return matching or self.needs.backbone is not None
 
 
 def cases() -> Iterator[Case]:
@@ -90,7 +89,7 @@ def parametrized(wanted: Callable[[Case], bool]) -> pytest.MarkDecorator:
 METHODS = parametrized(lambda _: True)
 DIRECT = parametrized(lambda case: not case.passes_through_others)
 MATCHING = parametrized(
-    lambda case: issubclass(case.cls, DistributionMatching) and case.needs.judged is None
+    lambda case: issubclass(case.cls, DistributionMatching) and case.needs.backbone is None
 )
 ALTERNATING = parametrized(lambda case: case.needs.trained != ("generator",))
 
@@ -100,7 +99,7 @@ def build(case: Case, tiny_wan: WanFactory) -> Any:
     networks: dict[str, torch.nn.Module] = {
         role: WanDiffusionWrapper(tiny_wan(seed=i)) for i, role in enumerate(case.needs.networks)
     }
-    if case.needs.judged is not None:
+    if case.needs.backbone is not None:
         heads = DiscriminatorHeads(MINIATURE, DiscriminatorConfig())
         fill_weights(heads, lambda name, shape: random_value(name, shape, seed=9))
         networks["discriminator"] = Discriminator(heads)
@@ -108,14 +107,10 @@ def build(case: Case, tiny_wan: WanFactory) -> Any:
 
 
 def rollout(case: Case) -> Rollout | None:
-    if case.needs.rollout == "none":
+    if case.needs.rollout is None:
         return None
-    if case.needs.rollout == "data":
-        assert isinstance(case.config, CausVidConfig)
-        return DataRollout(SIGMAS, case.layout, teacher_forcing=case.config.teacher_forcing)
-    if case.layout is None:
-        return BidirectionalTrainingPipeline(SIGMAS)
-    return SelfForcingTrainingPipeline(SIGMAS, case.layout)
+    sampling = Sampling(SIGMAS, case.layout)
+    return ROLLOUTS[case.needs.rollout](sampling, **case.needs.rollout_options)
 
 
 def batch(case: Case) -> Batch:
@@ -146,7 +141,7 @@ def test_the_generator_is_trained_and_whatever_else_is_trained_is_there(case: Ca
     needs = case.needs
     assert needs.trained[0] == needs.networks[0] == "generator"
     assert set(needs.trained) <= set(needs.roles)
-    assert needs.judged is None or needs.judged in needs.networks
+    assert needs.backbone is None or needs.backbone in needs.networks
 
 
 @METHODS
@@ -223,7 +218,7 @@ def test_the_opponents_loss_is_a_finite_scalar(case: Case, tiny_wan: WanFactory)
 def idle(case: Case) -> set[str]:
     """The opponents' weights that their loss need not move."""
     found = set()
-    if case.needs.judged is not None and case.config.adversarial.relativistic:  # type: ignore[attr-defined]
+    if case.needs.backbone is not None and case.config.adversarial.relativistic:  # type: ignore[attr-defined]
         found.add("discriminator.model.logit.bias")  # only differences of logits matter
     if isinstance(case.config, GANConfig):  # no divergence is weighed, no velocity is read
         found |= {"discriminator.model.mean_weight_bias", "critic.model.head.modulation"}

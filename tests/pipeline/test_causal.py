@@ -20,7 +20,7 @@ from model.wan.cache import KeyValue, KVCache
 from model.wan.transformer import WanTransformer
 from model.wan_wrapper import WanDiffusionWrapper
 from pipeline.bidirectional import BidirectionalInferencePipeline
-from pipeline.build import few_step_pipeline, many_step_pipeline
+from pipeline.build import Sampling, few_step_sampler, many_step_sampler
 from pipeline.causal import (
     CausalConfig,
     CausalDiffusionInferencePipeline,
@@ -604,7 +604,9 @@ def test_evaluations_of_many_steps_are_counted_right(
     causal: CausalConfig | None, cfg_scale: float, solver: Any
 ) -> None:
     net = Watched(Said())
-    pipeline = many_step_pipeline(net, SamplingConfig(4, cfg_scale, 5.0, solver), causal)
+    pipeline = many_step_sampler(
+        net, Sampling(causal=causal, many_step=SamplingConfig(4, cfg_scale, 5.0, solver))
+    )
     assert isinstance(pipeline, TeacherInferencePipeline) == (causal is None)
     sample(pipeline, text(1), text(2), SHAPE, streams())
     counted = sum(len(call.x) for call in net.calls) / SIZE
@@ -614,7 +616,7 @@ def test_evaluations_of_many_steps_are_counted_right(
 @pytest.mark.parametrize("causal", [None, BLOCKS], ids=["whole", "causal"])
 def test_evaluations_of_few_steps_are_counted_right(causal: CausalConfig | None) -> None:
     net = Watched(Said())
-    pipeline = few_step_pipeline(net, SIGMAS, causal)
+    pipeline = few_step_sampler(net, Sampling(SIGMAS, causal))
     assert isinstance(pipeline, BidirectionalInferencePipeline) == (causal is None)
     sample(pipeline, text(1), text(2), SHAPE, streams())
     assert pipeline.network_evaluations(FRAMES) == len(net.calls)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.flow import shift
-from pipeline.build import few_step_pipeline, many_step_pipeline
+from pipeline.build import Sampling, few_step_sampler, many_step_sampler
 from pipeline.causal import CausalConfig
 from pipeline.protocol import sample
 from pipeline.teacher import (
@@ -149,6 +149,6 @@ BLOCKS = CausalConfig(num_frame_per_block=2, independent_first_frame=True)
 def test_a_students_run_is_served_in_few_steps_and_a_teachers_in_many(
     causal: CausalConfig | None, few: int, many: int
 ) -> None:
-    student = few_step_pipeline(Exact(), [1.0, 0.6, 0.3], causal)
-    teacher = many_step_pipeline(Exact(), SamplingConfig(7, 2.0), causal)
+    student = few_step_sampler(Exact(), Sampling([1.0, 0.6, 0.3], causal))
+    teacher = many_step_sampler(Exact(), Sampling(causal=causal, many_step=SamplingConfig(7, 2.0)))
     assert (student.network_evaluations(5), teacher.network_evaluations(5)) == (few, many)
