@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load(args.config_path, args.overrides)
         source = check_source(config, args.checkpoint_path, use_ema=args.use_ema)
-        if source.folder.wan_config().sees_images:
+        if source.folder.images is not None:
             raise ConfigError(
                 f"generator.model: {source.folder.path} makes clips from images, and this page "
                 f"asks for none; use inference.py --i2v"

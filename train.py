@@ -25,6 +25,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--logdir", type=Path, required=True, help="checkpoints, metrics, samples")
     result.add_argument("--no_save", action="store_true", help="write no checkpoints")
     result.add_argument("--no_visualize", action="store_true", help="make no sample pictures")
+    result.add_argument(
+        "--allow_config_change", action="store_true",
+        help="continue a run although its settings, data or weights have changed",
+    )  # fmt: skip
     result.add_argument("--disable-wandb", "--disable_wandb", action="store_true")
     result.add_argument("--wandb-save-dir", "--wandb_save_dir", type=Path, default=None)
     result.add_argument("overrides", nargs="*", metavar="key=value", help="settings to override")
@@ -45,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         visualize=not args.no_visualize,
         wandb=not args.disable_wandb,
         wandb_folder=args.wandb_save_dir,
+        allow_change=args.allow_config_change,
     )
     try:
         return run(config, options)

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.guidance import concatenate
-from model.types import Conditioning, Context, Denoiser
+from model.types import Conditioning, Context, Denoiser, FeatureSpec
 from model.wan.attention import attend
-from model.wan.config import WanConfig
 from model.wan.context import Taps
 from utils.optim import OptimizerConfig
 from utils.seeding import SampleRNG
@@ -67,12 +66,12 @@ class DiscriminatorHeads(nn.Module):
 
     blocks: nn.ModuleList
 
-    def __init__(self, network: WanConfig, config: DiscriminatorConfig) -> None:
+    def __init__(self, features: FeatureSpec, config: DiscriminatorConfig) -> None:
         super().__init__()
-        self.layers = tapped_layers(network, config)
-        width, hidden = network.dim, config.ffn_dim or 4 * network.dim
+        self.layers = tapped_layers(features, config)
+        width, hidden = features.width, config.ffn_dim or 4 * features.width
         self.blocks = nn.ModuleList(
-            Head(width, hidden, network.num_heads, network.eps) for _ in self.layers
+            Head(width, hidden, features.heads, features.eps) for _ in self.layers
         )
         self.norm = nn.LayerNorm(len(self.layers) * width)
         self.hidden = nn.Linear(len(self.layers) * width, width)
@@ -119,14 +118,14 @@ class Head(nn.Module):
         return (token + self.ffn(self.norm_ffn(token)))[:, 0]
 
 
-def tapped_layers(network: WanConfig, config: DiscriminatorConfig) -> list[int]:
+def tapped_layers(features: FeatureSpec, config: DiscriminatorConfig) -> list[int]:
     """Which blocks the heads read. Raises ValueError for layers that the network has not."""
     if not config.layers:
-        return sorted({int(depth * network.num_layers) for depth in DEPTHS})
-    wrong = [layer for layer in config.layers if not 0 <= layer < network.num_layers]
+        return sorted({int(depth * features.layers) for depth in DEPTHS})
+    wrong = [layer for layer in config.layers if not 0 <= layer < features.layers]
     if wrong or len(set(config.layers)) < len(config.layers):
         raise ValueError(
-            f"discriminator.layers: must be different blocks of 0 .. {network.num_layers - 1}, "
+            f"discriminator.layers: must be different blocks of 0 .. {features.layers - 1}, "
             f"got {config.layers}"
         )
     return sorted(config.layers)

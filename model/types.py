@@ -29,6 +29,7 @@ __all__ = [
     "Conditioning",
     "Context",
     "Denoiser",
+    "FeatureSpec",
     "Keyframes",
     "LatentSpec",
     "LossOutput",
@@ -106,6 +107,16 @@ class LatentSpec:
                 f"{height} x {width} does not divide into patches of "
                 f"{self.patch[0]} x {self.patch[1]}"
             )
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """The features of a denoiser that discriminator heads read: [B, N, width] after each layer."""
+
+    layers: int
+    width: int
+    heads: int
+    eps: float
 
 
 @dataclass(frozen=True, eq=False)

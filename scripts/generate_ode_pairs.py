@@ -116,7 +116,7 @@ def plan(
             f"choose a number that times step / 1000 is whole, as 48 for 750, 500, 250"
         )
     dataset = open_dataset(args.caption_path)
-    begin_with_images = source.folder.wan_config().sees_images
+    begin_with_images = source.folder.images is not None
     if begin_with_images:
         check_images(args.caption_path, dataset, config)
     count = args.num_pairs or len(dataset)

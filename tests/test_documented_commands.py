@@ -18,7 +18,6 @@ import pytest
 import train
 from model.gan import GANConfig
 from tests.methods import methods
-from trainer.build import TRAINERS
 from trainer.config import (
     DEFAULT_CONFIG,
     Config,
@@ -27,6 +26,7 @@ from trainer.config import (
     method_class,
     method_needs,
 )
+from trainer.registry import TRAINERS
 from utils.data.dataset import open_dataset
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,27 +14,21 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.profiler import record_function
 from tqdm import tqdm
 
 from model.base import Method
-from model.discriminator import Discriminator
 from model.types import Batch, LossOutput
-from model.wan_wrapper import WanDiffusionWrapper
 from trainer.batches import BatchLoader
-from trainer.config import Config
+from trainer.hooks import Hook, Moment, run_hooks
+from trainer.roles import Role
+from trainer.run import Run
 from trainer.validation import Validator
 from utils import checkpoint
 from utils.config import to_yaml
 from utils.distributed import Session
 from utils.ema import EMA
 from utils.metrics import Metrics, Tracker, not_finite
-from utils.optim import OptimizerConfig, clip_gradients, initialise, lr_factor, set_lr_factor
-from utils.parallel import settle, sync_gradients
 from utils.seeding import StepRNG, step_rng
 
 log = logging.getLogger(__name__)
@@ -49,15 +43,6 @@ class Interrupted(KeyboardInterrupt):
 
 class RunFailedError(RuntimeError):
     """The run cannot go on, and says why."""
-
-
-@dataclass(frozen=True, eq=False)
-class TrainedRole:
-    """A network whose weights move, with what moves them."""
-
-    network: WanDiffusionWrapper | Discriminator
-    optimizers: Sequence[torch.optim.Optimizer]
-    config: OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -82,10 +67,10 @@ class TrainState:
 class TrainerParts:
     """What the composition root hands to a trainer."""
 
-    config: Config
+    run: Run
     session: Session
     method: Method
-    roles: Mapping[str, TrainedRole]
+    roles: Mapping[str, Role]
     batches: BatchLoader
     trackers: Sequence[Tracker]
     validator: Validator | None
@@ -98,17 +83,15 @@ class Trainer(ABC):
 
     def __init__(self, parts: TrainerParts) -> None:
         self.parts = parts
-        self.config = parts.config
+        self.config = parts.run.config
         self.session = parts.session
         self.method = parts.method
         self.roles = parts.roles
-        self.ema = EMA(parts.roles["generator"].network.model, parts.config.ema)
+        self.ema = EMA(parts.roles["generator"].parameters, self.config.ema)
         self.state = TrainState(updates=dict.fromkeys(parts.roles, 0))
         self.metrics = Metrics(parts.session)
+        self._bar: tqdm[Any] = tqdm(disable=True)
         self._stop = False
-        for role in parts.roles.values():
-            settle(role.network.model)
-            initialise(role.network.model, role.optimizers)
 
     @abstractmethod
     def phases(self, step: int) -> Iterable[Phase]:
@@ -128,26 +111,27 @@ class Trainer(ABC):
         try:
             self._train()
         finally:
+            self.parts.batches.close()
             for tracker in self.parts.trackers:
                 tracker.close()
 
     def _train(self) -> None:
         self.resume()
-        bar = tqdm(
+        self._bar = tqdm(
             total=self.config.steps,
             initial=self.state.step,
             desc=self.parts.logdir.name,
             disable=not self.session.is_main,
             mininterval=1.0,
         )
-        with bar, self._signals():
+        with self._bar, self._signals():
             while self.state.step < self.config.steps:
                 for phase in self.phases(self.state.step):
                     self.optimise(phase)
                 self.state.step += 1
                 self.metrics.count_step()
-                bar.update()
-                self.after_step(bar)
+                self._bar.update()
+                self.after_step()
 
     def optimise(self, phase: Phase) -> None:
         """One phase: micro-batches, then for each of its roles clipping, step, averaging.
@@ -176,43 +160,47 @@ class Trainer(ABC):
                     indices=indices,
                     device=self.session.device,
                 )
+            self.prefetch(part)
             for role in phase.roles:
-                sync_gradients(self.roles[role].network.model, part == micro - 1)
+                self.roles[role].sync_gradients(last=part == micro - 1)
             with record_function(f"{phase.name} loss"):
                 output = phase.loss(batch, rng)
             with record_function(f"{phase.name} backward"):
                 (output.loss / micro).backward()
             self.metrics.add(phase.name, {"loss": output.loss.detach(), **output.metrics})
 
+    def prefetch(self, part: int) -> None:
+        """Let the data of the micro-batch after `part` be read while this one is computed."""
+        if part + 1 < self.config.accumulation:
+            self.parts.batches.prefetch(self.state.draws, self.micro_batch(part + 1))
+        else:
+            draws = self.state.draws + self.config.batch_size
+            self.parts.batches.prefetch(draws, self.micro_batch(0))
+
     @contextmanager
     def only_trainable(self, names: Sequence[str]) -> Iterator[None]:
-        """Within the body no other role gathers gradients: losses may pass through its network."""
+        """Within the body no other role gathers gradients: losses may pass through its weights."""
         others = [role for name, role in self.roles.items() if name not in names]
         for role in others:
-            role.network.requires_grad_(False)
+            role.requires_grad_(False)
         try:
             yield
         finally:
             for role in others:
-                role.network.requires_grad_(True)
+                role.requires_grad_(True)
 
     def apply_gradients(self, name: str) -> None:
         """Clip, step the role's optimizers, clear gradients, move the average."""
         role = self.roles[name]
         with record_function("clip"):
-            norm = clip_gradients(role.network.model, role.config.max_grad_norm)
-        update = self.state.updates[name]
-        factor = lr_factor(role.config, update, self.total_updates(name))
-        set_lr_factor(role.optimizers, role.config, factor)
+            norm = role.clip()
         with record_function("optimizer"):
-            for optimizer in role.optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-        self.state.updates[name] = update + 1
+            role.step(self.state.updates[name], self.total_updates(name))
+        self.state.updates[name] += 1
         self.metrics.add(name, {"grad_norm": norm})
         if name == "generator":
             with record_function("average"):
-                self.ema.update(role.network.model, step=self.state.step)
+                self.ema.update(step=self.state.step)
 
     def micro_batch(self, part: int) -> list[int]:
         """Positions in the global batch of this rank's samples of micro-batch `part`."""
@@ -220,33 +208,37 @@ class Trainer(ABC):
         first = (part * self.session.world_size + self.session.rank) * size
         return list(range(first, first + size))
 
-    def after_step(self, bar: tqdm[Any]) -> None:
-        """Log, save and show samples, each at its own interval; stop if a signal asked for it."""
-        step, last = self.state.step, self.state.step == self.config.steps
-        stopping = self.session.any(self._stop)
-        saving = self.parts.save and (last or stopping or step % self.config.save_every == 0)
-        if last or saving or step % self.config.log_every == 0:
-            self.log_metrics(bar)
-        validator = self.parts.validator
-        if validator is not None and (last or validator.due(step)):
-            self.show_samples(validator)
-        if saving:
-            self.save()
-        if stopping and not last:
-            outlook = AGAIN if saving else "nothing is saved (--no_save)"
-            raise Interrupted(f"stopped after step {step}; {outlook}")
+    def hooks(self) -> Iterator[Hook]:
+        """What is done after steps, in order: a picture that fails finds the step saved."""
+        config, validator = self.config, self.parts.validator
+        saving: tuple[Hook, ...] = ()
+        if self.parts.save:
+            saving = (Hook("save", config.save_every, lambda _: self.save(), when_stopping=True),)
+        yield Hook("log", config.log_every, lambda _: self.log_metrics(), before=saving)
+        yield from saving
+        if validator is not None:
+            yield Hook("show", config.validation.every, lambda _: self.show_samples(validator))
 
-    def log_metrics(self, bar: tqdm[Any]) -> None:
+    def after_step(self) -> None:
+        """Log, save and show samples, each at its own interval; stop if a signal asked for it."""
+        stopping = self.session.any(self._stop)
+        moment = Moment(self.state.step, self.state.step == self.config.steps, stopping)
+        run_hooks(self.hooks(), moment)
+        if stopping and not moment.last:
+            outlook = AGAIN if self.parts.save else "nothing is saved (--no_save)"
+            raise Interrupted(f"stopped after step {moment.step}; {outlook}")
+
+    def log_metrics(self) -> None:
         """Read the metrics, the loop's one host sync, and write them. Raises on NaN."""
         values = self.metrics.read()
         for name, role in self.roles.items():
             if self.state.updates[name]:
-                values[f"{name}/lr"] = role.optimizers[0].param_groups[0]["lr"]
+                values[f"{name}/lr"] = role.lr
         if self.session.is_main:
             for tracker in self.parts.trackers:
                 tracker.log(self.state.step, values)
             losses = {k: f"{v:.4g}" for k, v in values.items() if k.endswith("/loss")}
-            bar.set_postfix(losses, refresh=False)
+            self._bar.set_postfix(losses, refresh=False)
         bad = not_finite(values)
         if bad:
             good = checkpoint.latest(self.checkpoints)
@@ -257,10 +249,10 @@ class Trainer(ABC):
 
     def show_samples(self, validator: Validator) -> None:
         """Write pictures of samples made with the averaged weights."""
-        generator = self.roles["generator"].network
-        assert isinstance(generator, WanDiffusionWrapper)
-        with self.ema.swapped_in(generator.model):
-            path = validator.run(generator, self.parts.batches, self.state.step)
+        with self.ema.swapped_in():
+            path = validator.show(
+                self.roles["generator"].network, self.parts.batches, self.state.step
+            )
         if self.session.is_main:
             for tracker in self.parts.trackers:
                 tracker.picture(self.state.step, "samples", path)
@@ -268,11 +260,8 @@ class Trainer(ABC):
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds."""
         return {
-            "roles": {name: role.network.model.state_dict() for name, role in self.roles.items()},
-            "optim": {
-                name: get_optimizer_state_dict(role.network.model, list(role.optimizers))
-                for name, role in self.roles.items()
-            },
+            "roles": {name: role.weights() for name, role in self.roles.items()},
+            "optim": {name: role.optimizer_state() for name, role in self.roles.items()},
             "ema": {"generator": dict(self.ema.shadow)},
             "state": {
                 "step": torch.tensor(self.state.step),
@@ -300,10 +289,7 @@ class Trainer(ABC):
         state = self.state_dict()
         checkpoint.load(Path(found), state)
         for name, role in self.roles.items():
-            role.network.model.load_state_dict(state["roles"][name])
-            set_optimizer_state_dict(
-                role.network.model, list(role.optimizers), optim_state_dict=state["optim"][name]
-            )
+            role.load(state["roles"][name], state["optim"][name])
         saved = state["state"]
         updates = {name: int(value) for name, value in saved["updates"].items()}
         self.state = TrainState(int(saved["step"]), int(saved["draws"]), updates)

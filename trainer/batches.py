@@ -1,8 +1,9 @@
-"""From draws of the data order to encoded batches on the device."""
+"""From draws of the data order to encoded batches on the device, read ahead by a thread."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from model.conditioning import ConditioningEncoder, first_latents
 from model.encoders.vae import VideoVAE
 from model.types import Batch, Keyframes
-from trainer.config import Config
+from trainer.run import Run
 from utils.data.dataset import DataOrder, Dataset, RawItem
 from utils.media.images import to_signed
 
@@ -20,32 +21,49 @@ class BatchLoader:
 
     def __init__(
         self,
-        config: Config,
+        run: Run,
         dataset: Dataset,
         encoder: ConditioningEncoder,
         device: torch.device,
         vae: VideoVAE | None = None,
     ) -> None:
         """vae: for causal.given_first_frame of data with images but without latents."""
-        self.config = config
+        self.run = run
         self.dataset = dataset
         self.encoder = encoder
         self.device = device
         self.vae = vae
+        config = run.config
         self.order = DataOrder(list(dataset.buckets.values()), config.batch_size, config.seed)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self._ahead: dict[tuple[int, ...], Future[list[RawItem]]] = {}
 
     def __call__(self, draws: int, indices: Sequence[int]) -> Batch:
         """The samples at `indices` of the global batch that begins at draw number `draws`."""
-        return self.batch([self.dataset[self.order[draws + i]] for i in indices])
+        wanted = tuple(draws + i for i in indices)
+        ahead = self._ahead.pop(wanted, None)
+        return self.batch(self._read(wanted) if ahead is None else ahead.result())
+
+    def prefetch(self, draws: int, indices: Sequence[int]) -> None:
+        """Begin to read what `__call__` will be asked for next; other reads ahead are dropped."""
+        wanted = tuple(draws + i for i in indices)
+        self._ahead = {wanted: self._reader.submit(self._read, wanted)}
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._reader.shutdown(cancel_futures=True)
+        self._ahead = {}  # a record in memory would keep its LMDB open
+
+    def _read(self, draws: Sequence[int]) -> list[RawItem]:
+        return [self.dataset[self.order[draw]] for draw in draws]
 
     def batch(self, items: Sequence[RawItem]) -> Batch:
         """Records of one shape, encoded."""
         x0 = self._stack(item.latents for item in items)
         images = self._stack(item.image for item in items)
         first = None if images is None else to_signed(images)
-        channels, frames, height, width = self.config.latent_shape
-        shape = channels, frames, height, width
-        if self.config.data.buckets:
+        shape = self.run.latent_shape
+        if self.run.config.data.buckets:
             shape = items[0].shapes.video(shape)
         keyframes = Keyframes(first) if first is not None and self.encoder.reads_images else None
         conditioning = self.encoder.encode(
@@ -62,7 +80,7 @@ class BatchLoader:
 
     def _given(self, x0: Tensor | None, first: Tensor | None) -> Tensor | None:
         """The latent frame that causal videos begin with, if they begin with a given one."""
-        if not self.config.causal.given_first_frame:
+        if not self.run.config.causal.given_first_frame:
             return None
         if x0 is not None:
             return x0[:, :, :1]
@@ -73,4 +91,9 @@ class BatchLoader:
     def _stack(self, tensors: Iterable[Tensor | None]) -> Tensor | None:
         """One tensor per sample as a batch on the device, where the data has them."""
         found = [tensor for tensor in tensors if tensor is not None]
-        return torch.stack(found).to(self.device) if found else None
+        if not found:
+            return None
+        batch = torch.stack(found)
+        if self.device.type == "cuda":  # pinned, so that the copy waits for nothing
+            return batch.pin_memory().to(self.device, non_blocking=True)
+        return batch.to(self.device)

@@ -3,56 +3,34 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from model.base import Method, Parts
+from model.base import Parts
 from model.conditioning import ConditioningEncoder, ImageEncoder
-from model.discriminator import Discriminator
-from model.encoders.clip import WanCLIPEncoder
-from model.encoders.text import WanTextEncoder
-from model.encoders.vae import VideoVAE, load_vae
-from model.folders.folder import ModelFolder
-from model.folders.loading import (
-    Placement,
-    load_network,
-    random_discriminator,
-    random_network,
-)
-from model.types import Denoiser, Rollout
-from model.wan_wrapper import WanDiffusionWrapper
-from pipeline.build import ROLLOUTS, SAMPLERS, Sampling
-from pipeline.protocol import InferencePipeline
-from trainer.base import TrainedRole, Trainer, TrainerParts
+from model.encoders.vae import VideoVAE
+from model.folders.loading import Placement, random_discriminator
+from trainer.base import Trainer, TrainerParts
 from trainer.batches import BatchLoader
-from trainer.config import (
-    Config,
-    TrainedNetworkConfig,
-    causal_config,
-    compute_dtype,
-    method_needs,
-    optimizer_settings,
-    role_settings,
-    sigmas,
-)
-from trainer.inputs import Inputs, check_inputs, claim_logdir, role_weights
+from trainer.config import Config
+from trainer.inputs import Inputs, check_inputs
+from trainer.logdir import claim_logdir
 from trainer.registry import TRAINERS
+from trainer.roles import build_role
+from trainer.run import Run, resolve
 from trainer.validation import Validator
 from utils import checkpoint
 from utils.data.embeddings import EmbeddingReader
 from utils.distributed import Session
 from utils.metrics import JsonLines, Tracker, WandB
-from utils.optim import build_optimizers
 from utils.parallel import build_mesh
 from utils.seeding import derive_seed
 
 log = logging.getLogger(__name__)
-
-Network = WanDiffusionWrapper | Discriminator
 
 
 @dataclass(frozen=True)
@@ -65,6 +43,7 @@ class RunOptions:
     visualize: bool = True
     wandb: bool = True
     wandb_folder: Path | None = None  # None = the log directory
+    allow_change: bool = False  # continue although data, weights or settings have changed
 
 
 def build_trainer(config: Config, session: Session, options: RunOptions) -> Trainer:
@@ -72,148 +51,117 @@ def build_trainer(config: Config, session: Session, options: RunOptions) -> Trai
 
     Raises ConfigError, FileNotFoundError or ValueError for what its user can mend.
     """
-    inputs = check_inputs(config, session)
-    claim_logdir(config, session, options.logdir)
+    run = resolve(config)
+    inputs = check_inputs(run, session)
+    claim_logdir(run, inputs, session, options.logdir, allow_change=options.allow_change)
     trackers = _build_trackers(config, session, options)
-    vae = _build_vae(config, session, options, inputs)
-    batches = _build_batches(config, session, inputs, vae)
-    networks = _build_networks(config, session, inputs)
-    roles = {}
-    for name in inputs.needs.trained:
-        settings = optimizer_settings(config)[name]
-        model = networks[name].model
-        optimizers = build_optimizers(model, model.blocks, settings)
-        roles[name] = TrainedRole(networks[name], optimizers, settings)
-    validator = _build_validator(config, session, options, inputs, vae)
-    method = _build_method(config, inputs, networks, vae)
-    _announce(config, session, networks)
-    parts = TrainerParts(
-        config=config,
-        session=session,
-        method=method,
-        roles=roles,
-        batches=batches,
-        trackers=trackers,
-        validator=validator,
-        logdir=options.logdir,
-        save=options.save,
+    vae = _build_vae(run, session, options, inputs)
+    encoder = build_encoder(run, session.device, run.compute, vae, inputs.embeddings)
+    networks = _build_networks(run, session)
+    roles = {
+        name: build_role(name, networks[name], run.optimizer(name)) for name in run.needs.trained
+    }
+    parts = Parts(
+        networks=networks,
+        rollout=run.rollout(vae),
+        sigmas=run.sampling.sigmas,
+        layout=run.causal,
     )
-    trainer: Trainer = TRAINERS[config.trainer].load()(parts)
+    _announce(config, session, networks)
+    trainer: Trainer = TRAINERS[config.trainer].load()(
+        TrainerParts(
+            run=run,
+            session=session,
+            method=run.method(config.loss, parts),
+            roles=roles,
+            batches=BatchLoader(run, inputs.dataset, encoder, session.device, vae),
+            trackers=trackers,
+            validator=_build_validator(run, session, options, inputs, vae),
+            logdir=options.logdir,
+            save=options.save,
+        )
+    )
     return trainer
 
 
-def _placement(config: Config, session: Session, *, trained: bool) -> Placement:
-    compute = compute_dtype(config)
-    return Placement(
+def _build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
+    """Every role's network, laid over the ranks; the discriminator last."""
+    config, needs = run.config, run.needs
+    kept = Placement(
         device=session.device,
-        storage=torch.float32 if trained else compute,
-        compute=compute,
+        storage=run.compute,
+        compute=run.compute,
         mesh=build_mesh(session, config.sharding_strategy),
     )
-
-
-def _build_networks(config: Config, session: Session, inputs: Inputs) -> dict[str, Network]:
-    networks: dict[str, Network] = {}
-    for role in inputs.needs.networks:
-        network = _build_network(config, session, inputs, role)
-        network.model.checkpoint_blocks = config.parallel.activation_checkpoint == "block"
+    moved = replace(kept, storage=torch.float32)
+    networks: dict[str, nn.Module] = {}
+    for role in needs.networks:
+        model, trained = run.models[role], role in needs.trained
+        place = moved if trained else kept
+        if run.random_init(role):
+            network = model.random_network(config.seed, place)
+        else:
+            what = f"{role} {model.path}"
+            network = model.load_network(run.weights(role), place, what=what)
+            network.requires_grad_(trained)
+        recomputed = config.parallel.activation_checkpoint == "block"
+        setattr(network.model, "checkpoint_blocks", recomputed)  # noqa: B010
         networks[role] = network
-    if inputs.needs.backbone is not None:
-        sizes = inputs.folders[inputs.needs.backbone].wan_config()
-        place = _placement(config, session, trained=True)
+    if needs.backbone is not None:
         networks["discriminator"] = random_discriminator(
-            sizes, config.discriminator, config.seed, replace(place, compute=torch.float32)
+            run.models[needs.backbone].features,
+            config.discriminator,
+            config.seed,
+            replace(moved, compute=torch.float32),
         )
     return networks
 
 
-def _build_network(
-    config: Config, session: Session, inputs: Inputs, role: str
-) -> WanDiffusionWrapper:
-    settings = role_settings(config)[role]
-    folder = inputs.folders[role]
-    trained = role in inputs.needs.trained
-    place = _placement(config, session, trained=trained)
-    if isinstance(settings, TrainedNetworkConfig) and settings.random_init:
-        return random_network(folder.wan_config(), config.seed, place)
-    weights = role_weights(config, role, folder)
-    network = load_network(folder.wan_config(), weights, place, what=f"{role} {folder.path}")
-    return network.requires_grad_(trained)
-
-
-def _build_vae(
-    config: Config, session: Session, options: RunOptions, inputs: Inputs
-) -> VideoVAE | None:
+def _build_vae(run: Run, session: Session, options: RunOptions, inputs: Inputs) -> VideoVAE | None:
     """The autoencoder, if the run decodes or encodes anything."""
-    folder, causal = inputs.folders["generator"], config.causal
+    causal = run.config.causal
     wanted = (
-        options.visualize and config.validation.every > 0,
-        folder.wan_config().sees_images,
+        options.visualize and run.config.validation.every > 0,
+        run.model.images is not None,
         causal.rollout_frames is not None,
         causal.given_first_frame and next(iter(inputs.dataset.buckets)).latents is None,
     )
-    return load_vae(folder, session.device, compute_dtype(config)) if any(wanted) else None
-
-
-def _build_batches(
-    config: Config, session: Session, inputs: Inputs, vae: VideoVAE | None
-) -> BatchLoader:
-    folder, dtype = inputs.folders["generator"], compute_dtype(config)
-    encoder = build_encoder(config, folder, session.device, dtype, vae, inputs.embeddings)
-    return BatchLoader(config, inputs.dataset, encoder, session.device, vae)
+    return run.model.load_codec(session.device, run.compute) if any(wanted) else None
 
 
 def build_encoder(
-    config: Config,
-    folder: ModelFolder,
+    run: Run,
     device: torch.device,
     dtype: torch.dtype,
     vae: VideoVAE | None,
     embeddings: EmbeddingReader | None = None,
 ) -> ConditioningEncoder:
-    """What encodes the prompts, and for an image-to-video model the images, of a model folder.
+    """What encodes the prompts, and for an image-to-video model the images.
 
     vae: needed by image-to-video models. embeddings: prompts that are encoded already; with them
     no text encoder is loaded.
     """
-    sizes = folder.wan_config()
-    encode: Callable[[list[str]], Tensor] = embeddings or WanTextEncoder(
-        folder, sizes.text_len, dtype
-    ).to(device)
-    images = None
-    if sizes.sees_images:
-        assert vae is not None, "an image-to-video model needs the VAE"
-        images = ImageEncoder(WanCLIPEncoder(folder, dtype).to(device), vae)
-    return ConditioningEncoder(
-        encode, negative_prompt=config.data.negative_prompt, device=device, images=images
+    encode: Callable[[list[str]], Tensor] = embeddings or run.model.load_text_encoder(dtype).to(
+        device
     )
-
-
-def run_pipeline(config: Config, net: Denoiser) -> InferencePipeline:
-    """The pipeline that samples a run's generator."""
-    sampling = Sampling(sigmas(config), causal_config(config), config.sampling)
-    return SAMPLERS[method_needs(config).sampler](net, sampling)
+    images = None
+    if run.model.images is not None:
+        assert vae is not None, "an image-to-video model needs the VAE"
+        clip = run.model.load_image_encoder(dtype)
+        assert clip is not None, "an image-to-video model reads images"
+        images = ImageEncoder(clip.to(device), vae)
+    return ConditioningEncoder(
+        encode, negative_prompt=run.config.data.negative_prompt, device=device, images=images
+    )
 
 
 def _build_validator(
-    config: Config,
-    session: Session,
-    options: RunOptions,
-    inputs: Inputs,
-    vae: VideoVAE | None,
+    run: Run, session: Session, options: RunOptions, inputs: Inputs, vae: VideoVAE | None
 ) -> Validator | None:
-    if not options.visualize or not config.validation.every:
+    if not options.visualize or not run.config.validation.every:
         return None
     assert vae is not None, "validation decodes what it samples"
-    return Validator(
-        items=inputs.shown,
-        build_pipeline=lambda net: run_pipeline(config, net),
-        vae=vae,
-        folder=options.logdir / "samples",
-        every=config.validation.every,
-        seed=config.seed,
-        session=session,
-    )
+    return Validator(run, inputs.shown, vae, options.logdir / "samples", session)
 
 
 def _build_trackers(config: Config, session: Session, options: RunOptions) -> list[Tracker]:
@@ -237,30 +185,7 @@ def _build_trackers(config: Config, session: Session, options: RunOptions) -> li
     return trackers
 
 
-def _build_method(
-    config: Config,
-    inputs: Inputs,
-    networks: dict[str, Network],
-    vae: VideoVAE | None,
-) -> Method:
-    parts = Parts(
-        networks=networks,
-        rollout=_build_rollout(config, inputs, vae),
-        sigmas=sigmas(config),
-        layout=causal_config(config),
-    )
-    return inputs.method(config.loss, parts)
-
-
-def _build_rollout(config: Config, inputs: Inputs, vae: VideoVAE | None) -> Rollout | None:
-    needs = inputs.needs
-    if needs.rollout is None:
-        return None
-    sampling = Sampling(sigmas(config), causal_config(config), config.sampling, vae)
-    return ROLLOUTS[needs.rollout](sampling, **needs.rollout_options)
-
-
-def _announce(config: Config, session: Session, networks: dict[str, Network]) -> None:
+def _announce(config: Config, session: Session, networks: Mapping[str, nn.Module]) -> None:
     if not session.is_main:
         return
     for role, network in networks.items():

@@ -17,77 +17,13 @@ from model.flow import step_sigmas
 from pipeline.causal import ROLLOUT_KEYS, CausalConfig
 from pipeline.teacher import SamplingConfig
 from trainer.registry import TRAINERS, find_method
+from trainer.renamed import RENAMED
 from utils.config import ConfigError, Layer, load_config, read_overrides, read_yaml
 from utils.ema import EMAConfig
 from utils.optim import OptimizerConfig
 from utils.parallel import ParallelConfig
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "default_config.yaml"
-
-# Keys of Self-Forcing-style configs, and what to write here.
-RENAMED = {
-    "real_name": "teacher.model",
-    "fake_name": "critic.model",
-    "generator_name": "generator.model",
-    "generator_ckpt": "generator.weights",
-    "lr": "generator.lr",
-    "lr_critic": "critic.lr",
-    "gen_lr": "generator.lr",
-    "critic_lr": "critic.lr",
-    "beta1": "generator.betas and critic.betas, [beta1, beta2] each",
-    "beta2": "generator.betas and critic.betas, [beta1, beta2] each",
-    "weight_decay": "generator.weight_decay and critic.weight_decay",
-    "max_grad_norm_generator": "generator.max_grad_norm",
-    "max_grad_norm_critic": "critic.max_grad_norm",
-    "dfake_gen_update_ratio": "loss.generator_every",
-    "guidance_scale": "loss.cfg_scale, which is guidance_scale + 1",
-    "real_guidance_scale": "loss.cfg_scale, which is real_guidance_scale + 1",
-    "ema_weight": "ema.decay",
-    "ema_start_step": "ema.start_step",
-    "log_iters": "save_every (log_every is for the log)",
-    "max_iters": "steps",
-    "total_batch_size": "batch_size, which counts all ranks here",
-    "gradient_accumulation_steps": "accumulation",
-    "image_or_video_shape": "latent_shape, [C, F, H, W] without the batch",
-    "data_path": "data.path",
-    "data_type": "data.path alone; what lies there tells its type",
-    "gradient_checkpointing": "parallel.activation_checkpoint=block",
-    "model_kwargs": "timestep_shift at the top level",
-    "warp_denoising_step": "nothing: denoising_step_list is always shifted by timestep_shift",
-    "generator_fsdp_wrap_strategy": "nothing: each block is one unit",
-    "real_score_fsdp_wrap_strategy": "nothing: each block is one unit",
-    "fake_score_fsdp_wrap_strategy": "nothing: each block is one unit",
-    "text_encoder_fsdp_wrap_strategy": "nothing: encoders are not sharded",
-    "image_encoder_fsdp_wrap_strategy": "nothing: encoders are not sharded",
-    "text_encoder_cpu_offload": "data.text_embeddings, made by scripts/precompute_prompts.py",
-    "i2v": "nothing: the model's folder tells, and inference.py has --i2v",
-    "negative_prompt": "data.negative_prompt",
-    "num_train_timestep": "nothing: noise levels are exact, sigma = timestep / 1000",
-    "num_frame_per_block": "causal.num_frame_per_block",
-    "independent_first_frame": "causal.independent_first_frame",
-    "local_attn_size": "causal.local_attn_size, null for all frames",
-    "sink_size": "causal.sink_size",
-    "context_noise": "causal.context_noise",
-    "same_step_across_blocks": "causal.same_step_across_blocks",
-    "last_step_only": "causal.last_step_only",
-    "num_training_frames": "latent_shape, and causal.rollout_frames for longer rollouts",
-    "sid_alpha": "loss.alpha",
-    "teacher_forcing": "loss.teacher_forcing",
-    "noise_augmentation_max_timestep": "loss.clean_noise, a noise level in [0, 1]",
-    "critic_timestep_shift": "loss.timestep_shift",
-    "relativistic_discriminator": "loss.adversarial.relativistic",
-    "gan_g_weight": "loss.gan_weight for DMD; for a GAN nothing: scale generator.lr",
-    "gan_d_weight": "nothing: scale discriminator.lr",
-    "r1_weight": "loss.adversarial.r1_weight",
-    "r2_weight": "loss.adversarial.r2_weight",
-    "r1_sigma": "loss.adversarial.r1_sigma",
-    "r2_sigma": "loss.adversarial.r2_sigma",
-    "discriminator_warmup_steps": "loss.discriminator_warmup_steps",
-    "discriminator_lr_multiplier": "discriminator.lr",
-    "denoising_loss_type": "nothing: critics regress the velocity (flow)",
-    "wandb_project": "logging.project",
-    "wandb_key": "nothing: run `wandb login` once",
-}
 
 
 @dataclass(frozen=True)
@@ -171,6 +107,28 @@ class Config:
     keep_checkpoints: int = 2
     timeout_s: float = 1800.0  # how long a rank waits for another before it raises
 
+    @property
+    def trainable(self) -> dict[str, TrainedNetworkConfig]:
+        """The settings of each denoiser that can be trained, by role."""
+        return {"generator": self.generator, "critic": self.critic}
+
+    @property
+    def networks(self) -> dict[str, NetworkConfig | TrainedNetworkConfig]:
+        """The settings of each role that is a denoiser."""
+        return {**self.trainable, "teacher": self.teacher}
+
+    @property
+    def optimizers(self) -> dict[str, OptimizerConfig]:
+        """How the weights of each role that can be trained move."""
+        return {**self.trainable, "discriminator": self.discriminator}
+
+    def model_of(self, role: str) -> str:
+        """The model folder or name of a role; the teacher's is the default of the others'."""
+        if role == "generator":
+            return self.generator.model or self.teacher.model or ""
+        teacher = self.teacher.model or self.model_of("generator")
+        return teacher if role == "teacher" else self.critic.model or teacher
+
 
 # A run may be continued with other values of these; every other key is part of what it is.
 CHANGEABLE = (
@@ -206,6 +164,15 @@ def load(config_path: Path, overrides: Sequence[str] = ()) -> Config:
     if found:
         raise ConfigError("\n".join(found))
     return config
+
+
+def read_run(path: Path) -> Config:
+    """A run's config.yaml, of this version or an older one, whose new keys have their defaults.
+
+    Raises ConfigError for what this version does not know.
+    """
+    layers = [read_yaml(path)]
+    return load_config(_schema(layers), layers, RENAMED)
 
 
 def _schema(layers: Sequence[Layer]) -> Config:
@@ -285,9 +252,9 @@ def _causal_problems(config: Config) -> Iterator[str]:
 
 
 def _role_problems(config: Config) -> Iterator[str]:
-    for name, settings in optimizer_settings(config).items():
+    for name, settings in config.optimizers.items():
         yield from _optimizer_problems(name, settings)
-    for name, network in trained_networks(config).items():
+    for name, network in config.trainable.items():
         if network.random_init and network.weights is not None:
             yield f"{name}.weights: cannot be given together with {name}.random_init"
     hidden = config.discriminator.ffn_dim
@@ -323,16 +290,6 @@ def _optimizer_problems(name: str, config: OptimizerConfig) -> Iterator[str]:
             yield f"{name}.{key}: must lie in [0, 1], got {share}"
 
 
-def trained_networks(config: Config) -> dict[str, TrainedNetworkConfig]:
-    """The settings of each Wan transformer that can be trained."""
-    return {"generator": config.generator, "critic": config.critic}
-
-
-def optimizer_settings(config: Config) -> dict[str, OptimizerConfig]:
-    """The optimizer of each role that can be trained."""
-    return {**trained_networks(config), "discriminator": config.discriminator}
-
-
 def causal_config(config: Config) -> CausalConfig | None:
     """How the generator's videos fall into blocks; None = it is bidirectional."""
     return config.causal if config.generator_type == "causal" else None
@@ -343,22 +300,9 @@ def sigmas(config: Config) -> list[float]:
     return step_sigmas(config.denoising_step_list, config.timestep_shift)
 
 
-def role_settings(config: Config) -> dict[str, NetworkConfig | TrainedNetworkConfig]:
-    """The settings of each role that is a Wan transformer."""
-    return {**trained_networks(config), "teacher": config.teacher}
-
-
 def generator_model(config: Config) -> str:
     """The generator's model folder or name."""
-    return config.generator.model or config.teacher.model or ""
-
-
-def role_model(config: Config, role: str) -> str:
-    """The model folder or name of any role; the teacher's is the default of the critic's."""
-    if role == "generator":
-        return generator_model(config)
-    teacher = config.teacher.model or generator_model(config)
-    return teacher if role == "teacher" else config.critic.model or teacher
+    return config.model_of("generator")
 
 
 def compute_dtype(config: Config) -> torch.dtype:

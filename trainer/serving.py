@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.conditioning import ConditioningEncoder, first_latents
-from model.encoders.vae import VideoVAE, load_vae
-from model.folders.folder import ModelFolder, check_model, find_model
-from model.folders.loading import Placement, check_weights, find_weights, load_network
+from model.encoders.vae import VideoVAE
+from model.families.base import Model
+from model.families.registry import check_model
+from model.folders.loading import Placement
 from model.types import Keyframes
-from model.wan_wrapper import WanDiffusionWrapper
 from pipeline.protocol import InferencePipeline
-from trainer.build import build_encoder, run_pipeline
-from trainer.config import Config, generator_model
+from trainer.build import build_encoder
+from trainer.config import Config
 from trainer.inputs import check_latent_shape
+from trainer.run import Run, resolve
 from utils.media.video import to_unit
 from utils.seeding import sample_rng
 from utils.weights import Weights
@@ -37,7 +38,7 @@ class Request:
 class VideoGenerator:
     """A loaded model behind its own pipeline."""
 
-    network: WanDiffusionWrapper
+    network: nn.Module  # a Denoiser
     pipeline: InferencePipeline
     encoder: ConditioningEncoder
     vae: VideoVAE
@@ -134,10 +135,15 @@ class VideoGenerator:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A checked model folder and the weights to put into it."""
+    """What a configuration means, and the checked weights of its generator."""
 
-    folder: ModelFolder
+    run: Run
     weights: Weights
+
+    @property
+    def folder(self) -> Model:
+        """The generator's model."""
+        return self.run.model
 
 
 def check_source(config: Config, checkpoint_path: Path, *, use_ema: bool | None) -> Source:
@@ -147,12 +153,12 @@ def check_source(config: Config, checkpoint_path: Path, *, use_ema: bool | None)
     use_ema: take a training checkpoint's averaged weights; None = if it has some.
     Raises FileNotFoundError or WeightsError that says what is missing or does not fit.
     """
-    folder = find_model(Path(config.model_root), generator_model(config))
-    check_model(folder, weights=False)
-    check_latent_shape(config.latent_shape, folder)
-    weights = find_weights(checkpoint_path, averaged=use_ema)
-    check_weights(folder.wan_config(), weights, what=f"generator {folder.path}")
-    return Source(folder, weights)
+    run = resolve(config, ("generator",))
+    check_model(run.model, weights=False)
+    check_latent_shape(config.latent_shape, run.model)
+    weights = run.model.find_weights(checkpoint_path, averaged=use_ema)
+    run.model.check_weights(weights, what=f"generator {run.model.path}")
+    return Source(run, weights)
 
 
 def load_generator(
@@ -162,17 +168,15 @@ def load_generator(
 ) -> VideoGenerator:
     """Load what `check_source` found, for inference."""
     dtype = torch.bfloat16 if config.mixed_precision and device.type == "cuda" else torch.float32
-    sizes = source.folder.wan_config()
-    place = Placement(device, storage=dtype, compute=dtype)
-    network = load_network(sizes, source.weights, place, what=f"generator {source.folder.path}")
-    network.requires_grad_(False)
-    vae = load_vae(source.folder, device, dtype)
-    channels, frames, height, width = config.latent_shape
+    run, place = source.run, Placement(device, storage=dtype, compute=dtype)
+    what = f"generator {run.model.path}"
+    network = run.model.load_network(source.weights, place, what=what).requires_grad_(False)
+    vae = run.model.load_codec(device, dtype)
     return VideoGenerator(
         network=network,
-        pipeline=run_pipeline(config, network),
-        encoder=build_encoder(config, source.folder, device, dtype, vae),
+        pipeline=run.pipeline(network),
+        encoder=build_encoder(run, device, dtype, vae),
         vae=vae,
-        latent_shape=(channels, frames, height, width),
+        latent_shape=run.latent_shape,
         device=device,
     )

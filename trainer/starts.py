@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from model.folders.folder import ModelFolder
+from model.families.base import Model
 from model.types import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from trainer.config import Config, causal_config
 from utils.config import ConfigError
@@ -24,12 +24,13 @@ def pixel_frames(config: Config) -> int:
     return 1 + TEMPORAL_STRIDE * (config.latent_shape[1] - 1)
 
 
-def check_images(config: Config, folder: ModelFolder, items: Sequence[PromptItem] | None) -> None:
+def check_images(config: Config, folder: Model, items: Sequence[PromptItem] | None) -> None:
     """Raise ConfigError unless the model begins with as many images as each item has.
 
     items: those of --i2v; None = there are no images.
     """
-    count, causal = folder.wan_config().image_count, causal_config(config)
+    count = 0 if folder.images is None else folder.images.count
+    causal = causal_config(config)
     if items is None:
         if count:
             raise ConfigError(

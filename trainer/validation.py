@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from model.encoders.vae import VideoVAE
 from model.types import Denoiser
-from pipeline.protocol import InferencePipeline, sample
+from pipeline.protocol import sample
 from trainer.batches import BatchLoader
+from trainer.run import Run
 from utils.data.dataset import RawItem
 from utils.distributed import Session
 from utils.media.video import contact_sheet, save_png, to_unit
@@ -20,29 +21,23 @@ from utils.seeding import sample_rng
 class Validator:
     """Samples the same few records again and again."""
 
+    run: Run
     items: Sequence[RawItem]
-    build_pipeline: Callable[[Denoiser], InferencePipeline]
     vae: VideoVAE
     folder: Path
-    every: int
-    seed: int
     session: Session
 
-    def due(self, step: int) -> bool:
-        """Whether samples are wanted after `step`."""
-        return self.every > 0 and step % self.every == 0
-
-    def run(self, generator: Denoiser, batches: BatchLoader, step: int) -> Path:
+    def show(self, generator: Denoiser, batches: BatchLoader, step: int) -> Path:
         """Sample with `generator` as it is; the main rank writes <folder>/step_N.png.
 
         Every rank samples the same clips: a sharded network needs them all.
         """
         path = self.folder / f"step_{step:06d}.png"
-        pipeline = self.build_pipeline(generator)
         batch = batches.batch(self.items)
-        rng = sample_rng(self.seed, "validation", range(len(self.items)), self.session.device)
+        seed = self.run.config.seed
+        rng = sample_rng(seed, "validation", range(len(self.items)), self.session.device)
         latents = sample(
-            pipeline,
+            self.run.pipeline(generator),
             batch.conditioning,
             batch.unconditional,
             batch.latent_shape,

@@ -1,9 +1,9 @@
-"""Exponential moving average of a module's weights, kept on each rank's own shards in fp32."""
+"""Exponential moving average of weights, kept on each rank's own shards in fp32."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,35 +27,32 @@ def local(tensor: Tensor) -> Tensor:
 class EMA:
     """Shadow weights by name. Costs no communication: each rank averages what it holds."""
 
-    def __init__(self, module: nn.Module, config: EMAConfig) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: EMAConfig) -> None:
         self.config = config
+        self.parameters = parameters
         self.shadow: dict[str, Tensor] = {
-            name: parameter.detach().float().clone() for name, parameter in named(module)
+            name: parameter.detach().float().clone() for name, parameter in parameters.items()
         }
 
     @torch.no_grad()
-    def update(self, module: nn.Module, *, step: int) -> None:
-        """Move the shadow toward the weights of `module` after its update at outer step `step`."""
+    def update(self, *, step: int) -> None:
+        """Move the shadow toward the weights after their update at outer step `step`."""
         weight = 1.0 if step < self.config.start_step else 1.0 - self.config.decay
-        shadows = [local(self.shadow[name]) for name, _ in named(module)]
-        weights = [local(parameter.detach()).float() for _, parameter in named(module)]
+        shadows = [local(self.shadow[name]) for name in self.parameters]
+        weights = [local(parameter.detach()).float() for parameter in self.parameters.values()]
         torch._foreach_lerp_(shadows, weights, weight)
 
     @contextlib.contextmanager
-    def swapped_in(self, module: nn.Module) -> Iterator[None]:
-        """Run the body with the averaged weights in `module`; the trained ones return after it."""
-        trained = {name: local(parameter.detach()).clone() for name, parameter in named(module)}
-        with torch.no_grad():
-            for name, parameter in named(module):
-                local(parameter).copy_(local(self.shadow[name]))
+    def swapped_in(self) -> Iterator[None]:
+        """Run the body with the averaged weights in place; the trained ones return after it."""
+        trained = {name: local(p.detach()).clone() for name, p in self.parameters.items()}
+        self._put(self.shadow)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, parameter in named(module):
-                    local(parameter).copy_(trained[name])
+            self._put(trained)
 
-
-def named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The module's parameters by name, in a fixed order."""
-    return list(module.named_parameters())
+    @torch.no_grad()
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            local(parameter).copy_(local(values[name]))

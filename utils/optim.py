@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,35 +45,39 @@ def lr_factor(config: OptimizerConfig, update: int, total: int) -> float:
 
 
 def build_optimizers(
-    module: nn.Module, blocks: nn.Module, config: OptimizerConfig
+    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig
 ) -> list[torch.optim.Optimizer]:
-    """AdamW over all weights, or Muon over the matrices in `blocks` and AdamW over the rest."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    inside = {id(p) for p in blocks.parameters()}
-    matrices = [p for p in trained if p.ndim == 2 and id(p) in inside]
-    matrices = matrices if config.muon_lr is not None else []
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in trained if id(p) not in chosen]
+    """AdamW over all of them that want a gradient, or Muon over the matrices of blocks beside it.
+
+    parameters: by name; those of blocks have a part `blocks` in theirs.
+    """
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    inside = {name for name, p in trained.items() if p.ndim == 2 and "blocks" in name.split(".")}
+    chosen = inside if config.muon_lr is not None else set()
+    matrices = [p for name, p in trained.items() if name in chosen]
+    rest = [p for name, p in trained.items() if name not in chosen]
     decayed = [p for p in rest if p.ndim in (2, 5)]  # linear layers and the patch convolution
     plain = [p for p in rest if p.ndim not in (2, 5)]
-    adamw = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=(config.betas[0], config.betas[1]),
-        foreach=True,
-    )
-    if config.muon_lr is None:
-        return [adamw]
-    muon = Muon(
-        matrices,
-        lr=config.muon_lr,
-        momentum=config.muon_momentum,
-        weight_decay=config.muon_weight_decay,
-    )
-    return [adamw, muon]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]  # torch could not load empty ones
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups:
+        betas = (config.betas[0], config.betas[1])
+        optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, foreach=True))
+    if matrices:
+        assert config.muon_lr is not None, "matrices are chosen for Muon"
+        optimizers.append(
+            Muon(
+                matrices,
+                lr=config.muon_lr,
+                momentum=config.muon_momentum,
+                weight_decay=config.muon_weight_decay,
+            )
+        )
+    return optimizers
 
 
 def initialise(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -176,7 +180,7 @@ def orthogonalise(matrices: Tensor, *, iterations: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-def clip_gradients(module: nn.Module, max_norm: float) -> Tensor:
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients down to a total norm of `max_norm`. Returns the norm before, on device."""
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -13,7 +13,7 @@ from torch import nn
 
 from model.encoders.vae import VideoVAE
 from model.folders.loading import Placement
-from model.types import LatentSpec
+from model.types import FeatureSpec, LatentSpec
 from utils.weights import Weights
 
 
@@ -30,16 +30,6 @@ class ImageSpec:
     """What a model reads of the images that its clips begin and end with."""
 
     count: int  # 1 = the first frame, 2 = first and last
-
-
-@dataclass(frozen=True)
-class FeatureSpec:
-    """The features of a denoiser that discriminator heads read: [B, N, width] after each layer."""
-
-    layers: int
-    width: int
-    heads: int
-    eps: float
 
 
 class Model(ABC):

@@ -12,11 +12,11 @@ from torch import nn
 from model.encoders.clip import WanCLIPEncoder
 from model.encoders.text import WanTextEncoder
 from model.encoders.vae import VideoVAE, load_vae
-from model.families.base import FeatureSpec, ImageSpec, Model, TextSpec
+from model.families.base import ImageSpec, Model, TextSpec
 from model.folders import loading
 from model.folders.folder import CONFIGS, MODEL_INDEX, ModelFolder
 from model.folders.loading import Placement
-from model.types import LatentSpec
+from model.types import FeatureSpec, LatentSpec
 from model.wan.config import WanConfig
 from utils.weights import Weights
 

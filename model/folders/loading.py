@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from model.discriminator import Discriminator, DiscriminatorConfig, DiscriminatorHeads
 from model.folders.component import Renamed
 from model.folders.folder import ModelFolder
+from model.types import FeatureSpec
 from model.wan.config import WanConfig
 from model.wan.transformer import WanTransformer, initial_value
 from model.wan.weights import to_official
@@ -154,11 +155,11 @@ def random_network(config: WanConfig, seed: int, place: Placement) -> WanDiffusi
 
 
 def random_discriminator(
-    network: WanConfig, config: DiscriminatorConfig, seed: int, place: Placement
+    features: FeatureSpec, config: DiscriminatorConfig, seed: int, place: Placement
 ) -> Discriminator:
     """Heads with fresh weights for a network of these sizes, the same for any number of ranks."""
     with torch.device("meta"):
-        heads = DiscriminatorHeads(network, config).to(place.storage)
+        heads = DiscriminatorHeads(features, config).to(place.storage)
     if place.mesh is not None:
         parallelize(heads, heads.blocks, place.mesh, place.compute)
     heads.to_empty(device=place.device)

@@ -25,7 +25,6 @@ from trainer.config import (
     load,
     method_class,
     problems,
-    role_model,
 )
 from utils.config import ConfigError
 
@@ -477,4 +476,4 @@ def test_roles_without_a_model_take_the_nearest_one(
         teacher=replace(config.teacher, model=models.get("teacher")),
     )
     roles = ("generator", "critic", "teacher")
-    assert tuple(role_model(config, role) for role in roles) == expected
+    assert tuple(config.model_of(role) for role in roles) == expected

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from model.folders.folder import ModelFolder
 from tests.commands import no_weights
 from tests.conftest import build_wan
 from tests.runs import refusal
 from trainer.config import load
-from trainer.inputs import role_weights
+from trainer.run import resolve
 from utils.data.dataset import manifest_path
 from utils.data.shards import ShardWriter
 
@@ -154,23 +154,25 @@ def test_layers_that_a_discriminator_cannot_read_are_refused(
 
 @pytest.mark.parametrize(("role", "seed"), [("generator", 1), ("critic", 2), ("teacher", 1)])
 def test_each_role_takes_its_own_network_of_a_checkpoint(
-    role: str, seed: int, configs: dict[str, Path], tiny_root: Path, tmp_path: Path
+    role: str, seed: int, configs: dict[str, Path], tmp_path: Path
 ) -> None:
     groups = {g: build_wan(seed=i).state_dict() for i, g in ((1, "generator"), (2, "critic"))}
     torch.save(groups, tmp_path / "both.pt")
     config = load(configs["dmd"], [f"{role}.weights={tmp_path}/both.pt"])
-    folder = ModelFolder(tiny_root / "wan_models" / "Wan2.1-T2V-Tiny")
     name = "blocks.0.ffn.0.weight"
     expected = build_wan(seed=seed).state_dict()[name]
-    assert torch.equal(role_weights(config, role, folder).read(name), expected)
+    assert torch.equal(resolve(config).weights(role).read(name), expected)
 
 
-def test_a_critic_takes_the_generator_of_a_checkpoint_without_a_critic(
-    configs: dict[str, Path], tiny_root: Path, tmp_path: Path
+def test_a_critic_takes_the_generator_of_a_checkpoint_without_a_critic_and_says_so(
+    configs: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.save({"generator": build_wan(seed=1).state_dict()}, tmp_path / "one.pt")
     config = load(configs["dmd"], [f"critic.weights={tmp_path}/one.pt"])
-    folder = ModelFolder(tiny_root / "wan_models" / "Wan2.1-T2V-Tiny")
     name = "blocks.0.ffn.0.weight"
     expected = build_wan(seed=1).state_dict()[name]
-    assert torch.equal(role_weights(config, "critic", folder).read(name), expected)
+    with caplog.at_level(logging.WARNING, logger="trainer.run"):
+        assert torch.equal(resolve(config).weights("critic").read(name), expected)
+    assert caplog.messages == [
+        f"critic.weights: {tmp_path}/one.pt holds no critic; its generator is taken"
+    ]

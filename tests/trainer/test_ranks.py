@@ -18,6 +18,7 @@ from tests.runs import MUON, build, built, rows, run, write_config
 from trainer.base import Trainer
 from trainer.build import check_inputs
 from trainer.config import load
+from trainer.run import resolve
 from utils.config import ConfigError
 from utils.distributed import Session, distributed_session
 from utils.parallel import build_mesh
@@ -342,7 +343,7 @@ def test_a_batch_that_does_not_divide_over_ranks_and_micro_batches_is_refused(
     config = load(write_config(base, tiny_root, "dmd"), ["batch_size=6", *overrides])
     session = Session(rank=0, world_size=world, device=torch.device("cpu"))
     with pytest.raises(ConfigError) as caught:
-        check_inputs(config, session)
+        check_inputs(resolve(config), session)
     assert str(caught.value) == (
         f"batch_size: 6 samples do not divide over {world} ranks x {config.accumulation} "
         f"micro-batches; use a multiple of {multiple}"

@@ -301,8 +301,8 @@ def test_the_log_directory_of_another_run_is_refused_with_the_keys_that_differ(
     ):
         pytest.fail("another run's directory was accepted")
     assert str(caught.value) == (
-        f"{logdir}: holds another run; use a new --logdir, or restore: "
-        "critic.lr: is 0.001, now 0.5; seed: is 0, now 7"
+        f"{logdir}: holds another run; use a new --logdir, restore what has changed, or continue "
+        "all the same with --allow_config_change: critic.lr: is 0.001, now 0.5; seed: is 0, now 7"
     )
     assert (logdir / "config.yaml").read_bytes() == before
 

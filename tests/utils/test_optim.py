@@ -59,14 +59,18 @@ def test_a_run_of_one_update_has_a_rate() -> None:
     assert factors(OptimizerConfig(lr=1.0, schedule="linear"), 1) == [1.0]
 
 
+def named(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters())
+
+
 def test_rates_are_scaled_from_the_configured_ones_each_time() -> None:
-    model = nn.ModuleList([nn.Linear(2, 2)])
+    model = nn.ModuleDict({"blocks": nn.Linear(2, 2)})
     config = OptimizerConfig(lr=0.5, muon_lr=0.1)
-    optimizers = build_optimizers(model, model, config)
+    optimizers = build_optimizers(named(model), config)
     set_lr_factor(optimizers, config, 0.5)
     set_lr_factor(optimizers, config, 0.5)
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    assert rates == [0.25, 0.25, 0.05]
+    assert rates == [0.25, 0.05]
 
 
 def decayed_names(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> set[str]:
@@ -82,7 +86,7 @@ def decayed_names(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> 
 
 def test_norms_biases_and_modulation_are_not_decayed(tiny_wan) -> None:
     model = tiny_wan()
-    optimizers = build_optimizers(model, model.blocks, OptimizerConfig(lr=1.0))
+    optimizers = build_optimizers(named(model), OptimizerConfig(lr=1.0))
     expected = {
         name
         for name, _ in model.named_parameters()
@@ -94,7 +98,7 @@ def test_norms_biases_and_modulation_are_not_decayed(tiny_wan) -> None:
 def test_every_trained_weight_has_one_optimizer(tiny_wan) -> None:
     model = tiny_wan()
     model.head.requires_grad_(False)
-    optimizers = build_optimizers(model, model.blocks, OptimizerConfig(lr=1.0, muon_lr=0.1))
+    optimizers = build_optimizers(named(model), OptimizerConfig(lr=1.0, muon_lr=0.1))
     held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     assert len(held) == len({id(p) for p in held})
     assert {id(p) for p in held} == {id(p) for p in model.parameters() if p.requires_grad}
@@ -102,7 +106,7 @@ def test_every_trained_weight_has_one_optimizer(tiny_wan) -> None:
 
 def test_muon_takes_the_matrices_of_the_blocks_alone(tiny_wan) -> None:
     model = tiny_wan()
-    _, muon = build_optimizers(model, model.blocks, OptimizerConfig(lr=1.0, muon_lr=0.1))
+    _, muon = build_optimizers(named(model), OptimizerConfig(lr=1.0, muon_lr=0.1))
     held = {id(p) for group in muon.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.blocks.parameters() if p.ndim == 2}
 
@@ -160,12 +164,12 @@ def test_muon_leaves_a_weight_without_gradient_alone() -> None:
 def test_clipping_returns_the_norm_before_and_leaves_the_allowed_one() -> None:
     layer = nn.Linear(2, 1, bias=False)
     layer.weight.grad = torch.tensor([[3.0, 4.0]])
-    assert clip_gradients(layer, 1.0) == pytest.approx(5.0)
+    assert clip_gradients([layer.weight], 1.0) == pytest.approx(5.0)
     assert layer.weight.grad.norm() == pytest.approx(1.0, abs=1e-5)
 
 
 def test_small_gradients_are_not_scaled_up() -> None:
     layer = nn.Linear(2, 1, bias=False)
     layer.weight.grad = torch.tensor([[0.3, 0.4]])
-    clip_gradients(layer, 1.0)
+    clip_gradients([layer.weight], 1.0)
     assert torch.equal(layer.weight.grad, torch.tensor([[0.3, 0.4]]))

@@ -1,0 +1,101 @@
+"""What a run reads, in a few hashes: so that data or weights that changed are noticed.
+
+A file's place does not count, its content does. Of large things samples are hashed: every caption,
+but only some records' tensors; of weights all names and shapes, and the first rows of each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from trainer.inputs import Inputs
+from trainer.run import Run
+from utils.data.dataset import Dataset, RawItem
+from utils.weights import Weights
+
+SAMPLED_RECORDS = 16  # whose tensors are hashed
+ROWS = 2  # of each weight
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Equal for equal inputs."""
+
+    records: int
+    captions: str  # of all, in order
+    tensors: str  # of some records
+    weights: dict[str, str]  # per role where it begins
+
+    def to_json(self) -> str:
+        """As it is kept in a log directory."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Fingerprint:
+        """What `to_json` gave. Raises KeyError, TypeError or JSONDecodeError for anything else."""
+        return cls(**json.loads(text))
+
+    def differences(self, before: Fingerprint) -> Iterator[str]:
+        """What has changed since `before`, a phrase each."""
+        if self.records > before.records:
+            yield f"data.path: has grown from {before.records} to {self.records} records"
+        elif self.records < before.records:
+            yield f"data.path: has shrunk from {before.records} to {self.records} records"
+        elif self.captions != before.captions:
+            yield "data.path: captions were changed, or records reordered"
+        elif self.tensors != before.tensors:
+            yield "data.path: latents, images or trajectories were changed"
+        for role in sorted(self.weights.keys() & before.weights.keys()):
+            if self.weights[role] != before.weights[role]:
+                yield f"{role}: the weights that it begins with were exchanged"
+
+
+def fingerprint(run: Run, inputs: Inputs) -> Fingerprint:
+    """That of a run's data, and of the weights that its roles begin with."""
+    data = inputs.dataset
+    captions = (data.prompt(i).encode() + b"\0" for i in range(len(data)))
+    return Fingerprint(
+        records=len(data),
+        captions=_digest(captions),
+        tensors=_digest(chain.from_iterable(map(_tensors, _sampled(data)))),
+        weights={
+            role: "random" if run.random_init(role) else _digest(_rows(run.weights(role)))
+            for role in run.models
+        },
+    )
+
+
+def _sampled(data: Dataset) -> Iterator[RawItem]:
+    count = min(SAMPLED_RECORDS, len(data))
+    for i in range(count):
+        yield data[i * (len(data) - 1) // max(1, count - 1)]
+
+
+def _tensors(item: RawItem) -> Iterator[bytes]:
+    for tensor in (item.latents, item.trajectory, item.image):
+        if tensor is not None:
+            yield _bytes(tensor)
+
+
+def _rows(weights: Weights) -> Iterator[bytes]:
+    for name, shape in sorted(weights.shapes().items()):
+        yield f"{name} {shape}".encode()
+        yield _bytes(weights.read(name, slice(0, ROWS)))
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _digest(parts: Iterator[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,109 @@
+"""A role: what a loss calls, the parameters that are its own, what moves them, what is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
+
+from utils.optim import (
+    OptimizerConfig,
+    build_optimizers,
+    clip_gradients,
+    initialise,
+    lr_factor,
+    set_lr_factor,
+)
+from utils.parallel import settle, sync_gradients
+
+
+@dataclass(frozen=True, eq=False)
+class Role:
+    """A trained role. Its own parameters need not be all of `module`'s: other roles may share it.
+
+    `module` holds them, under the names by which they are saved: a whole network, the networks
+    that divide the noise levels, or a base with the adapters of several roles.
+    """
+
+    name: str
+    network: nn.Module  # what losses call: a Denoiser, or a discriminator
+    module: nn.Module
+    parameters: Mapping[str, nn.Parameter]  # its own, by their names in `module`
+    optimizers: Sequence[torch.optim.Optimizer]
+    config: OptimizerConfig
+
+    def requires_grad_(self, wanted: bool) -> None:
+        """Whether losses gather gradients of its own parameters."""
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(wanted)
+
+    def sync_gradients(self, *, last: bool) -> None:
+        """Say whether the next backward pass is the last before an update."""
+        for root in _sharded(self.module):
+            sync_gradients(root, last)
+
+    def clip(self) -> Tensor:
+        """Clip gradients; returns their norm before that, a scalar on the device."""
+        return clip_gradients(list(self.parameters.values()), self.config.max_grad_norm)
+
+    def step(self, update: int, total: int) -> None:
+        """Make 0-based `update` of `total`, and clear the gradients."""
+        set_lr_factor(self.optimizers, self.config, lr_factor(self.config, update, total))
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last update."""
+        return float(self.optimizers[0].param_groups[0]["lr"])
+
+    def weights(self) -> dict[str, Any]:
+        """Its own parameters as they are saved."""
+        state = self.module.state_dict()
+        return {name: state[name] for name in self.parameters}
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The state of its optimizers as it is saved."""
+        return get_optimizer_state_dict(self.module, list(self.optimizers))
+
+    def load(self, weights: Mapping[str, Any], optimizer_state: Mapping[str, Any]) -> None:
+        """Take back what `weights` and `optimizer_state` gave."""
+        whole = len(self.parameters) == len(list(self.module.parameters()))
+        self.module.load_state_dict(dict(weights), strict=whole)
+        set_optimizer_state_dict(
+            self.module, list(self.optimizers), optim_state_dict=dict(optimizer_state)
+        )
+
+
+def build_role(
+    name: str, network: nn.Module, config: OptimizerConfig, own: Iterable[str] | None = None
+) -> Role:
+    """The role of `network`, whose `model` holds the weights; own: names of its own, None = all.
+
+    All that it owns must want a gradient, and no forward pass may have come before: see `settle`.
+    """
+    module = network.model
+    assert isinstance(module, nn.Module), "a network keeps its weights in `model`"
+    named = dict(module.named_parameters())
+    parameters = named if own is None else {key: named[key] for key in own}
+    optimizers = build_optimizers(parameters, config)
+    for root in _sharded(module):
+        settle(root)
+    initialise(module, optimizers)
+    return Role(name, network, module, parameters, optimizers, config)
+
+
+def _sharded(module: nn.Module) -> list[nn.Module]:
+    """The outermost sharded modules in `module`: itself, or networks beside each other."""
+    if isinstance(module, FSDPModule):
+        return [module]
+    return [root for child in module.children() for root in _sharded(child)]

@@ -1,0 +1,117 @@
+"""The configuration, resolved once: what all that is built asks, in place of the configuration."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model.base import Method, Needs
+from model.encoders.vae import VideoVAE
+from model.families.base import Model
+from model.families.registry import find_model
+from model.types import Denoiser, Rollout
+from pipeline.build import ROLLOUTS, SAMPLERS, Sampling
+from pipeline.causal import CausalConfig
+from pipeline.protocol import InferencePipeline
+from trainer.config import Config, TrainedNetworkConfig, causal_config, method_class, sigmas
+from utils.optim import OptimizerConfig
+from utils.weights import Weights, WeightsError
+
+log = logging.getLogger(__name__)
+
+Shape = tuple[int, int, int, int]  # [C, F, H, W]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a configuration means, and the models that it names. Made by `resolve`."""
+
+    config: Config
+    method: type[Method]
+    needs: Needs
+    sampling: Sampling
+    compute: torch.dtype  # what networks compute in, in training
+    latent_shape: Shape  # of the samples, unless the data has shapes of its own
+    models: Mapping[str, Model]  # per role that is a denoiser
+
+    @property
+    def model(self) -> Model:
+        """The generator's."""
+        return self.models["generator"]
+
+    @property
+    def causal(self) -> CausalConfig | None:
+        """How the generator's videos fall into blocks; None = it is bidirectional."""
+        return self.sampling.causal
+
+    @property
+    def method_name(self) -> str:
+        """The method, by its file in model/."""
+        return self.method.__module__.rpartition(".")[2]
+
+    @property
+    def begins_with_given(self) -> bool:
+        """Whether samples begin with an image or a latent frame of the data."""
+        return self.model.images is not None or self.config.causal.given_first_frame
+
+    def random_init(self, role: str) -> bool:
+        """Whether a role begins with random weights."""
+        settings = self.config.networks[role]
+        return isinstance(settings, TrainedNetworkConfig) and settings.random_init
+
+    def weights(self, role: str) -> Weights:
+        """Where a role begins: its own weights, or those of its model folder.
+
+        Of a checkpoint with several networks a critic takes the critic, if there is one, and every
+        other role the generator.
+        """
+        own, model = self.config.networks[role].weights, self.models[role]
+        if own is None:
+            return model.find_weights()
+        if role == "critic":
+            try:
+                return model.find_weights(Path(own), role="critic")
+            except WeightsError:  # else the generator, or what is wrong with it
+                found = model.find_weights(Path(own))
+                log.warning("critic.weights: %s holds no critic; its generator is taken", own)
+                return found
+        return model.find_weights(Path(own))
+
+    def optimizer(self, role: str) -> OptimizerConfig:
+        """How a trained role's weights move."""
+        return self.config.optimizers[role]
+
+    def rollout(self, vae: VideoVAE | None) -> Rollout | None:
+        """What makes samples of the generator in training, if the method needs them."""
+        if self.needs.rollout is None:
+            return None
+        sampling = Sampling(self.sampling.sigmas, self.causal, self.sampling.many_step, vae)
+        return ROLLOUTS[self.needs.rollout](sampling, **self.needs.rollout_options)
+
+    def pipeline(self, net: Denoiser) -> InferencePipeline:
+        """What samples the generator."""
+        return SAMPLERS[self.needs.sampler](net, self.sampling)
+
+
+def resolve(config: Config, roles: Sequence[str] | None = None) -> Run:
+    """Find out what `config` means, and open the models of `roles`; None = all that it needs.
+
+    Nothing heavy is read. Raises UserError or FileNotFoundError for models that are not there.
+    """
+    method = method_class(config)
+    needs = method.needs(config.loss)
+    root = Path(config.model_root)
+    channels, frames, height, width = config.latent_shape
+    return Run(
+        config=config,
+        method=method,
+        needs=needs,
+        sampling=Sampling(sigmas(config), causal_config(config), config.sampling),
+        compute=torch.bfloat16 if config.mixed_precision else torch.float32,
+        latent_shape=(channels, frames, height, width),
+        models={role: find_model(root, config.model_of(role)) for role in roles or needs.networks},
+    )
