@@ -69,9 +69,8 @@ def test_configuration_is_never_asked_whether_a_key_exists() -> None:
     assert not calls(probes)
 
 
-def test_only_metrics_wait_for_the_device() -> None:
-    others = [source for source in sources() if source.module != "utils.metrics"]
-    assert not calls(lambda name, _: last(name) in ("item", "empty_cache"), others)
+def test_nothing_empties_the_cache_of_the_device() -> None:
+    assert not calls(lambda name, _: last(name) == "empty_cache")
 
 
 def test_a_todo_names_who_and_what_ends_it() -> None:

@@ -1,12 +1,9 @@
-"""What one outer step does: who is evaluated how often, who moves, what is written, what waits."""
+"""What one outer step does: who is evaluated how often, who moves, what is written."""
 
 from __future__ import annotations
 
 import signal
-import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model.types import Denoiser
-from tests.runs import CONFIGS, build, built, rows, run
+from tests.runs import build, built, rows, run
 from trainer.base import Interrupted, Phase, Trainer
 from trainer.build import RunOptions, build_trainer
 from trainer.config import load
@@ -402,71 +399,6 @@ def test_pictures_are_made_with_averaged_weights_which_then_leave(
         assert all(torch.allclose(seen[0][n], start[n], rtol=0, atol=1e-6) for n in start)
         assert moved(start, network.model)
         assert not moved(trained, network.model)
-
-
-# What reads a tensor on the host, and so waits for a GPU.
-SYNCS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
-# Reads of tensors that always lie on the CPU, by the file that does them.
-ON_THE_CPU = {
-    "pipeline/bidirectional.py": "the exit step, drawn by the generator that all ranks share",
-    "pipeline/causal.py": "exit steps and frame counts, from the same generator",
-    "torch/optim/adam.py": "AdamW's step counters",
-    "utils/data/dataset.py": "the order of the data, once per epoch",
-}
-
-
-@contextmanager
-def counted_syncs() -> Iterator[Counter[str]]:
-    """Counts reads of tensors by the innermost line of ours, or of torch's optimizers."""
-    counts: Counter[str] = Counter()
-    originals = {name: getattr(Tensor, name) for name in SYNCS}
-
-    def counting(name: str) -> Callable[..., Any]:
-        def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-            frames = [frame.filename for frame in traceback.extract_stack()[:-1]]
-            near = frames[-6:] if name == "item" else frames[-1:]  # Adam's reads lie deeper
-            if not any(frame.endswith(tuple(ON_THE_CPU)) for frame in near):
-                counts[f"{name} in {frames[-1]}"] += 1
-            return originals[name](self, *args, **kwargs)
-
-        return method
-
-    with patch.multiple(Tensor, **{name: counting(name) for name in SYNCS}):
-        yield counts
-
-
-@pytest.mark.parametrize("method", CONFIGS)
-def test_an_update_reads_no_tensor_on_the_host(
-    method: str, configs: dict[str, Path], tmp_path: Path
-) -> None:
-    muon = ("generator.muon_lr=0.01", "accumulation=2", *AT_ONCE.get(method, ()))
-    with built(configs[method], tmp_path, *muon) as trainer:
-        # A prompt's first encoding does wait, in transformers; it is remembered afterwards.
-        batches = trainer.parts.batches
-        drawn = [batches.dataset[batches.order[draw]] for draw in range(16)]
-        batches.encoder.encode([item.prompt for item in drawn])
-        for phase in trainer.phases(0):
-            trainer.optimise(phase)  # the first update makes the optimizers' states
-        with counted_syncs() as counts:
-            for phase in trainer.phases(0):
-                trainer.optimise(phase)
-    assert counts == Counter()
-
-
-def test_a_read_on_the_host_would_be_counted() -> None:
-    with counted_syncs() as counts:
-        float(torch.ones(()))
-        bool(torch.ones(()))
-    assert sum(counts.values()) >= 2
-
-
-def test_the_log_reads_metrics_once_for_all(configs: dict[str, Path], tmp_path: Path) -> None:
-    with built(configs["dmd"], tmp_path) as trainer:
-        for phase in trainer.phases(0):
-            trainer.optimise(phase)
-        with counted_syncs() as counts:
-            trainer.metrics.read()
-    assert sum(counts.values()) == 1
 
 
 def test_two_trainings_in_one_process_do_not_touch_each_other(
