@@ -37,6 +37,7 @@ setup(
             "mypy==2.4.1",
             "pytest>=9",
             "pytest-timeout",
+            "pytest-xdist>=3.8",
             "ruff==0.17.5",
         ],
     },
