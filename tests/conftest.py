@@ -18,6 +18,7 @@ from model.folders.folder import CONFIG, WEIGHTS
 from model.wan.config import WanConfig, write_wan_config
 from model.wan.transformer import WanTransformer
 from scripts.make_tiny_world import IMAGE_NAME, NAME, make_data, make_folder
+from tests.runs import CONFIGS, write_config
 from utils.data.dataset import TrajectoryManifest, manifest_path
 from utils.data.shards import ShardReader, ShardWriter
 from utils.seeding import generator
@@ -60,6 +61,15 @@ def build_wan(config: WanConfig = MINIATURE, *, seed: int = 0) -> WanTransformer
     return model
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, and say so."""
+    if not torch.cuda.is_available():
+        absent = pytest.mark.skip(reason="needs a CUDA device, and there is none here")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(absent)
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> WanConfig:
     """Sizes of the miniature transformer."""
@@ -92,6 +102,13 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_data(root / "data" / "tiny", codec, 64)
     make_pairs(root / "data" / "tiny", 16)
     return root
+
+
+@pytest.fixture(scope="session")
+def configs(tmp_path_factory: pytest.TempPathFactory, tiny_root: Path) -> dict[str, Path]:
+    """The config files of tests.runs.CONFIGS."""
+    folder = tmp_path_factory.mktemp("configs")
+    return {name: write_config(folder, tiny_root, name) for name in CONFIGS}
 
 
 def make_pairs(data: Path, count: int) -> None:

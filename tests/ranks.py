@@ -45,9 +45,11 @@ class Place:
     world: int
     local_world: int
     port: int
+    gpus: bool = False
 
     def environment(self) -> dict[str, str]:
-        """The variables, all text. No GPU: these tests are about processes."""
+        """The variables, all text."""
+        hidden = {} if self.gpus else {"CUDA_VISIBLE_DEVICES": ""}
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world),
@@ -57,7 +59,7 @@ class Place:
             "MASTER_PORT": str(self.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is the parent's, as under torchrun
             "TORCHELASTIC_RESTART_COUNT": "0",
-            "CUDA_VISIBLE_DEVICES": "",
+            **hidden,
         }
 
 
@@ -66,20 +68,23 @@ def run_on_ranks(
     function: Callable[..., Any],
     *arguments: Any,
     local_world: int | None = None,
+    gpus: bool = False,
     timeout_s: float = 120.0,
 ) -> list[Any]:
     """Call `function(*arguments)` on `world` ranks; returns what it returned, in rank order.
 
     `function` must be importable and opens the process group itself, once. `local_world`: ranks
-    per node, None = all on one. Raises RankFailedError with the first failing traceback.
+    per node, None = all on one. gpus: whether ranks see them; most of these tests are about
+    processes. Raises RankFailedError with the first failing traceback.
     """
-    context = multiprocessing.get_context("forkserver")
+    # CUDA does not survive a fork of a process that has touched it.
+    context = multiprocessing.get_context("spawn" if gpus else "forkserver")
     context.set_forkserver_preload(PRELOAD)
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     processes, connections = [], []
     for rank in range(world):
         here, there = context.Pipe(duplex=False)
-        place = Place(rank, world, local_world or world, store.port)
+        place = Place(rank, world, local_world or world, store.port, gpus)
         process = context.Process(
             target=_work, args=(place, there, function, arguments), daemon=True
         )

@@ -166,10 +166,11 @@ def run(path: Path, logdir: Path, *overrides: str) -> Path:
 
 
 def rows(logdir: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl without their timings."""
+    """The lines of metrics.jsonl without what depends on the machine."""
     lines = (logdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     parsed = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if k != "seconds_per_step"} for row in parsed]
+    machine = ("seconds_per_step", "peak_memory_gib")
+    return [{k: v for k, v in row.items() if k not in machine} for row in parsed]
 
 
 def step_folder(logdir: Path, step: int) -> Path:
