@@ -12,6 +12,7 @@ EVERYTHING = sources() + TESTS
 SEEDED = {"bernoulli", "multinomial", "normal", "rand", "randint", "randn", "randperm"}
 UNSEEDABLE = {"rand_like", "randint_like", "randn_like"}
 MAX_LINES = 400
+MAX_FUNCTION_LINES = 60
 
 
 def calls(wrong: Callable[[str, ast.Call], bool], where: Sequence[Source] = sources()) -> list[str]:
@@ -40,6 +41,20 @@ def test_sources_are_ascii() -> None:
 
 def test_files_stay_short() -> None:
     assert not [str(s) for s in sources() if len(s.text.splitlines()) > MAX_LINES]
+
+
+def test_functions_stay_short() -> None:
+    functions = [
+        (source, node)
+        for source in sources()
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert not [
+        f"{source}: {node.name}"
+        for source, node in functions
+        if (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION_LINES
+    ]
 
 
 def test_random_numbers_come_from_a_generator() -> None:

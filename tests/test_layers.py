@@ -1,11 +1,13 @@
-"""Who imports whom: utils < model < pipeline < trainer < entry points; model/wan stands apart."""
+"""Who imports whom: utils < model < pipeline < trainer < entry points, and rooms inside of them."""
 
 from __future__ import annotations
 
 import ast
 
+import pytest
+
 from tests.methods import methods
-from tests.sources import PACKAGES, Source, sources
+from tests.sources import PACKAGES, ROOT, Source, sources
 
 # Imported where they are used: optional, or so slow that most commands should not pay for them.
 LATE = {
@@ -48,15 +50,99 @@ def test_no_file_imports_from_a_layer_above_its_own() -> None:
     assert not upward
 
 
-def test_the_transformer_knows_only_itself_and_the_leaves() -> None:
+def module_imports(source: Source) -> set[str]:
+    """The modules of this project that a file needs, `from package import module` taken apart."""
+    modules = {other.module for other in sources()}
+    named = {
+        f"{node.module}.{alias.name}"
+        for node, _ in source.imports()
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    return (own(source) | named) & modules - {source.module}
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    needs = {source.module: module_imports(source) for source in sources()}
+    while needs:  # whoever needs nothing that is left can be in no circle
+        done = {module for module, others in needs.items() if not others & needs.keys()}
+        assert done, f"import circles among {sorted(needs)}"
+        needs = {module: others for module, others in needs.items() if module not in done}
+
+
+# What the files of a folder may import beside that folder and plain leaves (utils/*.py).
+ROOMS: dict[str, tuple[str, ...]] = {
+    "utils.data": ("utils.media",),  # records come with pictures and clips
+    "utils.media": ("utils.data.prompts",),  # names and first frames of what prompts ask for
+    "utils.tiny_world": (),
+    "utils.web": (),
+    "model.wan": (),
+    "model.encoders": ("model.folders", "model.wan", "model.types", "utils.tiny_world.codec"),
+    "model.folders": (
+        "model.encoders",
+        "model.wan",
+        "model.discriminator",
+        "model.wan_wrapper",
+        "model.types",
+        "utils.tiny_world.codec",
+    ),
+}
+
+
+UTILS_ROOMS = tuple(room for room in ROOMS if room.startswith("utils."))
+
+
+def plain_leaf(name: str) -> bool:
+    """Whether a module lies in utils itself, in no room of it."""
+    return top(name) == "utils" and not name.startswith(UTILS_ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_knows_only_itself_plain_leaves_and_what_is_listed(room: str) -> None:
     foreign = [
         f"{source} imports {name}"
         for source in sources()
-        if source.module.startswith("model.wan.")
-        for name in own(source)
-        if not name.startswith(("model.wan", "utils"))
+        if f"{source.module}.".startswith(f"{room}.")
+        for name in module_imports(source)
+        if not f"{name}.".startswith(tuple(f"{known}." for known in (room, *ROOMS[room])))
+        and not plain_leaf(name)
     ]
     assert not foreign
+
+
+def test_plain_leaves_know_neither_video_nor_diffusion() -> None:
+    foreign = [
+        f"{source} imports {name}"
+        for source in sources()
+        if plain_leaf(source.module)
+        for name in module_imports(source)
+        if not plain_leaf(name)
+    ]
+    assert not foreign
+
+
+def test_methods_know_no_model_folders_and_no_encoders() -> None:
+    files = {cls.__module__ for cls in methods()}
+    rooms = ("model.encoders", "model.folders", "model.families")
+    foreign = [
+        f"{source} imports {name}"
+        for source in sources()
+        if source.module in files
+        for name in module_imports(source)
+        if name.startswith(rooms)
+    ]
+    assert not foreign
+
+
+def test_each_package_says_in_a_sentence_what_lives_there() -> None:
+    folders = {source.path.parent for source in sources() if source.top in PACKAGES}
+    silent = []
+    for folder in sorted(folders):
+        init = ROOT / folder / "__init__.py"
+        said = ast.get_docstring(ast.parse(init.read_text())) if init.is_file() else None
+        if not said or not said.endswith("."):
+            silent.append(str(folder))
+    assert not silent
 
 
 def test_imports_are_absolute() -> None:
