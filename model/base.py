@@ -1,16 +1,16 @@
-"""What every method shares: its needs, its parts, and the template of distribution matching."""
+"""What every method shares: its needs, its parts, and the templates of distribution matching."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.causal import CausalLayout
 from model.flow import add_noise, shift, velocity_to_x0
@@ -64,6 +64,7 @@ class Parts:
     rollout: Rollout | None = None  # if the method needs one
     sigmas: Sequence[float] = ()  # noise levels of the few steps
     layout: CausalLayout | None = None  # how the generator's videos fall into blocks; None = whole
+    parameters: Mapping[str, Sequence[nn.Parameter]] = field(default_factory=dict)  # a role's own
 
 
 class Method(ABC):
@@ -100,9 +101,9 @@ class RegressionMethod(Method):
 
 @dataclass(frozen=True)
 class AlternatingConfig(MethodConfig):
-    """Of methods where the generator and an opponent that judges its samples take turns."""
+    """Of methods where the generator and an opponent that scores its samples take turns."""
 
-    timestep_shift: float = 5.0  # of the noise levels at which samples are judged
+    timestep_shift: float = 5.0  # of the noise levels at which samples are scored
     min_sigma: float = 0.02
     max_sigma: float = 0.98
     generator_every: int = 5  # outer steps per generator update; the opponent moves at each
@@ -164,10 +165,68 @@ class NoisedSample:
     noise: Tensor  # [B, C, F, H, W]
 
 
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """One generator loss as its options see it."""
+
+    batch: Batch
+    rng: StepRNG
+    sample: Sample  # carries the generator's gradient
+    scores: Scores  # of all frames, as `sample`
+
+
+Adjust = Callable[[Tensor], Tensor]  # of the loss's gradient in x0, [B, C, F, H, W]
+
+
+@dataclass(frozen=True, eq=False)
+class Effect:
+    """What an option does to one generator loss."""
+
+    adjust: Adjust | None = None
+    term: LossOutput | None = None  # added to the loss
+
+
+class Option(ABC):
+    """An addition to distribution matching, with settings in the method's own `loss` section.
+
+    A subclass overrides what it changes; a method names the options that it takes.
+    """
+
+    def __init__(self, config: Any, parts: Parts) -> None:
+        self.config = config
+        self.parts = parts
+
+    @classmethod
+    @abstractmethod
+    def asked(cls, config: Any) -> bool:
+        """Whether these settings turn it on."""
+
+    @classmethod
+    def needs(cls, config: Any, needs: Needs) -> Needs:
+        """`needs`, and what the option must be given beside them."""
+        del config
+        return needs
+
+    def on_generator(self, at: Comparison) -> Effect:
+        """Its part in the generator's loss."""
+        del at
+        return Effect()
+
+    def on_critic(self, fake: NoisedSample, batch: Batch, rng: StepRNG) -> Iterator[LossOutput]:
+        """Terms that are added to the critic's loss, one after the other."""
+        del fake, batch, rng
+        yield from ()
+
+    def after_update(self, role: str) -> None:
+        """Called after each update of `role`."""
+        del role
+
+
 class DistributionMatching(Method):
     """Pull the generator's distribution to the teacher's; the critic tracks the generator's own."""
 
     scores_need_grad: ClassVar[bool] = False  # whether the loss differentiates through the scores
+    takes: ClassVar[tuple[type[Option], ...]] = ()  # the options that its settings may turn on
     trainer = "score_distillation"
     config: DistributionMatchingConfig
 
@@ -177,20 +236,29 @@ class DistributionMatching(Method):
         self.critic = parts.networks["critic"]
         self.teacher = parts.networks["teacher"]
         self.rollout = parts.rollout
+        self.options = [option(config, parts) for option in self.takes if option.asked(config)]
 
     @classmethod
     def needs(cls, config: DistributionMatchingConfig) -> Needs:
-        """Three networks, and samples that the generator makes itself."""
-        del config
-        return Needs(
+        """Three networks, samples that the generator makes itself, and what options need."""
+        needs = Needs(
             networks=("generator", "critic", "teacher"),
             trained=("generator", "critic"),
             rollout="simulation",
         )
+        for option in cls.takes:
+            if option.asked(config):
+                needs = option.needs(config, needs)
+        return needs
 
     def generator_loss(self, batch: Batch, rng: StepRNG) -> LossOutput:
         """Compare teacher and critic on the generator's samples, noised; DMD sec. 3."""
-        return self.objective(*made_frames(*self.simulate(batch, rng)))
+        sample, scores = self.simulate(batch, rng)
+        at = Comparison(batch, rng, sample, scores)
+        effects = [option.on_generator(at) for option in self.options]
+        adjusts = [effect.adjust for effect in effects if effect.adjust is not None]
+        terms = [effect.term for effect in effects if effect.term is not None]
+        return total(self.objective(*made_frames(sample, scores), adjusts), terms)
 
     def simulate(self, batch: Batch, rng: StepRNG) -> tuple[Sample, Scores]:
         """Samples with the generator's gradient, and both networks on them."""
@@ -213,9 +281,24 @@ class DistributionMatching(Method):
         )
         return Scores(x, sigma, noise, velocity_to_x0(x, velocity, sigma), x0_critic)
 
+    @abstractmethod
+    def objective(
+        self, sample: Sample, scores: Scores, adjusts: Sequence[Adjust] = ()
+    ) -> LossOutput:
+        """The method's loss on the frames that the generator made.
+
+        adjusts: what options do to its gradient in x0 of these frames, one after the other.
+        """
+
     def critic_loss(self, batch: Batch, rng: StepRNG) -> LossOutput:
         """Flow matching on the generator's samples: the critic learns their score."""
-        return LossOutput(self.denoising_loss(self.noised_sample(batch, rng), batch))
+        fake = self.noised_sample(batch, rng)
+        terms = [term for option in self.options for term in option.on_critic(fake, batch, rng)]
+        loss = self.denoising_loss(fake, batch)
+        output = total(LossOutput(loss), terms)
+        if not terms:
+            return output
+        return LossOutput(output.loss, {**output.metrics, "denoising": loss.detach()})
 
     @torch.no_grad()
     def noised_sample(self, batch: Batch, rng: StepRNG) -> NoisedSample:
@@ -230,9 +313,19 @@ class DistributionMatching(Method):
         velocity = self.critic(fake.x, fake.sigma, batch.conditioning).velocity
         return F.mse_loss(velocity, fake.noise - fake.x0)
 
-    @abstractmethod
-    def objective(self, sample: Sample, scores: Scores) -> LossOutput:
-        """The method's loss on the frames that the generator made."""
+    def after_update(self, role: str) -> None:
+        """What options do then."""
+        for option in self.options:
+            option.after_update(role)
+
+
+def total(output: LossOutput, terms: Sequence[LossOutput]) -> LossOutput:
+    """The sum of a loss and its terms, added in order, and the metrics of all."""
+    loss, metrics = output.loss, dict(output.metrics)
+    for term in terms:
+        loss = loss + term.loss
+        metrics |= term.metrics
+    return LossOutput(loss, metrics)
 
 
 @torch.no_grad()

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from model.base import DistributionMatching, DistributionMatchingConfig, Scores, error_size
+from model.base import (
+    Adjust,
+    DistributionMatching,
+    DistributionMatchingConfig,
+    Scores,
+    error_size,
+)
 from model.types import LossOutput, Sample
 
 
@@ -33,8 +39,11 @@ class SiD(DistributionMatching):
     config: SiDConfig
     scores_need_grad = True
 
-    def objective(self, sample: Sample, scores: Scores) -> LossOutput:
+    def objective(
+        self, sample: Sample, scores: Scores, adjusts: Sequence[Adjust] = ()
+    ) -> LossOutput:
         """See the class."""
+        assert not adjusts, "SiD's gradient is autograd's own: no option can adjust it"
         gap = scores.x0_teacher - scores.x0_critic
         error = scores.x0_teacher - sample.x0
         size = error_size(sample.x0, scores)

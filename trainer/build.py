@@ -66,6 +66,7 @@ def build_trainer(config: Config, session: Session, options: RunOptions) -> Trai
         rollout=run.rollout(vae),
         sigmas=run.sampling.sigmas,
         layout=run.causal,
+        parameters={name: list(role.parameters.values()) for name, role in roles.items()},
     )
     _announce(config, session, networks)
     trainer: Trainer = TRAINERS[config.trainer].load()(

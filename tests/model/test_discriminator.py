@@ -24,7 +24,8 @@ from model.discriminator import (
     discrimination_loss,
     tapped_layers,
 )
-from model.dmd import DMD, DMDConfig, divergence_weight
+from model.dmd import DMD, DMDConfig
+from model.options.f_divergence import divergence_weight
 from model.types import FULL_ATTENTION, Batch, Conditioning, Context, Denoiser, Prediction
 from model.wan.config import PRESETS, WanConfig
 from model.wan.transformer import WanTransformer

@@ -83,9 +83,9 @@ class Task:
         return self.cls is CausVid
 
     @property
-    def judges(self) -> bool:
+    def discriminates(self) -> bool:
         return isinstance(self.config, GANConfig) or (
-            isinstance(self.config, DMDConfig) and self.config.judges
+            isinstance(self.config, DMDConfig) and self.config.discriminates
         )
 
 
@@ -128,7 +128,7 @@ def distil_exactly(task: Task, sigmas: list[float]) -> Normals:
         return made()(x, sigma, conditioning)
 
     networks = {"generator": student, "critic": critic, "teacher": TEACHER}
-    if task.judges:
+    if task.discriminates:
         networks["discriminator"] = LogRatio(made)
     method = task.cls(task.config, Parts(networks, rollout(task, sigmas), sigmas))
     optimizer = torch.optim.Adam(student.parameters(), betas=(0.5, 0.99))
@@ -393,7 +393,7 @@ def gradients(
     """Of the loss in the samples [4, D]: what autograd finds, and what the papers write."""
     samples = Samples(fast_streams(4, "samples").samples.randn(SMALL), given_frames=given_frames)
     networks = {"generator": samples, "critic": CRITIC, "teacher": TEACHER}
-    if config.judges:
+    if config.discriminates:
         networks["discriminator"] = Fixed(LOGITS, MEAN_WEIGHTS)
     method = DMD(config, Parts(networks, samples.rollout))
     asked = Batch(saying(mean, 4), saying(0.0, 4), SMALL)
@@ -407,7 +407,7 @@ def gradients(
     teacher = (uncond + config.cfg_scale * (cond - uncond))[:, :, given_frames:]
     size = (x0[:, :, given_frames:] - teacher).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
     made = (critic - teacher) / size / critic.numel()
-    if config.judges:
+    if config.discriminates:
         ratio = LOGITS.double().clamp(-3.0, 3.0).exp()
         weight = HEAVY[config.divergence](ratio) / MEAN_WEIGHTS.double().clamp(min=0.049787068)
         made = made * weight[:, None, None, None, None]
@@ -474,7 +474,8 @@ def test_the_critic_moves_by_its_share_when_the_generator_has(
     role: str, pull: float, moved: float
 ) -> None:
     networks = {"generator": MLP(2, seed=0), "critic": MLP(2, seed=10), "teacher": MODES}
-    parts = Parts(networks, BidirectionalTrainingPipeline(TWO), TWO)
+    own = {name: list(networks[name].parameters()) for name in ("generator", "critic")}
+    parts = Parts(networks, BidirectionalTrainingPipeline(TWO), TWO, parameters=own)
     before = [p.detach().clone() for p in networks["critic"].parameters()]
     target = [p.detach().clone() for p in networks["generator"].parameters()]
     DMD(DMDConfig(critic_pull=pull), parts).after_update(role)

@@ -1,0 +1,1 @@
+"""What distribution matching may do beside its own loss: an option a file, off unless asked for."""
