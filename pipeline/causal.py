@@ -270,7 +270,7 @@ class BlockwiseInference(ABC):
         kept = self.remembered(conditioning, unconditional)
         if initial is not None:
             yield initial
-            parts = initial.split(old, dim=2)
+            parts = torch.split(initial, old, dim=2)
             for block, part in zip(lay_out(old, 0, kept, cache), parts, strict=True):
                 self.remember(block, part, rng)
         own = lay_out(new, given, conditioning, cache)

@@ -39,6 +39,6 @@ class DataRollout:
         levels = on_device(self.sigmas, clean.device)
         sigma = per_block(levels[(draws * len(levels)).long()], self.layout, frames)
         noisy = add_noise(clean, rng.samples.randn(clean.shape[1:]), sigma)
-        seen = on_real_video(generator, self.layout, clean if self.teacher_forcing else None)
+        net = on_real_video(generator, self.layout, clean if self.teacher_forcing else None)
         with torch.set_grad_enabled(grad):
-            return Sample(seen(noisy, sigma, batch.conditioning).x0)
+            return Sample(net(noisy, sigma, batch.conditioning).x0)
