@@ -166,7 +166,7 @@ class Trainer(ABC):
             with record_function(f"{phase.name} loss"):
                 output = phase.loss(batch, rng)
             with record_function(f"{phase.name} backward"):
-                (output.loss / micro).backward()
+                torch.autograd.backward(output.loss / micro)
             self.metrics.add(phase.name, {"loss": output.loss.detach(), **output.metrics})
 
     def prefetch(self, part: int) -> None:
