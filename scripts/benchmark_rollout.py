@@ -25,9 +25,10 @@ from torch import Tensor
 
 from model.folders.loading import Placement, random_network
 from model.types import Batch, Conditioning
-from model.wan import transformer
+from model.wan import block
 from model.wan.config import PRESETS
 from pipeline.causal import CausalConfig, SelfForcingTrainingPipeline
+from utils.parallel import recompute_blocks
 from utils.seeding import step_rng
 
 SIGMAS = [1.0, 0.9375]
@@ -63,9 +64,10 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sizes = PRESETS[args.preset]
     network = random_network(sizes, 0, Placement(device, storage=dtype, compute=dtype))
-    network.model.checkpoint_blocks = args.checkpoint
+    if args.checkpoint:
+        recompute_blocks(network.model.blocks)
     if args.variant == "joined kept":
-        transformer.attend_past = join_and_keep
+        block.attend_past = join_and_keep
     causal = CausalConfig(
         num_frame_per_block=args.num_frame_per_block,
         independent_first_frame=args.latent_shape[1] % args.num_frame_per_block == 1,

@@ -92,7 +92,8 @@ def _build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
         device=session.device,
         storage=run.compute,
         compute=run.compute,
-        mesh=build_mesh(session, config.sharding_strategy),
+        mesh=build_mesh(session, config.sharding_strategy),  # once: each makes process groups
+        recompute=config.parallel.activation_checkpoint == "block",
     )
     moved = replace(kept, storage=torch.float32)
     networks: dict[str, nn.Module] = {}
@@ -105,8 +106,6 @@ def _build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
             what = f"{role} {model.path}"
             network = model.load_network(run.weights(role), place, what=what)
             network.requires_grad_(trained)
-        recomputed = config.parallel.activation_checkpoint == "block"
-        setattr(network.model, "checkpoint_blocks", recomputed)  # noqa: B010
         networks[role] = network
     if needs.backbone is not None:
         networks["discriminator"] = random_discriminator(

@@ -1,15 +1,20 @@
-"""Parallelism from the outside: recompute blocks, then shard them; no model file knows of it."""
+"""Parallelism from the outside: recompute blocks, then shard them; no model file knows of it.
+
+The order per block is recompute, (compile,) shard: each step takes what the one before it made.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 
 from utils.distributed import Session
 
@@ -35,13 +40,21 @@ def build_mesh(session: Session, sharding_strategy: str) -> DeviceMesh:
 
 
 def parallelize(
-    module: M, blocks: nn.ModuleList, mesh: DeviceMesh, compute_dtype: torch.dtype
+    module: M,
+    blocks: nn.ModuleList,
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype,
+    *,
+    recompute: bool = False,
 ) -> M:
     """Shard `module` over `mesh`, one unit per block and one for the rest (FSDP2). In place.
 
     Weights stay in their own dtype; forward and backward run in `compute_dtype`, and gradients
     are reduced in fp32. One rank that computes in the dtype of the weights needs none of this.
+    recompute: whether blocks run again in the backward pass, in any layout.
     """
+    if recompute:
+        recompute_blocks(blocks)
     same_dtype = all(p.dtype == compute_dtype for p in module.parameters())
     if mesh.size() == 1 and same_dtype:
         return module
@@ -54,6 +67,36 @@ def parallelize(
     # The root too is resharded, or EMA and loading would read weights that forward does not use.
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return module
+
+
+def recompute_blocks(blocks: nn.ModuleList) -> None:
+    """Let blocks keep only their inputs for the backward pass, which runs them again. In place.
+
+    A block's forward pass takes the keyword `recomputed`, and draws no random number. Names of
+    weights stay as they are: it is `forward` that is exchanged, not the module.
+    """
+    for block in blocks:
+        block.forward = Recomputed(block.forward)
+
+
+@dataclass(frozen=True, eq=False)
+class Recomputed:
+    """A forward pass that runs again in the backward pass; without autograd it runs as it is."""
+
+    forward: Callable[..., Any]
+
+    def __call__(self, *args: Any, **words: Any) -> Any:
+        """What `forward` returns."""
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **words)
+        return checkpoint(
+            self.forward,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            recomputed=True,
+            **words,
+        )
 
 
 def sync_gradients(module: nn.Module, enabled: bool) -> None:

@@ -47,6 +47,7 @@ class Placement:
     storage: torch.dtype = torch.float32  # of the weights
     compute: torch.dtype = torch.float32  # of forward and backward
     mesh: DeviceMesh | None = None  # None = a whole copy on this device
+    recompute: bool = False  # whether a transformer's blocks run again in the backward pass
 
 
 def find_weights(path: Path, *, role: str = "generator", averaged: bool | None = False) -> Weights:
@@ -173,6 +174,6 @@ def _empty(config: WanConfig, place: Placement) -> WanTransformer:
     with torch.device("meta"):
         model = WanTransformer(config).to(place.storage)
     if place.mesh is not None:
-        parallelize(model, model.blocks, place.mesh, place.compute)
+        parallelize(model, model.blocks, place.mesh, place.compute, recompute=place.recompute)
     model.to_empty(device=place.device)
     return model

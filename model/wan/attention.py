@@ -17,15 +17,28 @@ from model.wan.masks import FrameMask
 FLEX_TILE = 128  # tokens on each side of the tiles that FlexAttention skips or computes
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: FrameMask | None = None) -> Tensor:
+Mask = FrameMask | BlockMask  # constants, in the form that a device's attention reads
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | None = None) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v over all tokens, or over the frames that `mask` shows.
 
     q: [B, N, heads, head_dim]; k, v: [B, M, heads, head_dim]; with a mask, N = M = F n. Returns
-    [B, N, heads, head_dim]. Masked, FlexAttention serves CUDA, and a loop over blocks the rest.
+    [B, N, heads, head_dim].
     """
     if mask is None:
         return _attend_all(q, k, v)
-    return (attend_flex if q.is_cuda else attend_blocks)(q, k, v, mask)
+    if isinstance(mask, BlockMask):
+        return attend_flex(q, k, v, mask)
+    return attend_blocks(q, k, v, mask)
+
+
+def device_mask(mask: FrameMask, per_frame: int, device: torch.device) -> Mask:
+    """`mask` between frames of so many tokens, as `attend` reads it fastest on `device`.
+
+    FlexAttention serves CUDA, where it is compiled, and a loop over blocks the rest.
+    """
+    return flex_mask(mask, per_frame, device) if device.type == "cuda" else mask
 
 
 def _attend_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -50,22 +63,23 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask) -> Tensor:
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     """The same through FlexAttention; on CUDA compiled, elsewhere eager and without gradients."""
-    kernel = _flex_kernel(compiled=q.is_cuda)
-    block_mask = _flex_mask(mask, q.shape[1] // mask.frames, q.device)
-    out = kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=block_mask)
-    return out.transpose(1, 2)
+    # Within a compiled block the call belongs to the block's own graph.
+    own_graph = q.is_cuda and not torch.compiler.is_compiling()
+    kernel: Callable[..., Any] = _compiled_flex() if own_graph else flex_attention
+    out = kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask)
+    result: Tensor = out.transpose(1, 2)
+    return result
 
 
 @functools.cache
-def _flex_kernel(*, compiled: bool) -> Callable[..., Tensor]:
-    kernel: Any = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+def _compiled_flex() -> Callable[..., Any]:
+    kernel: Any = torch.compile(flex_attention, dynamic=False)
     return kernel
 
 
-@functools.lru_cache(maxsize=8)
-def _flex_mask(mask: FrameMask, per_frame: int, device: torch.device) -> BlockMask:
+def flex_mask(mask: FrameMask, per_frame: int, device: torch.device) -> BlockMask:
     """FlexAttention's own form of a mask, from frames alone: no [N, N] tensor is ever made."""
     visible, tokens = mask.visible(), mask.frames * per_frame
     frame = torch.arange(tokens) // per_frame

@@ -6,7 +6,7 @@ they are read: so positions may be counted from the start of the video or of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +15,12 @@ from torch import Tensor
 from model.wan.masks import past_spans
 
 KeyValue = tuple[Tensor, Tensor]  # keys and values of one layer, [B, N, heads, head_dim] each
+TextKeys = tuple[Tensor, ...]  # those of the text, and behind them of the images, of one layer
 
 
 @dataclass(frozen=True, eq=False)
 class Past:
-    """What a forward pass sees of a cache."""
+    """What a forward pass sees of a cache. Positions are on the CPU."""
 
     layers: list[list[KeyValue]]  # per layer, the pieces in order, not copied; empty = no past
     key_positions: Tensor  # [m] rotary time positions of the m frames in `layers`
@@ -65,7 +66,7 @@ class KVCache:
         self.window, self.sink = window, sink
         self.relative_positions = relative_positions
         self._chunks: list[_Chunk] = []
-        self._text: dict[int, tuple[Tensor, ...]] = {}
+        self._text: list[TextKeys] = []
 
     @property
     def frames(self) -> int:
@@ -104,17 +105,19 @@ class KVCache:
         ]
         self._chunks[-1] = _Chunk(last.frame_index, grafted)
 
-    def text(self, layer: int, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Keys and values of the text for `layer`, computed once per video; under autograd anew."""
-        if torch.is_grad_enabled():
-            return compute()
-        if layer not in self._text:
-            self._text[layer] = compute()
-        return self._text[layer]
+    @property
+    def text(self) -> list[TextKeys] | None:
+        """Per layer, what `keep_text` was given; None before that, and always under autograd.
 
-    def has_text(self) -> bool:
-        """Whether the text's keys and values are known and would be used."""
-        return bool(self._text) and not torch.is_grad_enabled()
+        Keys that were computed without a gradient would hide the weights that they came from.
+        """
+        return self._text if self._text and not torch.is_grad_enabled() else None
+
+    def keep_text(self, layers: Sequence[TextKeys]) -> None:
+        """Keep keys and values of the text for every layer; they serve until the video's end."""
+        if torch.is_grad_enabled():
+            raise RuntimeError("a KV cache is written only under torch.no_grad()")
+        self._text = list(layers)
 
     def _select(self, new: int) -> list[_Chunk]:
         """The chunks, or parts of them, that `new` further frames see."""

@@ -26,7 +26,7 @@ class Context:
     mask: FrameMask | None = None  # None = every token sees every token
     cache: KVCache | None = None  # the clean past; read in any mode, never beside a mask
     commit: bool = False  # append this call's keys and values to the cache; no_grad only
-    frame_index: Tensor | None = None  # [F] rotary time positions; None = 0 .. F-1
+    frame_index: Tensor | None = None  # [F] on the CPU, rotary time positions; None = 0 .. F-1
     taps: Taps | None = None
     keys: list[KeyValue] | None = None  # filled with each layer's unrotated keys and values
 

@@ -18,7 +18,7 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
 
 
 def rotary_table(frame_index: Tensor, height: int, width: int, head_dim: int) -> Tensor:
-    """Unit complex rotations [F height width, 1, head_dim / 2], complex64.
+    """Rotations [F height width, 1, head_dim / 2, 2] as pairs (cos, sin), fp32.
 
     frame_index: [F] time positions. Angles are taken in fp64 and rounded once. Source: the
     rotary embedding of arXiv:2104.09864, one per axis, as Wan2.1 arranges them.
@@ -38,13 +38,26 @@ def rotary_table(frame_index: Tensor, height: int, width: int, head_dim: int) ->
         view[axis] = shape[axis]
         parts.append(angles.view(view).expand(*shape, pairs))
     angles = torch.cat(parts, dim=-1).flatten(0, 2)
-    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)[:, None, :]
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).float()[:, None]
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotate adjacent pairs of x [B, N, heads, head_dim] by `table`, in fp32; dtype kept."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    # Compilers know no complex numbers; without one, a single complex kernel is several times
+    # faster than its four products (tests/model/test_rope.py holds both to the same bits).
+    turn = turn_pairs if torch.compiler.is_compiling() else _turn_complex
+    return turn(pairs, table).flatten(-2).to(x.dtype)
+
+
+def turn_pairs(pairs: Tensor, table: Tensor) -> Tensor:
+    """(a, b) to (a cos - b sin, a sin + b cos) along the last axis of size 2, broadcast."""
+    (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def _turn_complex(pairs: Tensor, table: Tensor) -> Tensor:
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
 
 
 def coordinate_channels(frame_index: Tensor, height: int, width: int) -> Tensor:

@@ -7,34 +7,23 @@ frame). Module names are those of the official release, so its weights load as t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from model.wan.attention import attend, attend_past
-from model.wan.cache import KeyValue, KVCache
+from model.wan.attention import Mask, device_mask
+from model.wan.block import Block, Head, LayerPast
+from model.wan.cache import KeyValue, Past, TextKeys
 from model.wan.config import WanConfig
 from model.wan.context import FULL_ATTENTION, Context
 from model.wan.images import ImageEmbedding, check_images
-from model.wan.masks import FrameMask
-from model.wan.rope import coordinate_channels, rotary_table, rotate
+from model.wan.memo import Memo
+from model.wan.rope import coordinate_channels, rotary_table
 
-
-@dataclass(frozen=True, eq=False)
-class View:
-    """What all blocks share in one forward pass."""
-
-    table: Tensor  # rotary positions of this pass's tokens, [N, 1, head_dim / 2] complex
-    mask: FrameMask | None
-    past_table: Tensor | None  # of the tokens in the cache; None = nothing is cached
-    past: list[list[KeyValue]] | None  # per layer, unrotated
-    cache: KVCache | None  # for the text's keys
-    recomputed: bool  # whether blocks run again in the backward pass
-    reports: bool  # whether somebody wants the blocks' keys and values
+# Rotary tables of a rollout of 21 frames at 480 x 832, block by block, take 70 MB.
+MEMO_BYTES = 256 * 2**20
 
 
 class WanTransformer(nn.Module):
@@ -46,7 +35,7 @@ class WanTransformer(nn.Module):
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False  # recompute each block in the backward pass
+        self.memo = Memo(MEMO_BYTES)  # of shapes and positions; no weight, nothing to save
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
@@ -77,86 +66,95 @@ class WanTransformer(nn.Module):
         image behind the other, for models that see images; L is text_len then. Returns
         [B, out_dim, F, H, W] in the dtype of the weights.
         """
-        _, _, frames, height, width = x.shape
+        rows, columns = self.patches(x)
+        index = frame_index(context, x.shape[2])
+        past = look_back(context, index)
+        tokens = self.embed_patches(x, past.query_positions)
+        time, modulation = self.embed_time(timestep)
+        texts = self.texts(context, text, clip)
+        table = self.rotary(past.query_positions, rows, columns, x.device)
+        pasts = self.layer_pasts(past, rows, columns, x.device)
+        mask = self.mask(context, rows * columns, x.device)
+        reports = context.commit or context.keys is not None
+        keys: list[KeyValue] = []
+        read: list[TextKeys] = []
+        for layer, block in enumerate(self.blocks):
+            output = block(
+                tokens, modulation, texts[layer], table, pasts[layer], mask=mask, reports=reports
+            )
+            tokens = output.tokens
+            if output.keys is not None:
+                keys.append(output.keys)
+            if context.cache is not None and output.text is not None:
+                read.append(output.text)
+            if context.taps is not None and layer in context.taps.layers:
+                context.taps.tokens.append(tokens)
+        report(context, index, keys, read)
+        return self.unpatch(self.head(tokens, time), rows, columns)
+
+    def patches(self, x: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches in latents [B, C, F, H, W]."""
+        height, width = x.shape[3:]
         _, patch_h, patch_w = self.config.patch_size
         if height % patch_h or width % patch_w:
             raise ValueError(
                 f"latents of {height} x {width} do not divide into {patch_h} x {patch_w} patches"
             )
-        rows, columns = height // patch_h, width // patch_w
-        positions, view = self.view(context, frames, rows, columns, x.device)
+        return height // patch_h, width // patch_w
 
-        tokens = self.embed_patches(x, positions)
-        time, modulation = self.embed_time(timestep)
-        known = context.cache is not None and context.cache.has_text()
-        memory = None if known else self.embed_text(text, clip)
-        keys = []
-        for layer, block in enumerate(self.blocks):
-            arguments = (tokens, modulation, memory, view, layer)
-            if view.recomputed:
-                tokens, own = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                tokens, own = block(*arguments)
-            if own is not None:
-                keys.append(own)
-            if context.taps is not None and layer in context.taps.layers:
-                context.taps.tokens.append(tokens)
-        self.report(context, keys, frames, x.device)
-        patches = self.head(tokens, time)
+    def unpatch(self, patches: Tensor, rows: int, columns: int) -> Tensor:
+        """Patches [B, N, patch * out_dim] to [B, out_dim, F, H, W]."""
+        _, patch_h, patch_w = self.config.patch_size
         return rearrange(
             patches,
             "b (f h w) (p q c) -> b c f (h p) (w q)",
-            f=frames,
             h=rows,
+            w=columns,
             p=patch_h,
             q=patch_w,
         )
 
-    def view(
-        self, context: Context, frames: int, rows: int, columns: int, device: torch.device
-    ) -> tuple[Tensor, View]:
-        """Time positions [F] of the frames, and what the blocks share."""
-        mask, cache = context.mask, context.cache
-        if mask is not None and (cache is not None or mask.frames != frames):
-            raise ValueError(
-                f"a mask of {mask.frames} frames needs as many and no cache, got {frames} frames"
-                f"{' and a cache' if cache is not None else ''}"
-            )
-        positions = frame_positions(context, frames, device)
-        past, past_table = None, None
-        if cache is not None:
-            seen = cache.past(positions)
-            positions = seen.query_positions
-            if seen.layers:
-                past = seen.layers
-                past_table = rotary_table(seen.key_positions, rows, columns, self.config.head_dim)
-        return positions, View(
-            table=rotary_table(positions, rows, columns, self.config.head_dim),
-            mask=mask,
-            past_table=past_table,
-            past=past,
-            cache=cache,
-            recomputed=self.checkpoint_blocks and torch.is_grad_enabled(),
-            reports=context.commit or context.keys is not None,
+    def layer_pasts(
+        self, past: Past, rows: int, columns: int, device: torch.device
+    ) -> list[LayerPast] | list[None]:
+        """What each block sees of the past."""
+        if not past.layers:
+            return [None] * len(self.blocks)
+        table = self.rotary(past.key_positions, rows, columns, device)
+        return [LayerPast(pieces, table) for pieces in past.layers]
+
+    def rotary(self, positions: Tensor, rows: int, columns: int, device: torch.device) -> Tensor:
+        """The rotary table of frames at `positions` [f]; see `rotary_table`."""
+        return self.memo.get(
+            ("rotary", *positions.tolist(), rows, columns, device),
+            lambda: rotary_table(positions.to(device), rows, columns, self.config.head_dim),
         )
 
-    def report(
-        self, context: Context, keys: list[KeyValue], frames: int, device: torch.device
-    ) -> None:
-        """Hand each layer's keys and values to whom the context names."""
-        if context.keys is not None:
-            context.keys.extend(keys)
-        if context.commit:
-            if context.cache is None:
-                raise ValueError("commit needs a cache to write to")
-            context.cache.commit(frame_positions(context, frames, device), keys)
+    def mask(self, context: Context, per_frame: int, device: torch.device) -> Mask | None:
+        """The context's mask in the form that attention reads."""
+        mask = context.mask
+        if mask is None:
+            return None
+        return self.memo.get(
+            ("mask", mask, per_frame, device), lambda: device_mask(mask, per_frame, device)
+        )
 
-    def embed_patches(self, x: Tensor, frame_index: Tensor) -> Tensor:
+    def texts(
+        self, context: Context, text: Tensor, clip: Tensor | None
+    ) -> list[TextKeys] | list[Tensor]:
+        """What each block reads of the text: its keys where a cache has them, or the memory."""
+        known = None if context.cache is None else context.cache.text
+        return known or [self.embed_text(text, clip)] * len(self.blocks)
+
+    def embed_patches(self, x: Tensor, positions: Tensor) -> Tensor:
         """Latents [B, C, F, H, W] to tokens [B, N, D]: the patch convolution as one matmul."""
         weight = self.patch_embedding.weight
         if self.config.absolute_positions:
-            coordinates = coordinate_channels(frame_index, *x.shape[3:]).to(x.dtype)
-            x = torch.cat([x, coordinates.expand(x.shape[0], -1, -1, -1, -1)], dim=1)
+            coordinates = self.memo.get(
+                ("coordinates", *positions.tolist(), *x.shape[3:], x.device),
+                lambda: coordinate_channels(positions.to(x.device), *x.shape[3:]),
+            )
+            x = torch.cat([x, coordinates.to(x.dtype).expand(len(x), -1, -1, -1, -1)], dim=1)
         _, patch_h, patch_w = self.config.patch_size
         patches = rearrange(x, "b c f (h p) (w q) -> b (f h w) (c p q)", p=patch_h, q=patch_w)
         return F.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
@@ -182,11 +180,32 @@ class WanTransformer(nn.Module):
         return torch.cat([self.img_emb(clip), memory], dim=1)
 
 
-def frame_positions(context: Context, frames: int, device: torch.device) -> Tensor:
-    """Positions [F] of a pass's frames in the video."""
-    if context.frame_index is None:
-        return torch.arange(frames, device=device)
-    return context.frame_index
+def frame_index(context: Context, frames: int) -> Tensor:
+    """Positions [F] of a pass's frames in the video, on the CPU."""
+    return torch.arange(frames) if context.frame_index is None else context.frame_index.cpu()
+
+
+def look_back(context: Context, index: Tensor) -> Past:
+    """The clean past that new frames at `index` [F] see, and where they and it lie."""
+    mask, cache, frames = context.mask, context.cache, len(index)
+    if mask is not None and (cache is not None or mask.frames != frames):
+        raise ValueError(
+            f"a mask of {mask.frames} frames needs as many and no cache, got {frames} frames"
+            f"{' and a cache' if cache is not None else ''}"
+        )
+    return Past([], index[:0], index) if cache is None else cache.past(index)
+
+
+def report(context: Context, index: Tensor, keys: list[KeyValue], read: list[TextKeys]) -> None:
+    """Hand each layer's keys and values to whom the context names; outside of the blocks."""
+    if context.keys is not None:
+        context.keys.extend(keys)
+    if context.cache is not None and read:
+        context.cache.keep_text(read)
+    if context.commit:
+        if context.cache is None:
+            raise ValueError("commit needs a cache to write to")
+        context.cache.commit(index, keys)
 
 
 def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -201,168 +220,6 @@ def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> T
         return 0.02 * torch.randn(shape, generator=generator)
     bound = math.sqrt(6.0 / (shape[0] + shape[1:].numel()))
     return (2.0 * torch.rand(shape, generator=generator) - 1.0) * bound
-
-
-class Block(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; modulated by the noise level."""
-
-    def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        dim, eps = config.dim, config.eps
-        self.norm1 = nn.LayerNorm(dim, eps, elementwise_affine=False)
-        self.self_attn = SelfAttention(config)
-        self.norm3 = nn.LayerNorm(dim, eps)
-        self.cross_attn = CrossAttention(config)
-        self.norm2 = nn.LayerNorm(dim, eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, config.ffn_dim),
-            nn.GELU(approximate="tanh"),
-            nn.Linear(config.ffn_dim, dim),
-        )
-        self.modulation = nn.Parameter(torch.empty(1, 6, dim))
-
-    def forward(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        memory: Tensor | None,
-        view: View,
-        layer: int,
-    ) -> tuple[Tensor, KeyValue | None]:
-        """x: [B, N, D]; modulation: [B, T, 6, D] fp32; memory: [B, L, D], None if it is cached.
-
-        Returns tokens [B, N, D], and the self-attention's unrotated keys and values if wanted.
-        """
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            self.modulation.float() + modulation
-        ).unbind(2)
-        h, keys = self.self_attn(modulate(self.norm1, x, shift1, scale1), view, layer)
-        x = add_gated(x, h, gate1)
-        x = x + self.cross_attn(self.norm3(x), memory, view.cache, layer)
-        h = self.ffn(modulate(self.norm2, x, shift2, scale2))
-        x = add_gated(x, h, gate2)
-        if not view.reports:
-            return x, None
-        # Not the views themselves: FSDP2 warns of any view that leaves a block under autograd.
-        return x, (keys[0].clone(), keys[1].clone()) if torch.is_grad_enabled() else keys
-
-
-class SelfAttention(nn.Module):
-    """Attention among video tokens, with rotary positions and RMS-normalised queries and keys."""
-
-    def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
-        self.norm_q = nn.RMSNorm(config.dim, config.eps)
-        self.norm_k = nn.RMSNorm(config.dim, config.eps)
-        self.attend = attend
-
-    def forward(self, x: Tensor, view: View, layer: int) -> tuple[Tensor, KeyValue]:
-        """x: [B, N, D]. Returns [B, N, D], and this call's unrotated keys and values."""
-        heads = (self.num_heads, -1)
-        q = rotate(self.norm_q(self.q(x)).unflatten(-1, heads), view.table)
-        k = self.norm_k(self.k(x)).unflatten(-1, heads)
-        v = self.v(x).unflatten(-1, heads)
-        rotated = rotate(k, view.table)
-        if view.past is None or view.past_table is None:
-            out = self.attend(q, rotated, v, mask=view.mask)
-            return self.o(out.flatten(2)), (k, v)
-        past, table = view.past[layer], view.past_table
-
-        def keys() -> Tensor:
-            return torch.cat(
-                [rotate(torch.cat([piece for piece, _ in past], 1), table), rotated], 1
-            )
-
-        def values() -> Tensor:
-            return torch.cat([*(piece for _, piece in past), v], dim=1)
-
-        if view.recomputed or not torch.is_grad_enabled():
-            out = self.attend(q, keys(), values())
-        else:
-            out = attend_past(self.attend, q, keys, values)
-        return self.o(out.flatten(2)), (k, v)
-
-
-class CrossAttention(nn.Module):
-    """Attention from video tokens to the text, and to the tokens of images if the model has any."""
-
-    def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
-        self.norm_q = nn.RMSNorm(config.dim, config.eps)
-        self.norm_k = nn.RMSNorm(config.dim, config.eps)
-        self.sees_images, self.text_len = config.sees_images, config.text_len
-        if self.sees_images:
-            self.k_img, self.v_img = (nn.Linear(config.dim, config.dim) for _ in range(2))
-            self.norm_k_img = nn.RMSNorm(config.dim, config.eps)
-
-    def forward(
-        self, x: Tensor, memory: Tensor | None, cache: KVCache | None, layer: int
-    ) -> Tensor:
-        """x: [B, N, D]; memory: [B, L, D], image tokens first. Padding counts, as in Wan."""
-
-        def compute() -> tuple[Tensor, ...]:
-            assert memory is not None, "the cache has no keys of the text yet"
-            return self.keys_and_values(memory)
-
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
-        pairs = compute() if cache is None else cache.text(layer, compute)
-        out = attend(q, pairs[0], pairs[1])
-        if self.sees_images:
-            out = out + attend(q, pairs[2], pairs[3])
-        return self.o(out.flatten(2))
-
-    def keys_and_values(self, memory: Tensor) -> tuple[Tensor, ...]:
-        """Of the text, and behind them of the images, [B, L, heads, head_dim] each."""
-        heads = (self.num_heads, -1)
-        image_tokens = memory.shape[1] - self.text_len if self.sees_images else 0
-        image, text = memory[:, :image_tokens], memory[:, image_tokens:]
-        pairs = (
-            self.norm_k(self.k(text)).unflatten(-1, heads),
-            self.v(text).unflatten(-1, heads),
-        )
-        if not self.sees_images:
-            return pairs
-        return (
-            *pairs,
-            self.norm_k_img(self.k_img(image)).unflatten(-1, heads),
-            self.v_img(image).unflatten(-1, heads),
-        )
-
-
-class Head(nn.Module):
-    """Tokens to patches of velocity."""
-
-    def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
-        self.head = nn.Linear(config.dim, config.out_dim * math.prod(config.patch_size))
-        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x: [B, N, D]; time: [B, T, D] fp32. Returns [B, N, patch * out_dim]."""
-        shift, scale = (self.modulation.float() + time[:, :, None]).unbind(2)
-        return self.head(modulate(self.norm, x, shift, scale))
-
-
-def modulate(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """norm(x) (1 + scale) + shift in fp32, in x's dtype. x: [B, N, D]; shift, scale: [B, T, D]."""
-    h = F.layer_norm(x.float(), norm.normalized_shape, eps=norm.eps)
-    h = h.unflatten(1, (shift.shape[1], -1))
-    h = torch.addcmul(shift[:, :, None], h, 1.0 + scale[:, :, None])
-    return h.flatten(1, 2).to(x.dtype)
-
-
-def add_gated(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
-    """x + h gate in fp32, in x's dtype. x, h: [B, N, D]; gate: [B, T, D]."""
-    frames = (gate.shape[1], -1)
-    sum_ = torch.addcmul(
-        x.float().unflatten(1, frames), h.float().unflatten(1, frames), gate[:, :, None]
-    )
-    return sum_.flatten(1, 2).to(x.dtype)
 
 
 def _dtype(layers: nn.Module) -> torch.dtype:

@@ -15,14 +15,16 @@ from torch.utils._pytree import tree_leaves
 
 from model.wan.attention import (
     FLEX_TILE,
-    _flex_mask,
     attend,
     attend_blocks,
     attend_flex,
     attend_past,
+    device_mask,
+    flex_mask,
 )
 from model.wan.masks import FrameMask, block_causal, teacher_forcing
 
+CPU = torch.device("cpu")
 MASKS = {
     "blocks": block_causal([2, 2, 2]),
     "blocks of one": block_causal([1] * 6),
@@ -85,13 +87,25 @@ def test_a_loop_over_blocks_has_the_gradients_of_a_dense_mask(mask: FrameMask) -
 def test_flex_attention_equals_a_dense_mask(mask: FrameMask, per_frame: int) -> None:
     q, k, v = tokens(mask, per_frame)
     expected = attend_densely(q, k, v, dense(mask, per_frame))
-    torch.testing.assert_close(attend_flex(q, k, v, mask), expected, atol=1e-6, rtol=0.0)
+    torch.testing.assert_close(
+        attend_flex(q, k, v, flex_mask(mask, per_frame, CPU)), expected, atol=1e-6, rtol=0.0
+    )
 
 
 @every_mask
 def test_on_the_cpu_a_mask_is_served_by_the_loop(mask: FrameMask) -> None:
     q, k, v = tokens(mask, 4)
-    assert torch.equal(attend(q, k, v, mask=mask), attend_blocks(q, k, v, mask))
+    served = device_mask(mask, 4, CPU)
+    assert served == mask
+    assert torch.equal(attend(q, k, v, mask=served), attend_blocks(q, k, v, mask))
+
+
+@every_mask
+@eager_flex
+def test_a_mask_in_flex_attentions_form_is_served_by_it(mask: FrameMask) -> None:
+    q, k, v = tokens(mask, 4)
+    served = flex_mask(mask, 4, CPU)
+    assert torch.equal(attend(q, k, v, mask=served), attend_flex(q, k, v, served))
 
 
 def test_a_mask_that_hides_nothing_changes_nothing() -> None:
@@ -121,7 +135,7 @@ def shares(mask: FrameMask, per_frame: int) -> Tensor:
 def test_flex_attention_skips_hidden_tiles_and_asks_inside_mixed_ones_alone(
     mask: FrameMask, per_frame: int
 ) -> None:
-    block_mask = _flex_mask(mask, per_frame, torch.device("cpu"))
+    block_mask = flex_mask(mask, per_frame, CPU)
     share = shares(mask, per_frame)
     assert torch.equal(
         listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices), share == 1.0
@@ -136,7 +150,7 @@ def test_flex_attention_skips_hidden_tiles_and_asks_inside_mixed_ones_alone(
 def test_the_backward_lists_of_flex_attention_are_the_transposed_forward_ones(
     mask: FrameMask, per_frame: int
 ) -> None:
-    block_mask = _flex_mask(mask, per_frame, torch.device("cpu"))
+    block_mask = flex_mask(mask, per_frame, CPU)
     share = shares(mask, per_frame).T
     assert torch.equal(
         listed(block_mask.full_q_num_blocks, block_mask.full_q_indices), share == 1.0
@@ -147,7 +161,7 @@ def test_the_backward_lists_of_flex_attention_are_the_transposed_forward_ones(
 
 
 def test_blocks_that_fill_tiles_are_never_asked_about() -> None:
-    block_mask = _flex_mask(block_causal([2, 2, 2]), 64, torch.device("cpu"))
+    block_mask = flex_mask(block_causal([2, 2, 2]), 64, CPU)
     assert block_mask.full_kv_num_blocks.flatten().tolist() == [1, 2, 3]
     assert block_mask.kv_num_blocks.flatten().tolist() == [0, 0, 0]
 
@@ -155,7 +169,7 @@ def test_blocks_that_fill_tiles_are_never_asked_about() -> None:
 @every_mask
 def test_flex_attention_asks_what_the_mask_says(mask: FrameMask) -> None:
     rows = torch.arange(mask.frames * 3)
-    asked = _flex_mask(mask, 3, torch.device("cpu")).mask_mod(
+    asked = flex_mask(mask, 3, CPU).mask_mod(
         torch.tensor(0), torch.tensor(0), rows[:, None], rows[None, :]
     )
     assert torch.equal(asked, dense(mask, 3))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.wan.cache import KeyValue, KVCache, Past
+from model.wan.cache import KeyValue, KVCache, Past, TextKeys
 
 TOKENS = 2  # per frame
 
@@ -241,31 +241,30 @@ def test_the_first_block_must_fit_into_the_window_too() -> None:
         KVCache(window=2).past(torch.arange(3))
 
 
-def test_text_is_computed_once_per_layer() -> None:
-    cache, calls = KVCache(), []
-
-    def compute(layer: int) -> tuple[Tensor, ...]:
-        calls.append(layer)
-        return (torch.tensor(float(layer)),)
-
-    with torch.no_grad():
-        found = [float(cache.text(i, lambda i=i: compute(i))[0]) for i in (0, 1, 0, 1)]
-    assert calls == [0, 1]
-    assert found == [0.0, 1.0, 0.0, 1.0]
+def text_keys(value: float) -> TextKeys:
+    return torch.full((1,), value), torch.full((1,), -value)
 
 
-def test_text_is_computed_anew_under_autograd() -> None:
-    cache, weight = KVCache(), torch.tensor(2.0, requires_grad=True)
-    with torch.no_grad():
-        cache.text(0, lambda: (weight * 3.0,))
-        assert cache.has_text()
-    assert not cache.has_text()
-    cache.text(0, lambda: (weight * 3.0,))[0].backward()
-    assert weight.grad == 3.0
-
-
-def test_text_under_autograd_is_not_kept() -> None:
+def test_text_is_kept_per_layer() -> None:
     cache = KVCache()
-    cache.text(0, lambda: (torch.ones(1),))
     with torch.no_grad():
-        assert not cache.has_text()
+        assert cache.text is None
+        cache.keep_text([text_keys(1.0), text_keys(2.0)])
+        assert cache.text is not None
+        assert [float(keys) for keys, _ in cache.text] == [1.0, 2.0]
+
+
+def test_kept_text_is_not_shown_under_autograd() -> None:
+    """Its keys carry no gradient, so the weights that they came from would not learn."""
+    cache = KVCache()
+    with torch.no_grad():
+        cache.keep_text([text_keys(1.0)])
+    assert cache.text is None
+
+
+def test_keeping_text_under_autograd_is_refused() -> None:
+    cache = KVCache()
+    with pytest.raises(RuntimeError, match=r"written only under torch.no_grad\(\)"):
+        cache.keep_text([text_keys(1.0)])
+    with torch.no_grad():
+        assert cache.text is None

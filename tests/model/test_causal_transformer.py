@@ -19,6 +19,7 @@ from model.wan.context import FULL_ATTENTION, Context, Taps
 from model.wan.masks import block_causal, teacher_forcing
 from model.wan.rope import rotary_table
 from model.wan.transformer import WanTransformer
+from utils.parallel import recompute_blocks
 
 WanFactory = Callable[..., WanTransformer]
 
@@ -332,7 +333,8 @@ def test_text_weights_learn_although_the_text_was_cached(
     tiny_wan: WanFactory, *, recompute: bool
 ) -> None:
     model = tiny_wan()
-    model.checkpoint_blocks = recompute
+    if recompute:
+        recompute_blocks(model.blocks)
     next_block(model, first_frames(model)).square().sum().backward()
     for module in text_modules(model):
         for weight in module.parameters():
@@ -422,7 +424,8 @@ def test_gradients_reach_what_was_grafted_as_in_the_straight_through_formula(
     tiny_wan: WanFactory, *, recompute: bool
 ) -> None:
     model, x = tiny_wan(), random(1, 16, 2, 4, 4, seed=6).requires_grad_()
-    model.checkpoint_blocks = recompute
+    if recompute:
+        recompute_blocks(model.blocks)
     inputs = [x, *(p for name, p in model.named_parameters() if "self_attn" in name)]
     grafted, explicit = first_frames(model), KVCache()
     grafted.graft(live_keys(model, x))
@@ -448,7 +451,8 @@ def test_recomputing_blocks_beside_a_cache_that_has_grown_since_is_exact(
 ) -> None:
     model, found = tiny_wan(), []
     for recompute in (False, True):
-        model.checkpoint_blocks = recompute
+        if recompute:
+            recompute_blocks(model.blocks)
         cache = KVCache(window=5, sink=1)
         with torch.no_grad():
             x = random(1, 16, 2, 4, 4, seed=3)
@@ -485,7 +489,8 @@ def test_taps_collect_what_leaves_the_layers_asked_for(
     tiny_wan: WanFactory, layers: tuple[int, ...], *, recompute: bool
 ) -> None:
     model, left, taps = tiny_wan(), [], Taps(layers)
-    model.checkpoint_blocks = recompute
+    if recompute:
+        recompute_blocks(model.blocks)
     for block in model.blocks:
         block.register_forward_hook(lambda module, args, output: left.append(output[0]))
     call(model, random(1, 16, 2, 4, 4), torch.ones(1, 1), Context(taps=taps))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from model.wan.rope import axis_pairs, coordinate_channels, rotary_table, rotate
+from model.wan.rope import axis_pairs, coordinate_channels, rotary_table, rotate, turn_pairs
 
 
 def table(frames: int = 3, height: int = 2, width: int = 4, *, first: int = 0) -> Tensor:
@@ -29,18 +30,18 @@ def test_axes_share_the_pairs_of_a_head_as_in_wan(
 
 
 def test_there_is_one_row_per_token() -> None:
-    assert table().shape == (3 * 2 * 4, 1, 8)
+    assert table().shape == (3 * 2 * 4, 1, 8, 2)
 
 
 def test_the_first_token_is_not_turned() -> None:
-    assert torch.equal(table()[0], torch.ones(1, 8, dtype=torch.complex64))
+    assert table()[0].tolist() == [[[1.0, 0.0]] * 8]
 
 
 def test_each_axis_turns_its_own_pairs_by_its_own_position() -> None:
-    token = table().view(3, 2, 4, 8)[2, 1, 3]
+    token = table().view(3, 2, 4, 8, 2)[2, 1, 3]
     angles = [2.0, 2.0 / 10, 2.0 / 100, 2.0 / 1000, 1.0, 1.0 / 100, 3.0, 3.0 / 100]
-    expected = [complex(math.cos(a), math.sin(a)) for a in angles]
-    torch.testing.assert_close(token, torch.tensor(expected, dtype=torch.complex64))
+    expected = [[math.cos(a), math.sin(a)] for a in angles]
+    torch.testing.assert_close(token, torch.tensor(expected))
 
 
 def test_later_frames_take_their_rows_from_the_whole_table() -> None:
@@ -65,8 +66,42 @@ def test_turning_keeps_the_dtype() -> None:
 
 def test_far_positions_are_as_exact_as_near_ones() -> None:
     angle = torch.tensor(12345.0, dtype=torch.float64)
-    expected = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+    expected = torch.stack([angle.cos(), angle.sin()]).float()
     assert torch.equal(table(first=12345, frames=1)[0, 0, 0], expected)
+
+
+def complex_turn(x: Tensor, table: Tensor) -> Tensor:
+    """The rotation as it is written in complex numbers."""
+    unit = torch.complex(table[..., 0].contiguous(), table[..., 1].contiguous())
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * unit).flatten(-2)
+
+
+def real_turn(x: Tensor, table: Tensor) -> Tensor:
+    """What a compiler reads."""
+    return turn_pairs(x.unflatten(-1, (-1, 2)), table).flatten(-2)
+
+
+@pytest.mark.parametrize("formula", [rotate, real_turn])
+@pytest.mark.parametrize("head_dim", [16, 32, 128])
+def test_turning_equals_the_complex_formula_bit_for_bit(
+    formula: Callable[[Tensor, Tensor], Tensor], head_dim: int
+) -> None:
+    table = rotary_table(torch.arange(5, 9), 6, 8, head_dim)
+    x = torch.randn(2, 4 * 6 * 8, 3, head_dim, generator=torch.Generator().manual_seed(1))
+    weights, found = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)), []
+    for turn in (formula, complex_turn):
+        leaf = x.clone().requires_grad_()
+        out = turn(leaf, table)
+        found.append((out, *torch.autograd.grad((out * weights).sum(), leaf)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_table_holds_the_unit_numbers_of_its_angles_bit_for_bit() -> None:
+    positions = torch.arange(100)
+    angles = positions.double()  # of the first pair
+    unit = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+    found = rotary_table(positions, 1, 1, head_dim=16)[:, 0, 0]
+    assert torch.equal(found, torch.view_as_real(unit))
 
 
 def test_coordinates_tell_the_first_frame_from_all_others() -> None:

@@ -1,0 +1,204 @@
+"""A transformer block as a graph: tensors and constants in, tensors out; and the head after them.
+
+Letters as in model/types.py; T = 1 (one noise level per sample) or F (one per frame). A block
+knows no layer number, no cache and no object of the pass, so that it can run again in the backward
+pass, be sharded and be compiled, all from outside. Its constants are the mask and two flags.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.wan.attention import Mask, attend, attend_past
+from model.wan.cache import KeyValue, TextKeys
+from model.wan.config import WanConfig
+from model.wan.rope import rotate
+
+
+class LayerPast(NamedTuple):
+    """Clean frames that one layer attends to beside its own tokens."""
+
+    pieces: Sequence[KeyValue]  # in order, unrotated
+    table: Tensor  # rotary, of the tokens in all pieces
+
+
+class BlockOutput(NamedTuple):
+    """What leaves a block."""
+
+    tokens: Tensor  # [B, N, D]
+    keys: KeyValue | None  # of the self-attention, unrotated; None unless asked for
+    text: TextKeys | None  # what the text was read by; None under autograd
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward; modulated by the noise level."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        dim, eps = config.dim, config.eps
+        self.norm1 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.self_attn = SelfAttention(config)
+        self.norm3 = nn.LayerNorm(dim, eps)
+        self.cross_attn = CrossAttention(config)
+        self.norm2 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_dim, dim),
+        )
+        self.modulation = nn.Parameter(torch.empty(1, 6, dim))
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        text: Tensor | TextKeys,
+        table: Tensor,
+        past: LayerPast | None = None,
+        *,
+        mask: Mask | None = None,
+        reports: bool = False,
+        recomputed: bool = False,
+    ) -> BlockOutput:
+        """x: [B, N, D]; modulation: [B, T, 6, D] fp32; text: memory [B, L, D], or keys of it.
+
+        table: rotary, of x's tokens. reports: whether somebody wants the keys. recomputed: whether
+        the backward pass runs this once more.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            self.modulation.float() + modulation
+        ).unbind(2)
+        h = modulate(self.norm1, x, shift1, scale1)
+        h, keys = self.self_attn(h, table, past, mask=mask, recomputed=recomputed)
+        x = add_gated(x, h, gate1)
+        read = self.cross_attn.keys_and_values(text) if isinstance(text, Tensor) else text
+        x = x + self.cross_attn(self.norm3(x), read)
+        h = self.ffn(modulate(self.norm2, x, shift2, scale2))
+        x = add_gated(x, h, gate2)
+        learns = torch.is_grad_enabled()
+        if reports and learns:  # copies: FSDP2 warns of any view that leaves a block under autograd
+            keys = (keys[0].clone(), keys[1].clone())
+        return BlockOutput(x, keys if reports else None, None if learns else read)
+
+
+class SelfAttention(nn.Module):
+    """Attention among video tokens, with rotary positions and RMS-normalised queries and keys."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q = nn.RMSNorm(config.dim, config.eps)
+        self.norm_k = nn.RMSNorm(config.dim, config.eps)
+        self.attend = attend
+
+    def forward(
+        self,
+        x: Tensor,
+        table: Tensor,
+        past: LayerPast | None,
+        *,
+        mask: Mask | None,
+        recomputed: bool,
+    ) -> tuple[Tensor, KeyValue]:
+        """x: [B, N, D]. Returns [B, N, D], and this call's unrotated keys and values."""
+        heads = (self.num_heads, -1)
+        q = rotate(self.norm_q(self.q(x)).unflatten(-1, heads), table)
+        k = self.norm_k(self.k(x)).unflatten(-1, heads)
+        v = self.v(x).unflatten(-1, heads)
+        rotated = rotate(k, table)
+        if past is None:
+            out = self.attend(q, rotated, v, mask=mask)
+            return self.o(out.flatten(2)), (k, v)
+
+        def keys() -> Tensor:
+            pieces = torch.cat([piece for piece, _ in past.pieces], dim=1)
+            return torch.cat([rotate(pieces, past.table), rotated], dim=1)
+
+        def values() -> Tensor:
+            return torch.cat([*(piece for _, piece in past.pieces), v], dim=1)
+
+        # What is recomputed keeps nothing, and a compiler decides by itself what to join again.
+        if recomputed or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            out = self.attend(q, keys(), values())
+        else:
+            out = attend_past(self.attend, q, keys, values)
+        return self.o(out.flatten(2)), (k, v)
+
+
+class CrossAttention(nn.Module):
+    """Attention from video tokens to the text, and to the tokens of images if the model has any."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q = nn.RMSNorm(config.dim, config.eps)
+        self.norm_k = nn.RMSNorm(config.dim, config.eps)
+        self.sees_images, self.text_len = config.sees_images, config.text_len
+        if self.sees_images:
+            self.k_img, self.v_img = (nn.Linear(config.dim, config.dim) for _ in range(2))
+            self.norm_k_img = nn.RMSNorm(config.dim, config.eps)
+
+    def forward(self, x: Tensor, keys: TextKeys) -> Tensor:
+        """x: [B, N, D]; keys: as of `keys_and_values`. Padding counts, as in Wan."""
+        q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
+        out = attend(q, keys[0], keys[1])
+        if self.sees_images:
+            out = out + attend(q, keys[2], keys[3])
+        return self.o(out.flatten(2))
+
+    def keys_and_values(self, memory: Tensor) -> TextKeys:
+        """Of memory [B, L, D], image tokens first: [B, l, heads, head_dim] each, the text's first."""
+        heads = (self.num_heads, -1)
+        image_tokens = memory.shape[1] - self.text_len if self.sees_images else 0
+        image, text = memory[:, :image_tokens], memory[:, image_tokens:]
+        pairs = (
+            self.norm_k(self.k(text)).unflatten(-1, heads),
+            self.v(text).unflatten(-1, heads),
+        )
+        if not self.sees_images:
+            return pairs
+        return (
+            *pairs,
+            self.norm_k_img(self.k_img(image)).unflatten(-1, heads),
+            self.v_img(image).unflatten(-1, heads),
+        )
+
+
+class Head(nn.Module):
+    """Tokens to patches of velocity."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.head = nn.Linear(config.dim, config.out_dim * math.prod(config.patch_size))
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x: [B, N, D]; time: [B, T, D] fp32. Returns [B, N, patch * out_dim]."""
+        shift, scale = (self.modulation.float() + time[:, :, None]).unbind(2)
+        return self.head(modulate(self.norm, x, shift, scale))
+
+
+def modulate(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(x) (1 + scale) + shift in fp32, in x's dtype. x: [B, N, D]; shift, scale: [B, T, D]."""
+    h = F.layer_norm(x.float(), norm.normalized_shape, eps=norm.eps)
+    h = h.unflatten(1, (shift.shape[1], -1))
+    h = torch.addcmul(shift[:, :, None], h, 1.0 + scale[:, :, None])
+    return h.flatten(1, 2).to(x.dtype)
+
+
+def add_gated(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
+    """x + h gate in fp32, in x's dtype. x, h: [B, N, D]; gate: [B, T, D]."""
+    frames = (gate.shape[1], -1)
+    sum_ = torch.addcmul(
+        x.float().unflatten(1, frames), h.float().unflatten(1, frames), gate[:, :, None]
+    )
+    return sum_.flatten(1, 2).to(x.dtype)
