@@ -67,10 +67,9 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     """The same through FlexAttention; on CUDA compiled, elsewhere eager and without gradients."""
     # Within a compiled block the call belongs to the block's own graph.
     own_graph = q.is_cuda and not torch.compiler.is_compiling()
-    kernel: Callable[..., Any] = _compiled_flex() if own_graph else flex_attention
+    kernel: Any = _compiled_flex() if own_graph else flex_attention
     out = kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask)
-    result: Tensor = out.transpose(1, 2)
-    return result
+    return out.transpose(1, 2)
 
 
 @functools.cache

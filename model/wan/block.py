@@ -155,7 +155,7 @@ class CrossAttention(nn.Module):
         return self.o(out.flatten(2))
 
     def keys_and_values(self, memory: Tensor) -> TextKeys:
-        """Of memory [B, L, D], image tokens first: [B, l, heads, head_dim] each, the text's first."""
+        """Of memory [B, L, D], image tokens first; [B, l, heads, head_dim] each, text first."""
         heads = (self.num_heads, -1)
         image_tokens = memory.shape[1] - self.text_len if self.sees_images else 0
         image, text = memory[:, :image_tokens], memory[:, image_tokens:]
