@@ -162,7 +162,7 @@ class Trainer(ABC):
                 )
             self.prefetch(part)
             for role in phase.roles:
-                self.roles[role].sync_gradients(last=part == micro - 1)
+                self.roles[role].sync_gradients(self.config.parallel, last=part == micro - 1)
             with record_function(f"{phase.name} loss"):
                 output = phase.loss(batch, rng)
             with record_function(f"{phase.name} backward"):

@@ -22,7 +22,7 @@ from utils.optim import (
     lr_factor,
     set_lr_factor,
 )
-from utils.parallel import settle, sync_gradients
+from utils.parallel import ParallelConfig, settle, sync_gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +45,10 @@ class Role:
         for parameter in self.parameters.values():
             parameter.requires_grad_(wanted)
 
-    def sync_gradients(self, *, last: bool) -> None:
+    def sync_gradients(self, config: ParallelConfig, *, last: bool) -> None:
         """Say whether the next backward pass is the last before an update."""
         for root in _sharded(self.module):
-            sync_gradients(root, last)
+            sync_gradients(root, config, last=last)
 
     def clip(self) -> Tensor:
         """Clip gradients; returns their norm before that, a scalar on the device."""

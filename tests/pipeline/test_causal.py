@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.flow import add_noise, constant_sigma
 from model.types import Batch, Conditioning, Context, Denoiser, Prediction, Sample
@@ -30,6 +28,7 @@ from pipeline.causal import (
 from pipeline.protocol import InferencePipeline, sample
 from pipeline.teacher import SamplingConfig, TeacherInferencePipeline
 from tests.gaussian import CPU, Said, Watched
+from tests.memory import Live
 from utils.seeding import SampleRNG, StepRNG, generator, sample_rng
 from utils.tiny_world.codec import FILE_NAME, PatchCodec
 
@@ -623,29 +622,6 @@ def test_evaluations_of_few_steps_are_counted_right(causal: CausalConfig | None)
 
 
 # ---- memory ----
-
-
-class Live(TorchDispatchMode):
-    """Notes every tensor that is made, to say later how many bytes are still held."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self.made[len(self.made)] = (StorageWeakRef(storage), storage.nbytes())
-        return out
-
-    def bytes(self) -> int:
-        """Of distinct storages that are still alive."""
-        alive = {ref.cdata: size for ref, size in self.made.values() if not ref.expired()}
-        return sum(alive.values())
 
 
 def held(net: Denoiser, blocks: int, kv_gradient: Any) -> int:

@@ -46,6 +46,7 @@ PENALTIES = ("/r1", "/r2")  # steps between nearly equal logits: compared as the
 STEPS = "steps=3"  # generator_every is 2, so the generator moves twice
 HYBRID = "sharding_strategy=hybrid_full"
 MICRO = "accumulation=2"
+LAST = "parallel.reduce_gradients=last"
 BF16 = "mixed_precision=true"
 
 Gradients = dict[str, Tensor]
@@ -225,6 +226,7 @@ def both_ranks(base: Path, tiny_root: Path) -> list[Findings]:
     gradients = [
         job(base, tiny_root, "2-gradients", "dmd-adamw", MICRO),
         job(base, tiny_root, "2-gradients", "diffusion-adamw", MICRO),
+        job(base, tiny_root, "2-gradients-last", "dmd-adamw", MICRO, LAST),
     ]
     return run_on_ranks(2, train_all, jobs, gradients)
 
@@ -324,6 +326,14 @@ def test_gradients_of_two_shards_in_two_micro_batches_equal_those_of_a_plain_pro
 ) -> None:
     sharded = two_ranks.gradients[str(base / "2-gradients" / f"{method}-adamw")]
     assert gradient_difference(sharded, plain_gradients[method]) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_gradients_that_are_reduced_at_the_last_micro_batch_are_the_same(
+    base: Path, two_ranks: Findings, plain_gradients: dict[str, Gradients]
+) -> None:
+    sharded = two_ranks.gradients[str(base / "2-gradients-last" / "dmd-adamw")]
+    assert gradient_difference(sharded, plain_gradients["dmd"]) < TOLERANCE
 
 
 @pytest.mark.slow
