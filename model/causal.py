@@ -162,9 +162,7 @@ class TeacherForced:
             torch.cat([clean.to(x.dtype), x], dim=2),
             torch.cat([level.expand(-1, frames), sigma.expand(-1, frames)], dim=1),
             conditioning,
-            context=replace(
-                context, mask=mask, frame_index=torch.arange(frames, device=x.device).repeat(2)
-            ),
+            context=replace(context, mask=mask, frame_index=torch.arange(frames).repeat(2)),
         )
         return Prediction(both.x0[:, :, frames:], both.velocity[:, :, frames:])
 

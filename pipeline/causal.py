@@ -17,11 +17,11 @@ from torch import Tensor
 
 from model.causal import CausalLayout
 from model.encoders.vae import VideoVAE
-from model.flow import TIMESTEPS, constant_sigma
+from model.flow import TIMESTEPS
 from model.guidance import concatenate
 from model.types import Batch, Conditioning, Context, Denoiser, Sample
 from model.wan.cache import KeyValue, KVCache
-from pipeline.few_step import OnStep, backward_simulation, few_step, renoise
+from pipeline.few_step import OnStep, backward_simulation, few_step, predict_x0, renoise
 from pipeline.teacher import SamplingConfig, evaluations_per_step, integrate
 from utils.seeding import SampleRNG, StepRNG
 
@@ -97,10 +97,9 @@ def lay_out(
     sizes: Sequence[int], first: int, conditioning: Conditioning, cache: KVCache
 ) -> Iterator[Block]:
     """Successive blocks of a video, the first of them at frame `first`."""
-    device = conditioning.text.device
     for begin, size in zip(accumulate(sizes, initial=first), sizes, strict=False):
         span = (begin, begin + size)
-        index = torch.arange(*span, device=device)
+        index = torch.arange(*span)
         yield Block(span, conditioning.frames(*span), Context(cache=cache, frame_index=index))
 
 
@@ -113,9 +112,7 @@ def remember(net: Denoiser, block: Block, x0: Tensor, rng: SampleRNG, context_no
     sigma = context_noise / TIMESTEPS
     x = renoise(x0, sigma, rng) if sigma else x0
     x = x.repeat(len(block.conditioning.text) // len(x), 1, 1, 1, 1)
-    net(
-        x, constant_sigma(sigma, x), block.conditioning, context=replace(block.context, commit=True)
-    )
+    predict_x0(net, x, sigma, block.conditioning, replace(block.context, commit=True))
 
 
 class SelfForcingTrainingPipeline:

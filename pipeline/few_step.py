@@ -38,7 +38,7 @@ def few_step(
     for step, value in enumerate(sigmas):
         if step:
             x = renoise(x, value, rng)
-        x = net(x, constant_sigma(value, x), conditioning, context=context).x0
+        x = predict_x0(net, x, value, conditioning, context)
         if on_step is not None:
             on_step(step + 1, len(sigmas))
     return x
@@ -66,8 +66,15 @@ def backward_simulation(
             x = few_step(net, x, conditioning, sigmas[:-1], rng, context=context)
             x = renoise(x, sigmas[-1], rng)
     with torch.set_grad_enabled(grad):
-        last = replace(context, keys=keys)
-        return net(x, constant_sigma(sigmas[-1], x), conditioning, context=last).x0
+        return predict_x0(net, x, sigmas[-1], conditioning, replace(context, keys=keys))
+
+
+def predict_x0(
+    net: Denoiser, x: Tensor, sigma: float, conditioning: Conditioning, context: Context
+) -> Tensor:
+    """One evaluation of x [B, C, F, H, W], all of it at noise level `sigma`. Returns x0, fp32."""
+    at_level = replace(context, level=sigma)
+    return net(x, constant_sigma(sigma, x), conditioning, context=at_level).x0
 
 
 def renoise(x0: Tensor, sigma: float, rng: SampleRNG) -> Tensor:

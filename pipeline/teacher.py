@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -100,9 +100,15 @@ def trajectory(
     yield x
     for step, timestep in enumerate(scheduler.timesteps):
         # UniPC rounds its timesteps to integers; the noise level itself is exact.
-        sigma = constant_sigma(float(scheduler.sigmas[step]), x)
+        level = float(scheduler.sigmas[step])
         velocity = guided_velocity(
-            net, x, sigma, conditioning, unconditional, cfg_scale=config.cfg_scale, context=context
+            net,
+            x,
+            constant_sigma(level, x),
+            conditioning,
+            unconditional,
+            cfg_scale=config.cfg_scale,
+            context=replace(context, level=level),
         )
         x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
         if on_step is not None:

@@ -6,7 +6,7 @@ they are read: so positions may be counted from the start of the video or of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from model.wan.masks import past_spans
 
 KeyValue = tuple[Tensor, Tensor]  # keys and values of one layer, [B, N, heads, head_dim] each
 TextKeys = tuple[Tensor, ...]  # those of the text, and behind them of the images, of one layer
+TimeStates = tuple[Tensor, Tensor]  # of a noise level: states [B, T, D], modulation [B, T, 6, D]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,8 @@ class _Chunk:
 class KVCache:
     """The clean past of one batch of videos, layer by layer, and the keys of their text.
 
+    It serves one set of weights: whoever changes them begins with an empty cache.
+
     window: frames that a block sees at most, its own and the `sink` first ones included; what no
     later block can see is dropped, so memory is bounded. None = everything is kept.
     relative_positions: count rotary positions from the first frame that is still kept, so that
@@ -67,6 +70,7 @@ class KVCache:
         self.relative_positions = relative_positions
         self._chunks: list[_Chunk] = []
         self._text: list[TextKeys] = []
+        self._time: dict[Hashable, TimeStates] = {}
 
     @property
     def frames(self) -> int:
@@ -118,6 +122,14 @@ class KVCache:
         if torch.is_grad_enabled():
             raise RuntimeError("a KV cache is written only under torch.no_grad()")
         self._text = list(layers)
+
+    def time(self, key: Hashable, compute: Callable[[], TimeStates]) -> TimeStates:
+        """Time states of a noise level and shape, computed once per video; under autograd anew."""
+        if torch.is_grad_enabled():
+            return compute()
+        if key not in self._time:
+            self._time[key] = compute()
+        return self._time[key]
 
     def _select(self, new: int) -> list[_Chunk]:
         """The chunks, or parts of them, that `new` further frames see."""

@@ -27,6 +27,9 @@ class Context:
     cache: KVCache | None = None  # the clean past; read in any mode, never beside a mask
     commit: bool = False  # append this call's keys and values to the cache; no_grad only
     frame_index: Tensor | None = None  # [F] on the CPU, rotary time positions; None = 0 .. F-1
+    # The noise level in [0, 1] of all frames, where the host knows it: the cache keeps what the
+    # network computes from one that comes again. None = it is computed.
+    level: float | None = None
     taps: Taps | None = None
     keys: list[KeyValue] | None = None  # filled with each layer's unrotated keys and values
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model.wan.attention import Mask, device_mask
 from model.wan.block import Block, Head, LayerPast
-from model.wan.cache import KeyValue, Past, TextKeys
+from model.wan.cache import KeyValue, Past, TextKeys, TimeStates
 from model.wan.config import WanConfig
 from model.wan.context import FULL_ATTENTION, Context
 from model.wan.images import ImageEmbedding, check_images
@@ -70,7 +70,7 @@ class WanTransformer(nn.Module):
         index = frame_index(context, x.shape[2])
         past = look_back(context, index)
         tokens = self.embed_patches(x, past.query_positions)
-        time, modulation = self.embed_time(timestep)
+        time, modulation = self.time_states(timestep, context)
         texts = self.texts(context, text, clip)
         table = self.rotary(past.query_positions, rows, columns, x.device)
         pasts = self.layer_pasts(past, rows, columns, x.device)
@@ -159,7 +159,14 @@ class WanTransformer(nn.Module):
         patches = rearrange(x, "b c f (h p) (w q) -> b (f h w) (c p q)", p=patch_h, q=patch_w)
         return F.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
 
-    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    def time_states(self, timestep: Tensor, context: Context) -> TimeStates:
+        """What `embed_time` says of timestep [B, T]; of a level that returns, what it said."""
+        if context.cache is None or context.level is None:
+            return self.embed_time(timestep)
+        key = (context.level, *timestep.shape)
+        return context.cache.time(key, lambda: self.embed_time(timestep))
+
+    def embed_time(self, timestep: Tensor) -> TimeStates:
         """timestep [B, T] to time states [B, T, D] and block modulation [B, T, 6, D], fp32."""
         frequencies = torch.exp(
             -math.log(10000.0)
