@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,9 @@ from trainer.config import (
     generator_model,
     load,
     method_class,
+    method_name,
     method_needs,
+    role_model,
 )
 from trainer.registry import TRAINERS
 from utils.data.dataset import open_dataset
@@ -125,10 +128,36 @@ def serve(words: list[str], folder: Path) -> None:
         assert server.wait(timeout=30) in (0, 130)
 
 
-def test_the_cluster_command_of_the_readme_names_a_config_that_divides_over_its_ranks() -> None:
-    words = next(words for words in documented("README.md") if "--nnodes" in words)
-    config = load(ROOT / words[words.index("--config_path") + 1])
-    assert config.batch_size % 64 == 0
+def test_cluster_commands_name_configs_that_divide_over_their_ranks() -> None:
+    commands = [words for words in documented("README.md") if "--nnodes" in words]
+    names = []
+    for words in commands:
+        after = dict(pairwise(words))
+        config = load(ROOT / after["--config_path"])
+        ranks = int(after["--nnodes"]) * int(after["--nproc_per_node"])
+        assert config.batch_size % (ranks * config.accumulation) == 0
+        names.append(after["--config_path"])
+    assert names == ["configs/dmd.yaml", "configs/self_forcing_14b_dmd.yaml"]
+
+
+def test_the_headers_of_configurations_show_their_own_command() -> None:
+    for path in SHIPPED:
+        header = "".join(x[1:] for x in path.read_text().splitlines() if x.startswith("#"))
+        words = header.partition("Command:")[2].replace("\\", " ").split()
+        assert words[words.index("--config_path") + 1] == str(path.relative_to(ROOT)), path
+
+
+def test_the_configuration_to_begin_with_needs_nothing_but_prompts() -> None:
+    config = load(CONFIGS / "dmd.yaml")
+    needs = method_needs(config)
+    assert (method_name(config), config.generator_type) == ("dmd", "bidirectional")
+    assert not (needs.latents or needs.trajectories)
+    models = {role: role_model(config, role) for role in needs.networks}
+    assert set(models.values()) == {"Wan2.1-T2V-1.3B"}
+    larger = load(CONFIGS / "dmd.yaml", ["teacher.model=Wan2.1-T2V-14B"])
+    assert {**models, "teacher": "Wan2.1-T2V-14B"} == {
+        role: role_model(larger, role) for role in needs.networks
+    }
 
 
 def shrunk(config: Config, root: Path) -> list[str]:

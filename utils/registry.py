@@ -22,7 +22,8 @@ def member_of(
 
     `key` is the configuration key that carried `name`; a ValueError quotes it with what is allowed.
     """
-    choices = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg]
+    modules = pkgutil.iter_modules(package.__path__)
+    choices = sorted(module.name for module in modules if not module.ispkg)
 
     def one(choice: str) -> type | None:
         found = [cls for cls in _members(package, choice, base) if fits(cls)]
