@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from model.folders.loading import Placement, random_network
+from model.families.wan21.weights import random_network
+from model.folders.loading import Placement
 from model.types import Batch, Conditioning
 from model.wan import transformer
 from model.wan.config import PRESETS

@@ -191,7 +191,7 @@ def test_a_folder_that_is_no_model_is_refused_with_all_that_it_lacks(
         "diffusion_pytorch_model.safetensors.index.json or diffusion_pytorch_model.safetensors or "
         "transformer/diffusion_pytorch_model.safetensors.index.json or "
         "transformer/diffusion_pytorch_model.safetensors; "
-        "Wan2.1_VAE.pth or vae or patch_codec.safetensors "
+        "patch_codec.safetensors "
         "(found ['config.json', 'google', 'models_t5_umt5-xxl-enc-bf16.pth']); "
         "copy what is missing from the release that the folder was made of"
     )
