@@ -109,13 +109,14 @@ class Head(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """states: [B, N, D]. Returns [B, D]."""
-        token = self.norm_token(self.register_token).expand(len(states), 1, -1)
+        token: Tensor = self.norm_token(self.register_token).expand(len(states), 1, -1)
         states, split = self.norm_states(states), (self.heads, -1)
         q = self.norm_q(self.q(token)).unflatten(-1, split)
         k = self.norm_k(self.k(states)).unflatten(-1, split)
         read = attend(q, k, self.v(states).unflatten(-1, split)).flatten(2)
         token = token + self.o(read)
-        return (token + self.ffn(self.norm_ffn(token)))[:, 0]
+        token = token + self.ffn(self.norm_ffn(token))
+        return token[:, 0]
 
 
 def tapped_layers(features: FeatureSpec, config: DiscriminatorConfig) -> list[int]:
@@ -220,4 +221,5 @@ def _on_both(
 ) -> Judgement:
     twice = concatenate(pair.conditioning, pair.conditioning)
     sigma = torch.cat([pair.sigma, pair.sigma])
-    return discriminator(net, torch.cat([real, fake]), sigma, twice)
+    judgement: Judgement = discriminator(net, torch.cat([real, fake]), sigma, twice)
+    return judgement

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model.encoders.text import TextEncoder
 from model.families.registry import open_model
+from model.families.tiny_world import TinyWorld
 from scripts import precompute_prompts
 from tests.commands import own_logging, refusal
 from tests.ranks import RankFailedError, run_on_ranks
@@ -76,7 +77,7 @@ def made(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail the test if the text encoder is loaded."""
     monkeypatch.setattr(
-        precompute_prompts, "WanTextEncoder", lambda *_: pytest.fail("the encoder was loaded")
+        TinyWorld, "load_text_encoder", lambda *_: pytest.fail("the encoder was loaded")
     )
 
 

@@ -65,7 +65,8 @@ class WanCLIPEncoder(nn.Module):
         """
         weight = self.encoder.embeddings.patch_embedding.weight
         pixels = preprocess(images.to(weight.device), self.encoder.config.image_size)
-        return self.encoder(pixels.to(weight.dtype)).last_hidden_state
+        states: Tensor = self.encoder(pixels.to(weight.dtype)).last_hidden_state
+        return states
 
 
 def preprocess(images: Tensor, size: int) -> Tensor:

@@ -70,8 +70,9 @@ class WanTextEncoder(TextEncoder):
             max_length=self.text_len,
             return_tensors="pt",
         ).to(device)
-        states = self.encoder(batch.input_ids, batch.attention_mask).last_hidden_state
-        return states * batch.attention_mask[..., None].to(states.dtype)
+        states: Tensor = self.encoder(batch.input_ids, batch.attention_mask).last_hidden_state
+        mask: Tensor = batch.attention_mask
+        return states * mask[..., None].to(states.dtype)
 
     def tokens_cut(self, prompt: str) -> int:
         """How many tokens of a prompt the model does not read."""
