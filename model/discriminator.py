@@ -5,6 +5,7 @@ Letters as in model/types.py; K heads, one per tapped layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -89,6 +90,16 @@ class DiscriminatorHeads(nn.Module):
         bias = self.mean_weight_bias[bins]
         # Scaled in value alone: its gradient shares one clipping norm with the heads'.
         return logits, 1.0 + bias + (self.mean_weight_scale - 1.0) * bias.detach()
+
+
+def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """The starting value of the heads' parameter `name`, fp32: Xavier linears, zero biases."""
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    bound = math.sqrt(6.0 / (shape[0] + shape[1:].numel()))
+    return (2.0 * torch.rand(shape, generator=generator) - 1.0) * bound
 
 
 class Head(nn.Module):

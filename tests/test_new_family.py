@@ -57,6 +57,21 @@ def trained(root: Path) -> dict[str, Path]:
     return logdirs
 
 
+def test_the_documented_pieces_are_of_the_family_that_is_tried_here() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    _, _, section = text.partition("## A new model family in one folder\n")
+    section = section.partition("\n## ")[0]
+    pieces = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    files = [dense(file.read_text(encoding="utf-8")) for file in Path(HOME, "toy").glob("*.py")]
+    assert len(pieces) == 5
+    assert [p for p in pieces if not any(dense(p) in file for file in files)] == []
+
+
+def dense(code: str) -> str:
+    """Code without what a formatter decides: white space, and commas before a bracket."""
+    return re.sub(r",(?=\))", "", re.sub(r"\s+", "", code))
+
+
 def test_it_is_found_by_being_there(root: Path) -> None:
     model = find_model(root, NAME)
     assert (type(model).__name__, model.family) == ("Toy", "the toy")

@@ -11,9 +11,13 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from model.discriminator import Discriminator, DiscriminatorConfig, DiscriminatorHeads
+from model.discriminator import (
+    Discriminator,
+    DiscriminatorConfig,
+    DiscriminatorHeads,
+    initial_value,
+)
 from model.types import FeatureSpec
-from model.wan.transformer import initial_value
 from utils import checkpoint
 from utils.parallel import parallelize
 from utils.seeding import generator
