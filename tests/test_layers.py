@@ -76,18 +76,11 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
 ROOMS: dict[str, tuple[str, ...]] = {
     "utils.data": ("utils.media",),  # records come with pictures and clips
     "utils.media": ("utils.data.prompts",),  # names and first frames of what prompts ask for
-    "utils.tiny_world": (),
+    "utils.tiny_world": ("utils.media.frame_groups",),
     "utils.web": (),
     "model.wan": (),
-    "model.encoders": ("model.folders", "model.wan", "model.types", "utils.tiny_world.codec"),
-    "model.folders": (
-        "model.encoders",
-        "model.wan",
-        "model.discriminator",
-        "model.wan_wrapper",
-        "model.types",
-        "utils.tiny_world.codec",
-    ),
+    "model.encoders": ("model.folders", "utils.media.frame_groups"),
+    "model.folders": ("model.discriminator", "model.types"),
 }
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import model.families.wan21.export as exports
+import model.families.wan21.weights as transformers
 from model.encoders.clip import WanCLIPEncoder
 from model.encoders.text import TextEncoder, WanTextEncoder
 from model.encoders.vae import VideoVAE, WanVAEWrapper
 from model.families.base import Export, ImageSpec, Model, TextSpec
-from model.families.wan21 import export as exports
-from model.families.wan21 import weights as transformers
 from model.families.wan21.folder import (
     CONFIGS,
     MODEL_INDEX,
