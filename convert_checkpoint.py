@@ -11,25 +11,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.folders.export import LAYOUTS, Export, write_model_folder
-from model.folders.folder import CONFIGS, ModelFolder
-from model.folders.loading import find_weights
-from model.wan.weights import to_diffusers
+from model.families.base import Export, Model
+from model.families.registry import (
+    identify_weights,
+    known_families,
+    open_model,
+    recognised,
+)
 from utils.cli import USER_ERRORS, fail, start_logging
 from utils.config import ConfigError
 from utils.files import replaced_atomically
-from utils.weights import Weights, WeightsError, write_weights
+from utils.weights import Weights, write_weights
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NAMINGS = ("official", "diffusers", "reference")
 FILES = (".safetensors", ".pt")
-MARKS = ("patch_embedding.weight", "blocks.0.modulation", "head.modulation")  # of a transformer
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of convert_checkpoint.py."""
+    families = known_families()[::-1]  # the usual words first
+    layouts = list(dict.fromkeys(word for family in families for word in family.layouts))
+    namings = list(dict.fromkeys(word for family in families for word in family.namings))
     result = argparse.ArgumentParser(description=__doc__)
     result.add_argument(
         "--input_path", "--input-checkpoint", type=Path, required=True,
@@ -49,11 +53,11 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--to-bf16", dest="dtype", action="store_const", const="bfloat16")
     result.add_argument(
-        "--naming", choices=NAMINGS, default=None,
+        "--naming", choices=namings, default=None,
         help="of the weights in a single file; default: official",
     )  # fmt: skip
     result.add_argument(
-        "--layout", choices=LAYOUTS, default=None, help="write a complete model folder of this kind"
+        "--layout", choices=layouts, default=None, help="write a complete model folder of this kind"
     )
     result.add_argument(
         "--model_folder", type=Path, default=None,
@@ -100,20 +104,19 @@ def check_file_arguments(args: argparse.Namespace) -> None:
         )
 
 
-def write_file(args: argparse.Namespace, weights: Weights) -> None:
-    """Write one weight file. Raises WeightsError unless it is a whole transformer's."""
-    absent = [name for name in MARKS if name not in weights.shapes()]
-    if absent:
-        raise WeightsError(
-            f"{weights.path}: not a whole Wan transformer: lacks {', '.join(absent)}; give a model "
-            f"folder, the index of its shards, or a file that holds all weights"
+def write_file(args: argparse.Namespace, family: type[Model], weights: Weights) -> None:
+    """Write one weight file. Raises ConfigError for names that its family does not have."""
+    naming = args.naming or family.namings[0]
+    if naming not in family.namings:
+        raise ConfigError(
+            f"--naming {naming}: the weights are of {family.family}, whose names can be "
+            f"{', '.join(family.namings)}"
         )
     dtype = DTYPES.get(args.dtype)
-    rename = to_diffusers if args.naming == "diffusers" else str
     tensors: dict[str, Tensor] = {}
     for name in sorted(weights.shapes()):
         value = weights.read(name)
-        tensors[rename(name)] = value if dtype is None else value.to(dtype)
+        tensors[family.renamed(name, naming)] = value if dtype is None else value.to(dtype)
     if args.naming == "reference":
         write_reference(tensors, args.output_path, args.weights)
     else:
@@ -131,25 +134,32 @@ def write_reference(tensors: dict[str, Tensor], path: Path, kind: str) -> None:
         torch.save({group: named}, part)
 
 
-def write_folder(args: argparse.Namespace, source: ModelFolder, weights: Weights) -> None:
+def write_folder(args: argparse.Namespace, source: Model, weights: Weights) -> None:
     """Write a model folder."""
     dtype, max_bytes = DTYPES.get(args.dtype), int(args.max_shard_gb * 1e9)
-    write_model_folder(Export(source, weights, args.layout, dtype, max_bytes), args.output_path)
+    source.export(Export(weights, args.layout, dtype, max_bytes), args.output_path)
     log.info("%s: a complete model folder, %s layout", args.output_path, args.layout)
 
 
-def source_folder(args: argparse.Namespace) -> ModelFolder:
+def source_model(args: argparse.Namespace) -> Model:
     """Where a new folder's sizes, VAE and encoders come from. Raises ConfigError."""
-    if args.model_folder is not None:
-        if not args.model_folder.is_dir():
-            raise ConfigError(f"--model_folder {args.model_folder}: no such folder")
-        return ModelFolder(args.model_folder)
-    if not any((args.input_path / name).is_file() for name in CONFIGS):
+    path = args.model_folder
+    if path is None:
+        path = args.input_path
+        if not recognised(path):
+            raise ConfigError(
+                f"--layout {args.layout}: {path} is no model folder; say with --model_folder where "
+                f"the sizes, the VAE and the encoders come from"
+            )
+    elif not path.is_dir():
+        raise ConfigError(f"--model_folder {path}: no such folder")
+    model = open_model(path)
+    if args.layout not in model.layouts:
         raise ConfigError(
-            f"--layout {args.layout}: {args.input_path} is no model folder; say with "
-            f"--model_folder where the sizes, the VAE and the encoders come from"
+            f"--layout {args.layout}: {path} is of {model.family}, whose folders can be "
+            f"{', '.join(model.layouts)}"
         )
-    return ModelFolder(args.input_path)
+    return model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,13 +168,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start_logging()
     try:
         check_arguments(args)
-        folder = None if args.layout is None else source_folder(args)
         role = "critic" if args.weights == "critic" else "generator"
-        weights = find_weights(args.input_path, role=role, averaged=args.weights == "ema")
-        if folder is None:
-            write_file(args, weights)
+        averaged = args.weights == "ema"
+        if args.layout is None:
+            write_file(args, *identify_weights(args.input_path, role=role, averaged=averaged))
         else:
-            write_folder(args, folder, weights)
+            model = source_model(args)
+            weights = model.find_weights(args.input_path, role=role, averaged=averaged)
+            write_folder(args, model, weights)
     except USER_ERRORS as error:
         return fail(error)
     except KeyboardInterrupt:

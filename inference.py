@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from model.types import SPATIAL_STRIDE, Keyframes
+from model.families.registry import find_model
+from model.types import Keyframes, LatentSpec
 from trainer.config import Config, causal_config, generator_model, load, problems
 from trainer.serving import Request, Source, VideoGenerator, check_source, load_generator
 from trainer.starts import check_images, pixel_frames, pixel_size, read_start
@@ -39,10 +40,8 @@ from utils.media.given_frames import (
     picture_size,
     read_fitted,
 )
-from utils.media.images import snapped_size
 from utils.media.manifest import ClipRecord, claim_folder, finish_manifest
 from utils.media.video import contact_sheet, read_clip, save_mp4, save_png
-from utils.strides import PATCH_PIXELS
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def plan(args: argparse.Namespace, config: Config) -> list[Job]:
+def plan(args: argparse.Namespace, config: Config, latent: LatentSpec) -> list[Job]:
     """All clips to make, in order. Raises ValueError or FileNotFoundError for bad prompts."""
     check_arguments(args)
     items = read_items(args)
@@ -107,7 +106,7 @@ def plan(args: argparse.Namespace, config: Config) -> list[Job]:
     jobs = []
     for stem, item in zip(stems, items, strict=True):
         kind = ("_ema" if args.use_ema else "_regular") if args.save_with_index else ""
-        size = clip_size(args, config, item)
+        size = clip_size(args, config, latent, item)
         for sample in range(args.num_samples or default_samples(item, vbench=args.vbench)):
             file = clip_folder(args) / f"{stem}-{sample}{kind}.mp4"
             jobs.append(Job(Request(item.text, args.seed, sample), item, size, file))
@@ -151,14 +150,16 @@ def clip_folder(args: argparse.Namespace) -> Path:
     return args.output_folder / VBENCH_FOLDER if args.vbench else args.output_folder
 
 
-def clip_size(args: argparse.Namespace, config: Config, item: PromptItem) -> Size:
+def clip_size(
+    args: argparse.Namespace, config: Config, latent: LatentSpec, item: PromptItem
+) -> Size:
     """Height and width of a clip. Raises FileNotFoundError or ValueError for a bad image."""
-    size = pixel_size(config)
+    size = pixel_size(config, latent)
     # Read even where their sizes do not count: a bad image is told before a model is loaded.
     shapes = [picture_size(picture) for picture in item.pictures]
     if not shapes or args.image_size == "configured":
         return size
-    return snapped_size(shapes[0], size[0] * size[1], PATCH_PIXELS)
+    return latent.nearest_size(shapes[0], size[0] * size[1])
 
 
 def sized(config: Config, args: argparse.Namespace) -> Config:
@@ -187,8 +188,8 @@ def settings_of(args: argparse.Namespace, config: Config, source: Source) -> dic
     wanted["protocol"] = "original prompts" if original else "extended prompts"
     wanted["model"] = generator_model(config)
     wanted["latent_shape"] = config.latent_shape
-    wanted["frames"] = pixel_frames(config)
-    wanted["size"] = list(pixel_size(config))
+    wanted["frames"] = pixel_frames(config, source.folder.latent)
+    wanted["size"] = list(pixel_size(config, source.folder.latent))
     wanted["mixed_precision"] = config.mixed_precision
     wanted["negative_prompt"] = config.data.negative_prompt
     if config.trainer == "diffusion":
@@ -279,7 +280,7 @@ def make(
         [job.request for job in batch],
         keyframes=keyframes(batch, model.device),
         initial=initial,
-        latent_shape=[*model.latent_shape[:2], *(side // SPATIAL_STRIDE for side in size)],
+        latent_shape=[*model.latent_shape[:2], *model.latent.latent_size(size)],
     )
     for job, clip in zip(batch, clips, strict=True):
         save_mp4(clip, job.file, fps=fps)
@@ -307,9 +308,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_intermixed_args(arguments)
     try:
         config = load(args.config_path, args.overrides)
-        jobs = plan(args, config)
+        latent = find_model(Path(config.model_root), config.model_of("generator")).latent
+        jobs = plan(args, config, latent)
         config = sized(config, args)
-        start = read_start(config, args.initial_path, images=args.i2v)
+        start = read_start(config, latent, args.initial_path, images=args.i2v)
         source = check_source(config, args.checkpoint_path, use_ema=args.use_ema)
         items = [job.item for job in jobs] if args.i2v else None
         check_images(config, source.folder, items)

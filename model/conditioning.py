@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.encoders.vae import VideoVAE
-from model.types import TEMPORAL_STRIDE, Conditioning, Keyframes
+from model.types import Conditioning, Keyframes
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,10 +22,10 @@ class ImageEncoder:
 
     @torch.no_grad()
     def __call__(self, keyframes: Keyframes, frames: int) -> tuple[Tensor, Tensor]:
-        """CLIP states [B, n per image, image_dim], and mask and latents [B, 4 + C, F, H, W].
+        """CLIP states [B, n per image, image_dim], and mask and latents [B, k + C, F, H, W].
 
         frames: F. What is encoded is a video of the keyframes with grey in the place of all other
-        pixel frames; the mask tells which are given, in four channels to a latent frame. Each
+        pixel frames; the mask tells which are given, in k channels, the temporal stride. Each
         sample is encoded alone, so that it never depends on its neighbours in a batch.
         """
         samples = [keyframes.row(i) for i in range(len(keyframes.first))]
@@ -41,18 +41,18 @@ class ImageEncoder:
         return torch.cat([first, self.clip(keyframes.last)], dim=1)
 
     def channels(self, keyframes: Keyframes, frames: int) -> Tensor:
-        """Mask and latents [B, 4 + C, F, H, W], four pixel frames in memory at a time."""
+        """Mask and latents [B, k + C, F, H, W], k pixel frames in memory at a time."""
         if keyframes.last is not None and frames == 1:
             raise ValueError("a video of one latent frame has no last frame to give")
-        encoder = self.vae.stream_encoder()
+        encoder, stride = self.vae.stream_encoder(), self.vae.temporal_stride
         first = keyframes.first[:, :, None]
-        grey = torch.zeros_like(first).repeat(1, 1, TEMPORAL_STRIDE, 1, 1)
+        grey = torch.zeros_like(first).repeat(1, 1, stride, 1, 1)
         end = grey
         if keyframes.last is not None:
             end = torch.cat([grey[:, :, 1:], keyframes.last[:, :, None]], dim=2)
         groups = [grey] * (frames - 2) + [end] * min(1, frames - 1)
         latents = torch.cat([encoder.encode(piece) for piece in (first, *groups)], dim=2)
-        mask = torch.zeros_like(latents[:, :1]).repeat(1, TEMPORAL_STRIDE, 1, 1, 1)
+        mask = torch.zeros_like(latents[:, :1]).repeat(1, stride, 1, 1, 1)
         mask[:, :, 0] = 1.0
         if keyframes.last is not None:
             mask[:, -1, -1] = 1.0

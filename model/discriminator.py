@@ -5,6 +5,7 @@ Letters as in model/types.py; K heads, one per tapped layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -91,6 +92,16 @@ class DiscriminatorHeads(nn.Module):
         return logits, 1.0 + bias + (self.mean_weight_scale - 1.0) * bias.detach()
 
 
+def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """The starting value of the heads' parameter `name`, fp32: Xavier linears, zero biases."""
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    bound = math.sqrt(6.0 / (shape[0] + shape[1:].numel()))
+    return (2.0 * torch.rand(shape, generator=generator) - 1.0) * bound
+
+
 class Head(nn.Module):
     """A learnt query reads all tokens of one layer; fp32."""
 
@@ -109,13 +120,14 @@ class Head(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """states: [B, N, D]. Returns [B, D]."""
-        token = self.norm_token(self.register_token).expand(len(states), 1, -1)
+        token: Tensor = self.norm_token(self.register_token).expand(len(states), 1, -1)
         states, split = self.norm_states(states), (self.heads, -1)
         q = self.norm_q(self.q(token)).unflatten(-1, split)
         k = self.norm_k(self.k(states)).unflatten(-1, split)
         read = attend(q, k, self.v(states).unflatten(-1, split)).flatten(2)
         token = token + self.o(read)
-        return (token + self.ffn(self.norm_ffn(token)))[:, 0]
+        token = token + self.ffn(self.norm_ffn(token))
+        return token[:, 0]
 
 
 def tapped_layers(features: FeatureSpec, config: DiscriminatorConfig) -> list[int]:
@@ -220,4 +232,5 @@ def _on_both(
 ) -> Judgement:
     twice = concatenate(pair.conditioning, pair.conditioning)
     sigma = torch.cat([pair.sigma, pair.sigma])
-    return discriminator(net, torch.cat([real, fake]), sigma, twice)
+    judgement: Judgement = discriminator(net, torch.cat([real, fake]), sigma, twice)
+    return judgement

@@ -5,7 +5,7 @@ latents), noise, sigma (noise level in [0, 1]), timestep (1000 sigma, Wan's embe
 velocity (noise - x0), cfg_scale (1 = no guidance), rollout (how the generator makes a sample).
 
 Letters: B batch, C latent channels, F latent frames, H W latent height and width, L text tokens,
-N video tokens, D width of the transformer.
+N video tokens, D width of the transformer, k temporal stride.
 """
 
 from __future__ import annotations
@@ -19,12 +19,9 @@ from torch import Tensor
 
 from model.wan.context import FULL_ATTENTION, Context
 from utils.seeding import StepRNG
-from utils.strides import SPATIAL_STRIDE, TEMPORAL_STRIDE
 
 __all__ = [
     "FULL_ATTENTION",
-    "SPATIAL_STRIDE",
-    "TEMPORAL_STRIDE",
     "Batch",
     "Conditioning",
     "Context",
@@ -123,7 +120,7 @@ class FeatureSpec:
 class Keyframes:
     """Images that videos begin with and, for first-last-frame models, end with."""
 
-    first: Tensor  # [B, 3, 8 H, 8 W] in [-1, 1]
+    first: Tensor  # [B, 3, height, width], pixels in [-1, 1]
     last: Tensor | None = None  # of the same shape
 
     def row(self, index: int) -> Keyframes:
@@ -137,8 +134,8 @@ class Conditioning:
     """What the denoiser is conditioned on. Never mutated; `dataclasses.replace` makes a new one."""
 
     text: Tensor  # [B, L, text_dim] encoder states, zero past each prompt's end
-    clip: Tensor | None = None  # [B, 257 per image, 1280] CLIP states of the keyframes, I2V only
-    first_frame: Tensor | None = None  # [B, 20, F, H, W] mask and latents of them, I2V only
+    clip: Tensor | None = None  # [B, n per image, image_dim] CLIP states of the keyframes, I2V only
+    first_frame: Tensor | None = None  # [B, k + C, F, H, W] mask and latents of them, I2V only
 
     def frames(self, first: int, last: int) -> Conditioning:
         """The part that belongs to frames first .. last, the last one not included."""

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from model.folders.loading import Placement, random_network
+from model.families.wan21.weights import random_network
+from model.folders.loading import Placement
 from model.types import Batch, Conditioning
 from model.wan import block
 from model.wan.config import PRESETS
@@ -67,7 +68,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     if args.checkpoint:
         recompute_blocks(network.model.blocks)
     if args.variant == "joined kept":
-        block.attend_past = join_and_keep
+        setattr(block, "attend_past", join_and_keep)  # noqa: B010
     causal = CausalConfig(
         num_frame_per_block=args.num_frame_per_block,
         independent_first_frame=args.latent_shape[1] % args.num_frame_per_block == 1,

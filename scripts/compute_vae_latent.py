@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.encoders.vae import VideoVAE, load_vae
-from model.folders.folder import VAE, ModelFolder, find_model
+from model.encoders.vae import VideoVAE
+from model.families.base import Model
+from model.families.registry import find_model
+from model.types import LatentSpec
 from utils.claims import Rejected, claim_folder, rejection, write_rejected
 from utils.cli import USER_ERRORS, fail, start_logging, stopped
 from utils.config import ConfigError
@@ -35,7 +37,6 @@ from utils.distributed import Session, distributed_session
 from utils.hashes import content_hash
 from utils.media.images import fit, to_signed
 from utils.media.video import frame_rate, read_frames
-from utils.strides import PATCH_PIXELS
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +59,11 @@ def parser() -> argparse.ArgumentParser:
         "--buckets", type=_size, nargs="+", default=None, metavar="HEIGHTxWIDTH",
         help="several sizes, as 480x832 832x480 640x640; a video goes to that of nearest shape",
     )  # fmt: skip
-    result.add_argument("--num_frames", type=int, default=81, help="of a clip, 1 + 4 k")
+    result.add_argument("--num_frames", type=int, default=81, help="of a clip, 1 + 4 k with Wan2.1")
     result.add_argument(
         "--min_num_frames", type=int, default=None,
-        help="shorter clips are cut to 1 + 4 k frames down to this; default: --num_frames",
+        help="shorter clips are cut to as many frames as latents hold, down to this; default: "
+        "--num_frames",
     )  # fmt: skip
     result.add_argument("--fps", type=float, default=16.0, help="at which videos are sampled")
     result.add_argument(
@@ -79,7 +81,7 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def complete(args: argparse.Namespace) -> argparse.Namespace:
+def complete(args: argparse.Namespace, latent: LatentSpec) -> argparse.Namespace:
     """The arguments with all defaults in place. Raises ConfigError for what cannot be."""
     values = dict(vars(args))
     values["buckets"] = args.buckets or [(args.height, args.width)]
@@ -90,11 +92,15 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         values["min_source_fps"] = args.fps / 2
     whole = argparse.Namespace(**values)
     problems = []
+    step, stride = latent.pixel_step, latent.temporal_stride
     for height, width in whole.buckets:
-        if min(height, width) < PATCH_PIXELS or height % PATCH_PIXELS or width % PATCH_PIXELS:
-            problems.append(f"{height} x {width}: both sides must be multiples of {PATCH_PIXELS}")
-    if whole.num_frames < 1 or whole.num_frames % 4 != 1:
-        problems.append(f"--num_frames: must be 1 + 4 k, as 81, got {whole.num_frames}")
+        if min(height, width) < 1 or height % step[0] or width % step[1]:
+            words = f"{step[0]}" if step[0] == step[1] else f"{step[0]} and {step[1]}"
+            problems.append(f"{height} x {width}: both sides must be multiples of {words}")
+    if whole.num_frames < 1 or (whole.num_frames - 1) % stride:
+        problems.append(
+            f"--num_frames: must be 1 + {stride} k, as {1 + 20 * stride}, got {whole.num_frames}"
+        )
     if not 1 <= whole.min_num_frames <= whole.num_frames:
         problems.append(
             f"--min_num_frames: must lie between 1 and --num_frames, got {whole.min_num_frames}"
@@ -108,18 +114,17 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     return whole
 
 
-def find_vae(args: argparse.Namespace) -> ModelFolder:
-    """The model folder; only its VAE matters. Raises FileNotFoundError if it has none."""
-    folder = find_model(args.model_root, args.model_name)
-    if folder.vae is None:
-        found = sorted(path.name for path in folder.path.iterdir())
-        raise FileNotFoundError(f"{folder.path}: has no VAE, {' or '.join(VAE)} (found {found})")
-    return folder
+def find_vae(args: argparse.Namespace) -> Model:
+    """The model; only its codec matters. Raises FileNotFoundError if it has none."""
+    model = find_model(args.model_root, args.model_name)
+    if "codec" not in model.parts:
+        found = sorted(path.name for path in model.path.iterdir())
+        raise FileNotFoundError(f"{model.path}: has no VAE (found {found}); {model.fetch()}")
+    return model
 
 
-def settings(args: argparse.Namespace, model: ModelFolder, dtype: torch.dtype) -> dict[str, object]:
+def settings(args: argparse.Namespace, model: Model, dtype: torch.dtype) -> dict[str, object]:
     """All that latents depend on, beside the videos."""
-    assert model.vae is not None, "find_vae comes first"
     return {
         "sizes": [f"{height}x{width}" for height, width in args.buckets],
         "num_frames": args.num_frames,
@@ -127,7 +132,7 @@ def settings(args: argparse.Namespace, model: ModelFolder, dtype: torch.dtype) -
         "fps": args.fps,
         "min_source_fps": args.min_source_fps,
         "clips_per_video": args.clips_per_video,
-        "vae": content_hash(model.vae),
+        "vae": content_hash(model.parts["codec"]),
         "precision": str(dtype).removeprefix("torch."),
     }
 
@@ -138,9 +143,10 @@ def nearest_size(shape: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tu
     return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - ratio))
 
 
-def windows(video: CaptionedVideo, args: argparse.Namespace) -> Iterator[list[Tensor]]:
+def windows(video: CaptionedVideo, args: argparse.Namespace, stride: int) -> Iterator[list[Tensor]]:
     """The frames of each clip of a video, uint8 [3, H, W], in its final size and length.
 
+    stride: frames to a latent frame; the first latent frame holds one.
     Raises ValueError that tells why a video has none.
     """
     rate = frame_rate(video.path)
@@ -157,7 +163,7 @@ def windows(video: CaptionedVideo, args: argparse.Namespace) -> Iterator[list[Te
                 size = size or nearest_size((frame.shape[1], frame.shape[2]), args.buckets)
                 frames.append(fit(frame, size))
             if len(frames) >= args.min_num_frames:
-                yield frames[: (len(frames) - 1) // 4 * 4 + 1]
+                yield frames[: (len(frames) - 1) // stride * stride + 1]
             elif number == 0:
                 raise ValueError(
                     f"too short: {len(frames)} frames at {args.fps:g} per second, expected at "
@@ -173,8 +179,9 @@ def encode(vae: VideoVAE, frames: Sequence[Tensor]) -> Tensor:
     Shards hold fp16 as well: what is stored here goes there bit for bit, at half the disk of fp32.
     Raises ValueError for latents that are not finite.
     """
-    encoder = vae.stream_encoder()
-    pieces = torch.stack(list(frames), dim=1).split([1] + [4] * (len(frames) // 4), dim=1)
+    encoder, stride = vae.stream_encoder(), vae.temporal_stride
+    lengths = [1] + [stride] * ((len(frames) - 1) // stride)
+    pieces = torch.stack(list(frames), dim=1).split(lengths, dim=1)
     latents = [encoder.encode(to_signed(piece[None])) for piece in pieces]
     stored = torch.cat(latents, dim=2)[0].half().cpu()
     if not bool(stored.isfinite().all()):
@@ -200,7 +207,7 @@ def make(video: CaptionedVideo, vae: VideoVAE, args: argparse.Namespace) -> list
             fps=args.fps,
             start_s=number * args.num_frames / args.fps,
         )
-        for number, frames in enumerate(windows(video, args))
+        for number, frames in enumerate(windows(video, args, vae.temporal_stride))
     ]
 
 
@@ -236,8 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Encode all videos; returns the exit status."""
     args = parser().parse_args(arguments)
     try:
-        args = complete(args)
         model = find_vae(args)
+        args = complete(args, model.latent)
         videos, rejected = pair_videos(args.input_video_folder, args.prompt_folder)
     except USER_ERRORS as error:
         return fail(error)
@@ -249,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             made_with = settings(args, model, dtype)
             flag = "--output_latent_folder"
             claim_folder(folder, made_with, session, holds="latents", flag=flag)
-            vae = load_vae(model, session.device, dtype)
+            vae = model.load_codec(session.device, dtype)
         except USER_ERRORS as error:
             return fail(error)
         try:

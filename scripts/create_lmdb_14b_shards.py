@@ -41,10 +41,10 @@ from utils.distributed import Session, distributed_session
 from utils.files import write_text
 from utils.media.images import fit
 from utils.media.video import read_frames
-from utils.strides import SPATIAL_STRIDE
 
 log = logging.getLogger(__name__)
 
+WAN_STRIDE = 8  # of Wan2.1's autoencoder
 REJECTED = "rejected.json"  # beside a shard's data: what its process could not take
 TIMEOUT_S = 86400.0  # a process may be done long before the others
 
@@ -61,6 +61,10 @@ def parser() -> argparse.ArgumentParser:
         "--video_path", type=Path, default=None,
         help="folder of videos, for .pt files without a first frame: that of the video with the "
         "same prompt is taken",
+    )  # fmt: skip
+    result.add_argument(
+        "--spatial_stride", type=int, default=WAN_STRIDE,
+        help="with --video_path: pixels to a latent, of the model whose latents these are",
     )  # fmt: skip
     result.add_argument("--lmdb_path", type=Path, required=True)
     result.add_argument("--num_shards", type=int, default=16, help="of each shape, at most")
@@ -114,7 +118,7 @@ def survey(folder: Path, *, progress: bool) -> Iterator[Item | Rejected]:
 
 def plan(args: argparse.Namespace, *, progress: bool) -> Plan:
     """Sort out what is taken. Raises FileNotFoundError or ConfigError if nothing can be."""
-    for flag, least in (("num_shards", 1), ("min_prompt_chars", 0)):
+    for flag, least in (("num_shards", 1), ("min_prompt_chars", 0), ("spatial_stride", 1)):
         if getattr(args, flag) < least:
             raise ConfigError(f"--{flag}: must be at least {least}, got {getattr(args, flag)}")
     videos: dict[str, Path] = {}
@@ -171,12 +175,15 @@ def settings(args: argparse.Namespace, work: Plan) -> dict[str, object]:
     digest = hashlib.blake2b(digest_size=8)
     for name, items in work.shards.items():
         digest.update(json.dumps([name, [asdict(item) for item in items]]).encode())
-    return {
+    made_with: dict[str, object] = {
         "content of --data_path": f"{work.count} clips ({digest.hexdigest()})",
         "num_shards": args.num_shards,
         "min_prompt_chars": args.min_prompt_chars,
         "images": work.images,
     }
+    if args.spatial_stride != WAN_STRIDE:  # folders of before this choice go on
+        made_with["spatial_stride"] = args.spatial_stride
+    return made_with
 
 
 def load(item: Item, args: argparse.Namespace, work: Plan) -> tuple[Tensor, Tensor | None]:
@@ -188,16 +195,16 @@ def load(item: Item, args: argparse.Namespace, work: Plan) -> tuple[Tensor, Tens
     latents = clip.latents.to(torch.float16)
     if not bool(latents.isfinite().all()):
         raise ValueError("its latents are not finite")
-    return latents, first_frame(clip, item, work) if work.images else None
+    return latents, first_frame(clip, item, work, args.spatial_stride) if work.images else None
 
 
-def first_frame(clip: Clip, item: Item, work: Plan) -> Tensor:
-    """The picture that a clip begins with, uint8 [3, 8 h, 8 w]."""
+def first_frame(clip: Clip, item: Item, work: Plan, stride: int) -> Tensor:
+    """The picture that a clip begins with, uint8 [3, stride h, stride w]."""
     if clip.first_frame is not None:
         return clip.first_frame
     height, width = item.shape[-2:]
     with contextlib.closing(read_frames(work.videos[item.prompt], limit=1)) as frames:
-        return fit(next(frames), (SPATIAL_STRIDE * height, SPATIAL_STRIDE * width))
+        return fit(next(frames), (stride * height, stride * width))
 
 
 def fill(

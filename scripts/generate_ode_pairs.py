@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.types import Keyframes
+from model.types import Keyframes, LatentSpec
 from pipeline.teacher import trajectory
 from trainer.config import Config, load
 from trainer.serving import Source, VideoGenerator, check_source, load_generator
@@ -87,9 +87,9 @@ class Records:
         return torch.stack([image for image in found if image is not None])
 
 
-def check_images(path: Path, dataset: Dataset, config: Config) -> None:
+def check_images(path: Path, dataset: Dataset, config: Config, latent: LatentSpec) -> None:
     """Raise ConfigError unless each record has an image of the size of the clips."""
-    size = pixel_size(config)
+    size = pixel_size(config, latent)
     others = [shapes.image for shapes in dataset.buckets if shapes.image != size]
     if others:
         raise ConfigError(
@@ -118,7 +118,7 @@ def plan(
     dataset = open_dataset(args.caption_path)
     begin_with_images = source.folder.images is not None
     if begin_with_images:
-        check_images(args.caption_path, dataset, config)
+        check_images(args.caption_path, dataset, config, source.folder.latent)
     count = args.num_pairs or len(dataset)
     records = Records(dataset, count, begin_with_images)
     captions = "\n".join(records.prompts(range(count)))

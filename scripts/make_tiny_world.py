@@ -23,7 +23,8 @@ from tqdm import tqdm
 from model.encoders.clip import HEAD_DIM
 from model.encoders.clip import to_official as clip_to_official
 from model.encoders.umt5 import to_official
-from model.folders.folder import CONFIG, IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, ModelFolder
+from model.families.registry import open_model
+from model.families.wan21.folder import CONFIG, IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER
 from model.wan.config import PRESETS, write_wan_config
 from utils.cli import USER_ERRORS, fail
 from utils.config import ConfigError
@@ -173,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _lacking(path: Path) -> str:
-    return "; ".join(ModelFolder(path).missing()) or "nothing"
+    return "; ".join(open_model(path).missing()) or "nothing"
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from torch import Tensor
 from tqdm import tqdm
 
-from model.encoders.text import WanTextEncoder, clean_prompt
-from model.folders.folder import ModelFolder, check_model, find_model
+from model.encoders.text import TextEncoder
+from model.families.base import Model
+from model.families.registry import check_model, find_model
 from trainer.config import Config, compute_dtype, generator_model, load
 from trainer.inputs import needed_prompts
 from utils.cli import USER_ERRORS, fail, start_logging, stopped
@@ -67,17 +68,15 @@ def all_prompts(config: Config, more: Sequence[Path]) -> list[str]:
     return prompts
 
 
-def describe(config: Config, model: ModelFolder) -> EmbeddingManifest:
+def describe(config: Config, model: Model) -> EmbeddingManifest:
     """What the states depend on; reads the encoder's weights to tell them from others."""
-    assert model.text_encoder is not None, "see that the model is complete first"
-    assert model.tokenizer is not None, "see that the model is complete first"
-    sizes = model.wan_config()
+    text, parts = model.text, model.parts
     return EmbeddingManifest(
-        text_len=sizes.text_len,
-        text_dim=sizes.text_dim,
+        text_len=text.length,
+        text_dim=text.width,
         dtype=str(compute_dtype(config)).removeprefix("torch."),
-        encoder=content_hash(model.text_encoder),
-        tokenizer=content_hash(model.tokenizer),
+        encoder=content_hash(parts["text_encoder"]),
+        tokenizer=content_hash(parts["tokenizer"]) if "tokenizer" in parts else "none",
     )
 
 
@@ -97,12 +96,13 @@ def claim_folder(folder: Path, manifest: EmbeddingManifest, session: Session) ->
     session.barrier()
 
 
-def encode(encoder: WanTextEncoder, prompt: str) -> Tensor:
+def encode(encoder: TextEncoder, prompt: str) -> Tensor:
     """The states of one prompt, [text_len, text_dim]."""
-    return encoder([prompt])[0].cpu()
+    states: Tensor = encoder([prompt])
+    return states[0].cpu()
 
 
-def run(prompts: Sequence[str], folder: Path, encoder: WanTextEncoder, session: Session) -> None:
+def run(prompts: Sequence[str], folder: Path, encoder: TextEncoder, session: Session) -> None:
     """Encode and store this process's share of prompts that are not stored yet."""
     shards = by_shard(prompts)
     mine = sorted(shards)[session.rank :: session.world_size]
@@ -118,17 +118,11 @@ def run(prompts: Sequence[str], folder: Path, encoder: WanTextEncoder, session: 
                     writer.put(states)
 
 
-def tokens_cut(encoder: WanTextEncoder, prompt: str) -> int:
-    """How many tokens of a prompt the model does not read."""
-    words = encoder.tokenizer(clean_prompt(prompt), add_special_tokens=True).input_ids
-    return max(0, len(words) - encoder.text_len)
-
-
 def report(
-    needed: Sequence[str], added: Sequence[str], folder: Path, encoder: WanTextEncoder | None
+    needed: Sequence[str], added: Sequence[str], folder: Path, encoder: TextEncoder | None
 ) -> None:
     """Log the counts. encoder: None if nothing was added."""
-    cut = [] if encoder is None else [tokens_cut(encoder, prompt) for prompt in added]
+    cut = [] if encoder is None else [encoder.tokens_cut(prompt) for prompt in added]
     distinct = len(set(needed))
     log.info(
         "%d prompts, %d of them duplicates; %d were in %s, %d are added by all processes together, "
@@ -152,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with distributed_session(timeout_s=config.timeout_s) as session:
         start_logging(main_rank=session.is_main)
         try:
-            log.info("reading %s to tell this text encoder from others", model.text_encoder)
+            read = model.parts["text_encoder"]
+            log.info("reading %s to tell this text encoder from others", read)
             manifest = describe(config, model)
             claim_folder(folder, manifest, session)
             with EmbeddingReader(folder) as reader:
@@ -160,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             session.barrier()  # nobody reads any more
             encoder = None
             if missing:
-                encoder = WanTextEncoder(model, manifest.text_len, compute_dtype(config))
+                encoder = model.load_text_encoder(compute_dtype(config))
                 encoder.to(session.device)
         except USER_ERRORS as error:
             return fail(error)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import trainer.build
-import trainer.serving
+from model.families.registry import known_families
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,10 +34,9 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(*_: object, **__: object) -> None:
         pytest.fail("weights were loaded before the input was checked")
 
-    for module in (trainer.build, trainer.serving):
-        for name in ("load_network", "random_network", "WanTextEncoder", "load_vae"):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, loaded)
+    for family in known_families():
+        for name in ("load_network", "random_network", "load_text_encoder", "load_codec"):
+            monkeypatch.setattr(family, name, loaded)
 
 
 def refusal(main: Main, words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.families.wan21.folder import CONFIG, WEIGHTS
 from model.flow import step_sigmas
-from model.folders.folder import CONFIG, WEIGHTS
 from model.wan.config import WanConfig, write_wan_config
 from model.wan.transformer import WanTransformer
 from scripts.make_tiny_world import IMAGE_NAME, NAME, make_data, make_folder

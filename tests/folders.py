@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.encoders.vae_names import to_official
-from model.folders.export import Export, write_model_folder
-from model.folders.folder import CONFIG, IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, ModelFolder
-from model.folders.loading import find_weights
+from model.families.base import Export
+from model.families.registry import open_model
+from model.families.wan21.folder import CONFIG, IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, ModelFolder
+from model.families.wan21.weights import find_weights
 from model.wan.config import WanConfig, write_wan_config
 from tests.conftest import build_wan, random_value
 from utils.tiny_world.world import captions
@@ -76,8 +77,8 @@ def make_official(
 
 def make_diffusers(folder: Path, twin_of: ModelFolder) -> ModelFolder:
     """Write the same weights in diffusers' layout."""
-    export = Export(twin_of, find_weights(twin_of.path), "diffusers")
-    write_model_folder(export, folder)
+    export = Export(find_weights(twin_of.path), "diffusers")
+    open_model(twin_of.path).export(export, folder)
     return ModelFolder(folder)
 
 

@@ -17,8 +17,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from model.encoders.vae import load_vae
-from model.folders.folder import ModelFolder
+from model.families.registry import open_model
 from scripts import compute_vae_latent
 from scripts.make_tiny_world import NAME
 from tests.commands import ROOT, own_logging, refusal
@@ -134,7 +133,7 @@ def test_wans_own_autoencoder_gives_what_it_gives_for_the_whole_clip(
     more = ["--model_root", str(tmp_path / "models"), "--model_name", model.name]
     assert compute_vae_latent.main([*line, *more]) == 0
     frames = torch.stack(list(read_frames(path)), dim=1)[None]
-    vae = load_vae(ModelFolder(model), torch.device("cpu"), torch.float32)
+    vae = open_model(model).load_codec(torch.device("cpu"), torch.float32)
     expected = vae.encode_to_latent(frames.float() / 127.5 - 1.0)[0].half()
     assert torch.equal(one_clip(tmp_path / "out").latents, expected)
 
@@ -311,8 +310,7 @@ def test_a_model_needs_its_vae_and_nothing_else(
     (model / "notes.txt").touch()
     line = words(tmp_path, videos, tmp_path / "out", "--model_root", str(tmp_path / "models"))
     message = refusal(compute_vae_latent.main, line, capsys)
-    assert message.startswith(f"{model}: has no VAE, ")
-    assert message.endswith("(found ['notes.txt'])")
+    assert message.startswith(f"{model}: has no VAE (found ['notes.txt']); make it ")
     (model / FILE_NAME).write_bytes((tiny_root / "wan_models" / NAME / FILE_NAME).read_bytes())
     assert compute_vae_latent.main(line) == 0
 

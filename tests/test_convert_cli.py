@@ -12,8 +12,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 import convert_checkpoint
-from model.folders.folder import CONFIG, ModelFolder, check_model
-from model.folders.loading import Placement, find_weights, load_network
+from model.families.registry import open_model
+from model.families.wan21.folder import CONFIG, ModelFolder
+from model.families.wan21.weights import find_weights, load_network
+from model.folders.loading import Placement
 from model.wan.config import WanConfig, diffusers_config
 from model.wan.weights import to_diffusers
 from tests.commands import ROOT, own_logging, refusal
@@ -211,7 +213,7 @@ def test_a_checkpoint_becomes_a_complete_folder_of_its_model(
     flags = ("--layout", "official", "--model_folder", str(model), "--use_ema")
     assert convert_checkpoint.main(words(logdir, tmp_path / "out", *flags)) == 0
     folder = ModelFolder(tmp_path / "out")
-    check_model(folder)
+    open_model(folder.path).check()
     assert folder.wan_config() == ModelFolder(model).wan_config()
     stored = find_weights(folder.path)
     found = {name: stored.read(name) for name in stored.shapes()}
@@ -230,7 +232,7 @@ def test_a_weight_file_becomes_a_folder_for_diffusers_with_the_encoders_of_anoth
     expected = {to_diffusers(k): v.bfloat16() for k, v in weights_in(weights).items()}
     assert unequal(stored, expected) == []
     assert len(list((target / "transformer").glob("*.safetensors"))) > 1
-    check_model(ModelFolder(target))
+    open_model(target).check()
 
 
 def test_a_model_folder_is_its_own_source(release: ModelFolder, tmp_path: Path) -> None:
@@ -393,7 +395,7 @@ def test_the_commands_of_the_models_page_run_as_written(
     assert len(list(exported.iterdir())) == len(lines) == 8
     for folder in exported.iterdir():
         if folder.is_dir():
-            check_model(ModelFolder(folder))
+            open_model(folder).check()
 
 
 @pytest.mark.parametrize("part", [VAE, "diffusion_pytorch_model-00001-of-00002.safetensors"])

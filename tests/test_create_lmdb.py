@@ -218,8 +218,8 @@ def test_each_file_that_cannot_be_taken_is_listed_with_its_reason(tmp_path: Path
         "flat.pt": "latents must have 4 dimensions, got float16 (16, 4, 4)",
         "no_frame.pt": "has no first frame, and no video has its prompt; see --video_path, "
         "--no_images",
-        "other_frame.pt": "first_frame must be uint8 (3, 32, 32), got uint8 (3, 32, 40)",
-        "worded_frame.pt": "first_frame must be uint8 (3, 32, 32), got str",
+        "other_frame.pt": "first_frame must be uint8 (3, 4 k, 4 k), got uint8 (3, 32, 40)",
+        "worded_frame.pt": "first_frame must be uint8 (3, 4 k, 4 k), got str",
         "weather.pt": "holds a clip with unknown entries ['weather']",
         "tensor.pt": "expected a clip, or latents by prompt, found a float32 (3,)",
         "channels.pt": "latents by prompt must be [1, F, 16, h, w], got float32 (5, 8, 4, 4)",

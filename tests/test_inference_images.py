@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import inference
-from model.folders.folder import CONFIG, WEIGHTS
+from model.families.wan21.folder import CONFIG, WEIGHTS
 from model.wan.config import write_wan_config
 from scripts.make_tiny_world import IMAGE_NAME
 from tests.commands import no_weights, own_logging, refusal

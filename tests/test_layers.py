@@ -21,6 +21,8 @@ LATE = {
 }
 RANKS = {name: rank for rank, name in enumerate(PACKAGES)}
 ENTRY_POINTS = {source.top for source in sources()} - RANKS.keys()
+# What other rooms may import of model/families/.
+INTERFACE = {"model.families.base", "model.families.registry"}
 # These join methods with pipelines; everything else knows one side only.
 COMPOSERS = {"trainer.build", "trainer.config", "trainer.serving"}
 
@@ -74,18 +76,11 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
 ROOMS: dict[str, tuple[str, ...]] = {
     "utils.data": ("utils.media",),  # records come with pictures and clips
     "utils.media": ("utils.data.prompts",),  # names and first frames of what prompts ask for
-    "utils.tiny_world": (),
+    "utils.tiny_world": ("utils.media.frame_groups",),
     "utils.web": (),
     "model.wan": (),
-    "model.encoders": ("model.folders", "model.wan", "model.types", "utils.tiny_world.codec"),
-    "model.folders": (
-        "model.encoders",
-        "model.wan",
-        "model.discriminator",
-        "model.wan_wrapper",
-        "model.types",
-        "utils.tiny_world.codec",
-    ),
+    "model.encoders": ("model.folders", "utils.media.frame_groups"),
+    "model.folders": ("model.discriminator", "model.types"),
 }
 
 
@@ -106,6 +101,27 @@ def test_a_room_knows_only_itself_plain_leaves_and_what_is_listed(room: str) -> 
         for name in module_imports(source)
         if not f"{name}.".startswith(tuple(f"{known}." for known in (room, *ROOMS[room])))
         and not plain_leaf(name)
+    ]
+    assert not foreign
+
+
+def test_only_a_family_knows_its_folders_sizes_and_networks() -> None:
+    """Nothing else names one, so that another can stand in its place."""
+    rooms = ("model.families.", "model.wan.", "model.wan_wrapper")
+    private = (
+        "model.wan.config",
+        "model.wan.transformer",
+        "model.wan.weights",
+        "model.wan_wrapper",
+    )
+    makers = {"scripts.make_tiny_world", "scripts.benchmark_rollout"}  # of a family's own models
+    foreign = [
+        f"{source} imports {name}"
+        for source in sources()
+        if not source.module.startswith(rooms) and source.module not in makers
+        for name in own(source)
+        if name.startswith(private)
+        or (name.startswith("model.families.") and name not in INTERFACE)
     ]
     assert not foreign
 

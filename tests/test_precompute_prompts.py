@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.encoders.text import WanTextEncoder
-from model.folders.folder import ModelFolder
+from model.encoders.text import TextEncoder
+from model.families.registry import open_model
+from model.families.tiny_world import TinyWorld
 from scripts import precompute_prompts
 from tests.commands import own_logging, refusal
 from tests.ranks import RankFailedError, run_on_ranks
@@ -76,7 +77,7 @@ def made(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail the test if the text encoder is loaded."""
     monkeypatch.setattr(
-        precompute_prompts, "WanTextEncoder", lambda *_: pytest.fail("the encoder was loaded")
+        TinyWorld, "load_text_encoder", lambda *_: pytest.fail("the encoder was loaded")
     )
 
 
@@ -113,7 +114,7 @@ def test_states_are_those_of_the_encoder_that_training_would_load(
     precision: str, dtype: torch.dtype, world: World, tmp_path: Path
 ) -> None:
     assert precompute(world.words(tmp_path, f"mixed_precision={precision}")) == 0
-    encoder = WanTextEncoder(ModelFolder(world.model), 12, dtype)
+    encoder = open_model(world.model).load_text_encoder(dtype)
     stored = states(tmp_path)
     assert all(rows.dtype == dtype for rows in stored.values())
     assert all(torch.equal(rows, encoder([prompt])[0]) for prompt, rows in stored.items())
@@ -182,7 +183,7 @@ def test_prompts_are_added_to_what_is_there(world: World, made: Path, tmp_path: 
     more = [word for name in ("file.txt", "folder") for word in ("--prompt_path", tmp_path / name)]
     encoded, encode = [], precompute_prompts.encode
 
-    def counted(encoder: WanTextEncoder, prompt: str) -> Tensor:
+    def counted(encoder: TextEncoder, prompt: str) -> Tensor:
         encoded.append(prompt)
         return encode(encoder, prompt)
 

@@ -12,7 +12,7 @@ import torch
 import convert_checkpoint
 import inference
 import train
-from model.folders.loading import find_weights
+from model.families.wan21.weights import find_weights
 from scripts import compute_vae_latent, create_lmdb_14b_shards
 from tests.commands import own_logging
 from tests.conftest import build_wan

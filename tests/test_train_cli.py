@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import train
-import trainer.build
+from model.families.tiny_world import TinyWorld
 from model.wan.config import WanConfig
 from tests.commands import ROOT, main_and_stderr, no_weights, own_logging, refusal
 from tests.conftest import build_wan
@@ -191,7 +191,7 @@ def test_a_folder_that_is_no_model_is_refused_with_all_that_it_lacks(
         "diffusion_pytorch_model.safetensors.index.json or diffusion_pytorch_model.safetensors or "
         "transformer/diffusion_pytorch_model.safetensors.index.json or "
         "transformer/diffusion_pytorch_model.safetensors; "
-        "Wan2.1_VAE.pth or vae or patch_codec.safetensors "
+        "patch_codec.safetensors "
         "(found ['config.json', 'google', 'models_t5_umt5-xxl-enc-bf16.pth']); "
         "copy what is missing from the release that the folder was made of"
     )
@@ -310,7 +310,7 @@ def test_ctrl_c_while_weights_load_exits_130_and_says_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(
-        trainer.build, "load_network", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
+        TinyWorld, "load_network", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
     )
     assert train.main(words(configs["dmd"], tmp_path)) == 130
     assert "interrupted; run the same command again to continue" in capsys.readouterr().err

@@ -64,7 +64,7 @@ class BatchLoader:
         first = None if images is None else to_signed(images)
         shape = self.run.latent_shape
         if self.run.config.data.buckets:
-            shape = items[0].shapes.video(shape)
+            shape = items[0].shapes.video(shape, self.run.model.latent.spatial_stride)
         keyframes = Keyframes(first) if first is not None and self.encoder.reads_images else None
         conditioning = self.encoder.encode(
             [item.prompt for item in items], keyframes, frames=shape[1]

@@ -112,7 +112,7 @@ def _build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
             run.models[needs.backbone].features,
             config.discriminator,
             config.seed,
-            replace(moved, compute=torch.float32),
+            replace(moved, compute=torch.float32, recompute=False),
         )
     return networks
 

@@ -147,7 +147,8 @@ def _check_shapes(run: Run, dataset: Dataset) -> None:
     """The shapes of the data must be the run's, or with buckets any that the model can make."""
     config, model = run.config, run.model
     path, wanted = config.data.path, run.latent_shape
-    found = [(shapes.video(wanted), shapes) for shapes in dataset.buckets]
+    stride = model.latent.spatial_stride
+    found = [(shapes.video(wanted, stride), shapes) for shapes in dataset.buckets]
     others = [list(shape) for shape, _ in found if shape != wanted]
     if others and not config.data.buckets:
         what = "latents" if next(iter(dataset.buckets)).latents else "images"
@@ -219,7 +220,7 @@ def _shown(run: Run, dataset: Dataset) -> list[RawItem]:
     fitting = [
         record
         for shapes, records in dataset.buckets.items()
-        if shapes.video(shape) == shape
+        if shapes.video(shape, run.model.latent.spatial_stride) == shape
         for record in records[:count]
     ]
     if config.validation.every and not fitting:

@@ -14,7 +14,7 @@ from model.encoders.vae import VideoVAE
 from model.families.base import Model
 from model.families.registry import check_model
 from model.folders.loading import Placement
-from model.types import Keyframes
+from model.types import Keyframes, LatentSpec
 from pipeline.protocol import InferencePipeline
 from trainer.build import build_encoder
 from trainer.config import Config
@@ -43,6 +43,7 @@ class VideoGenerator:
     encoder: ConditioningEncoder
     vae: VideoVAE
     latent_shape: tuple[int, int, int, int]  # [C, F, H, W] of the clips it makes
+    latent: LatentSpec
     device: torch.device
 
     def latents(
@@ -178,5 +179,6 @@ def load_generator(
         encoder=build_encoder(run, device, dtype, vae),
         vae=vae,
         latent_shape=run.latent_shape,
+        latent=run.model.latent,
         device=device,
     )

@@ -6,22 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from model.families.base import Model
-from model.types import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from model.types import LatentSpec
 from trainer.config import Config, causal_config
 from utils.config import ConfigError
 from utils.data.prompts import PromptItem, some
 from utils.media.given_frames import Given, Size, read_given
 
 
-def pixel_size(config: Config) -> Size:
+def pixel_size(config: Config, latent: LatentSpec) -> Size:
     """Height and width of the configured clips."""
     _, _, rows, columns = config.latent_shape
-    return SPATIAL_STRIDE * rows, SPATIAL_STRIDE * columns
+    return latent.pixel_size(rows, columns)
 
 
-def pixel_frames(config: Config) -> int:
+def pixel_frames(config: Config, latent: LatentSpec) -> int:
     """How many frames the configured clips have."""
-    return 1 + TEMPORAL_STRIDE * (config.latent_shape[1] - 1)
+    return latent.pixel_frames(config.latent_shape[1])
 
 
 def check_images(config: Config, folder: Model, items: Sequence[PromptItem] | None) -> None:
@@ -58,7 +58,9 @@ def check_images(config: Config, folder: Model, items: Sequence[PromptItem] | No
         raise ConfigError(f"--i2v: {folder.path} takes {takes}; there is {has} for {some(wrong)}")
 
 
-def read_start(config: Config, path: Path | None, *, images: bool) -> Given | None:
+def read_start(
+    config: Config, latent: LatentSpec, path: Path | None, *, images: bool
+) -> Given | None:
     """The frames that all clips begin with. Raises ConfigError unless blocks hold as many.
 
     images: whether each clip begins with an image of its own.
@@ -77,16 +79,17 @@ def read_start(config: Config, path: Path | None, *, images: bool) -> Given | No
             "use one with generator_type: causal"
         )
     try:
-        start = read_given(path, pixel_size(config), pixel_frames(config))
+        start = read_given(path, pixel_size(config, latent), pixel_frames(config, latent))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--initial_path: {error}") from error
     pixels = start.frames.shape[2]
-    if (pixels - 1) % TEMPORAL_STRIDE:
+    if (pixels - 1) % latent.temporal_stride:
         raise ConfigError(
-            f"--initial_path: {path} has {pixels} frames; give 1 + 4 k, as latent frames hold them"
+            f"--initial_path: {path} has {pixels} frames; give 1 + {latent.temporal_stride} k, as "
+            f"latent frames hold them"
         )
     try:
-        causal.split(config.latent_shape[1], 1 + (pixels - 1) // TEMPORAL_STRIDE)
+        causal.split(config.latent_shape[1], latent.latent_frames(pixels))
     except ValueError as error:
         raise ConfigError(f"--initial_path: {path}: {error}") from error
     return start

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.folders import component
-from model.folders.folder import ModelFolder
 from utils.weights import WeightFile, WeightsError
 
 HEAD_DIM = 80  # of the official ViT-H; its file does not tell
@@ -46,17 +45,16 @@ _JOINED, _PARTS = "attn.to_qkv", [f"self_attn.{part}_proj" for part in "qkv"]
 class WanCLIPEncoder(nn.Module):
     """Images to what Wan2.1's image-to-video models read of them: the last states but one."""
 
-    def __init__(self, folder: ModelFolder, dtype: torch.dtype) -> None:
+    def __init__(self, path: Path, *, tokens: int, width: int, dtype: torch.dtype) -> None:
+        """path: as for `load_clip`. tokens, width: of the states that the transformer reads."""
         super().__init__()
-        path = folder.image_encoder
-        assert path is not None, "check_model comes first"
         self.encoder = load_clip(path, dtype)
-        sizes, embeddings = folder.wan_config(), self.encoder.embeddings
+        embeddings = self.encoder.embeddings
         found = (embeddings.num_positions, embeddings.embed_dim)
-        if found != (sizes.image_tokens, sizes.image_dim):
+        if found != (tokens, width):
             raise WeightsError(
                 f"{path}: a CLIP image encoder of {found[0]} states of width {found[1]}; the "
-                f"transformer of {folder.path} reads {sizes.image_tokens} of {sizes.image_dim}"
+                f"transformer reads {tokens} of {width}"
             )
 
     @torch.no_grad()
@@ -67,7 +65,8 @@ class WanCLIPEncoder(nn.Module):
         """
         weight = self.encoder.embeddings.patch_embedding.weight
         pixels = preprocess(images.to(weight.device), self.encoder.config.image_size)
-        return self.encoder(pixels.to(weight.dtype)).last_hidden_state
+        states: Tensor = self.encoder(pixels.to(weight.dtype)).last_hidden_state
+        return states
 
 
 def preprocess(images: Tensor, size: int) -> Tensor:

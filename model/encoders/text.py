@@ -1,9 +1,11 @@
-"""Prompts to the states that Wan's transformers read: tokenizer and UMT5 of a model folder."""
+"""Prompts to the states that transformers read: what each text encoder offers, and Wan's UMT5."""
 
 from __future__ import annotations
 
 import html
 import logging
+from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import ftfy
@@ -11,28 +13,40 @@ import torch
 from torch import Tensor, nn
 
 from model.encoders.umt5 import load_umt5
-from model.folders.folder import ModelFolder
 from utils.weights import WeightsError
 
 log = logging.getLogger(__name__)
 
 
-class WanTextEncoder(nn.Module):
+class TextEncoder(nn.Module, ABC):
+    """Prompts to states [B, length, width], zero past each prompt's end."""
+
+    @abstractmethod
+    def forward(self, prompts: list[str]) -> Tensor:
+        """States [B, length, width] in the encoder's dtype."""
+
+    @abstractmethod
+    def tokens_cut(self, prompt: str) -> int:
+        """How many tokens of a prompt the model does not read."""
+
+
+class WanTextEncoder(TextEncoder):
     """Prompts to UMT5 states, as Wan reads them: padded to `text_len` rows, zero past the end."""
 
-    def __init__(self, folder: ModelFolder, text_len: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, weights: Path, tokenizer: Path, *, text_len: int, text_dim: int, dtype: torch.dtype
+    ) -> None:
+        """weights: a file or a folder of either layout. Raises WeightsError."""
         super().__init__()
-        weights = folder.text_encoder
-        assert weights is not None, "check_model comes first"
-        self.tokenizer = load_tokenizer(folder)
+        self.tokenizer = load_tokenizer(tokenizer)
         self.encoder = load_umt5(weights, dtype)
         self.text_len = text_len
-        sizes, wanted = self.encoder.config, folder.wan_config().text_dim
-        if sizes.d_model != wanted or sizes.vocab_size < len(self.tokenizer):
+        sizes = self.encoder.config
+        if sizes.d_model != text_dim or sizes.vocab_size < len(self.tokenizer):
             raise WeightsError(
                 f"{weights}: a text encoder of {sizes.vocab_size} tokens and width "
-                f"{sizes.d_model}; the tokenizer of {folder.path} has {len(self.tokenizer)}, its "
-                f"transformer reads {wanted}"
+                f"{sizes.d_model}; the tokenizer {tokenizer} has {len(self.tokenizer)}, the "
+                f"transformer reads {text_dim}"
             )
 
     @torch.no_grad()
@@ -56,19 +70,25 @@ class WanTextEncoder(nn.Module):
             max_length=self.text_len,
             return_tensors="pt",
         ).to(device)
-        states = self.encoder(batch.input_ids, batch.attention_mask).last_hidden_state
-        return states * batch.attention_mask[..., None].to(states.dtype)
+        states: Tensor = self.encoder(batch.input_ids, batch.attention_mask).last_hidden_state
+        mask: Tensor = batch.attention_mask
+        return states * mask[..., None].to(states.dtype)
+
+    def tokens_cut(self, prompt: str) -> int:
+        """How many tokens of a prompt the model does not read."""
+        words = self.tokenizer(clean_prompt(prompt), add_special_tokens=True).input_ids
+        return max(0, len(words) - self.text_len)
 
 
-def load_tokenizer(folder: ModelFolder) -> Any:
-    """The tokenizer of a model folder. Raises WeightsError if it cannot be read."""
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder. Raises WeightsError if it cannot be read."""
     from transformers import AutoTokenizer  # slow to import
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder.tokenizer))
+        return AutoTokenizer.from_pretrained(str(folder))
     except Exception as error:  # damaged files raise many types, some of them bare Exception
         reason = " ".join(str(error).split())
-        raise WeightsError(f"{folder.tokenizer}: not a readable tokenizer: {reason}") from error
+        raise WeightsError(f"{folder}: not a readable tokenizer: {reason}") from error
 
 
 def clean_prompt(prompt: str) -> str:

@@ -10,16 +10,22 @@ from torch import Tensor, nn
 
 from model.encoders.vae_names import to_diffusers
 from model.folders import component
-from model.folders.folder import ModelFolder
-from utils.tiny_world.codec import PatchCodec, frame_groups
+from utils.media.frame_groups import frame_groups
 from utils.weights import WeightFile, Weights, WeightsError
 
 
 class VideoVAE(Protocol):
-    """Pixels [B, 3, P, H, W] in [-1, 1] to normalised latents [B, C, F, h, w] and back."""
+    """Pixels [B, 3, P, H, W] in [-1, 1] to normalised latents [B, C, F, h, w] and back.
+
+    P = 1 + k (F - 1), where k is the temporal stride.
+    """
+
+    @property
+    def temporal_stride(self) -> int:
+        """Pixel frames to a latent frame; the first holds one."""
 
     def encode_to_latent(self, pixels: Tensor) -> Tensor:
-        """Pixels to latents, all at once; P = 1 + 4 (F - 1)."""
+        """Pixels to latents, all at once."""
 
     def decode_to_pixel(self, latents: Tensor) -> Tensor:
         """Latents to pixels, all at once."""
@@ -35,14 +41,14 @@ class StreamEncoder(Protocol):
     """Encodes successive pixel frames of one video."""
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """The next pixels to latents: 1 + 4 k frames in the first call, 4 k in each other."""
+        """The next pixels to latents: 1 + k n frames in the first call, k n in each other."""
 
 
 class StreamDecoder(Protocol):
     """Decodes successive latent frames of one video."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The next latent frames to their pixels, 1 for the very first and 4 for each other."""
+        """The next latent frames to their pixels, 1 for the very first and k for each other."""
 
 
 class WanVAEWrapper(nn.Module):
@@ -52,6 +58,9 @@ class WanVAEWrapper(nn.Module):
     frame at a time in either use, so a stream equals the whole bit for bit, and a long clip needs
     no more device memory than a short one: its pixels may stay on the CPU.
     """
+
+    temporal_stride = 4
+    spatial_stride = 8
 
     vae: Any
     mean: Tensor
@@ -132,8 +141,9 @@ class WanStreamEncoder:
     def encode(self, pixels: Tensor) -> Tensor:
         """The next pixels [B, 3, p, 8 h, 8 w] to latents, p = 1 + 4 k at first, then 4 k."""
         vae, mean = self._wrapper.vae, self._wrapper.mean
+        strides = self._wrapper.temporal_stride, self._wrapper.spatial_stride
         parts = []
-        for frames in frame_groups(pixels, started=self._started):
+        for frames in frame_groups(pixels, strides, started=self._started):
             moved = frames.to(mean.device, vae.dtype)
             features = vae.encoder(moved, feat_cache=self._cache, feat_idx=[0])
             self._started = True
@@ -169,22 +179,3 @@ class WanStreamDecoder:
 
 def _empty_cache(half: nn.Module) -> list[Any]:
     return [None] * sum(type(m).__name__ == "WanCausalConv3d" for m in half.modules())
-
-
-def load_vae(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> VideoVAE:
-    """The video codec of a model folder: Wan's autoencoder, or the tiny world's codec.
-
-    Raises WeightsError if it is none, or not that of the folder's transformer, if it has one.
-    """
-    path = folder.vae
-    assert path is not None, "check_model comes first"
-    if path.suffix == ".safetensors":
-        return PatchCodec.load(path).to(device)
-    vae = WanVAEWrapper.load(path, dtype)
-    channels = vae.mean.shape[1]
-    if folder.config is not None and channels != folder.wan_config().out_dim:
-        raise WeightsError(
-            f"{path}: an autoencoder of {channels} latent channels; the transformer of "
-            f"{folder.path} makes {folder.wan_config().out_dim}"
-        )
-    return vae.to(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from model.encoders.text import TextEncoder
 from model.encoders.vae import VideoVAE
 from model.folders.loading import Placement
 from model.types import FeatureSpec, LatentSpec
@@ -32,6 +33,16 @@ class ImageSpec:
     count: int  # 1 = the first frame, 2 = first and last
 
 
+@dataclass(frozen=True)
+class Export:
+    """A new model folder's denoiser, and how the folder is written."""
+
+    weights: Weights  # under the family's own names
+    layout: str  # one of the family's
+    dtype: torch.dtype | None = None  # of the denoiser; None = as stored
+    max_shard_bytes: int = 5 * 10**9
+
+
 class Model(ABC):
     """One release on disk, opened: nothing above `model/` asks for more than this.
 
@@ -40,6 +51,10 @@ class Model(ABC):
     """
 
     family: ClassVar[str]  # as messages name it
+    network: ClassVar[str]  # its denoiser, as messages name it
+    marks: ClassVar[tuple[str, ...]]  # weights that each of its denoisers has, by its own names
+    layouts: ClassVar[tuple[str, ...]]  # of the folders that it writes
+    namings: ClassVar[tuple[str, ...]] = ("official",)  # of single files; official = its own names
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -48,6 +63,16 @@ class Model(ABC):
     @abstractmethod
     def recognises(cls, path: Path) -> bool:
         """Whether the folder at `path` is of this family; cheap, and true of an incomplete one."""
+
+    @classmethod
+    def unsupported(cls, path: Path) -> str | None:
+        """What lies at `path`, if it is a relative of this family that cannot be used."""
+        return None
+
+    @classmethod
+    def how_to_get(cls, path: Path) -> str | None:
+        """How to get or complete a released model of the folder's name; None = not one of ours."""
+        return None
 
     @property
     @abstractmethod
@@ -79,6 +104,16 @@ class Model(ABC):
         """Pixel frames per second of the clips that it was trained on."""
         return 16.0
 
+    def check(self, *, weights: bool = True, encoders: bool = True, text: bool = True) -> None:
+        """Raise FileNotFoundError that lists what is missing; see `missing`."""
+        missing = self.missing(weights=weights, encoders=encoders, text=text)
+        if missing:
+            found = sorted(path.name for path in self.path.iterdir())
+            raise FileNotFoundError(
+                f"{self.path}: not a complete model folder: missing {'; '.join(missing)} "
+                f"(found {found}); {self.fetch()}"
+            )
+
     @abstractmethod
     def missing(
         self, *, weights: bool = True, encoders: bool = True, text: bool = True
@@ -89,9 +124,28 @@ class Model(ABC):
         images. text: False = of these, text is not wanted.
         """
 
-    @abstractmethod
     def fetch(self) -> str:
         """How to complete this folder, as a sentence."""
+        general = "copy what is missing from the release that the folder was made of"
+        return self.how_to_get(self.path) or general
+
+    @property
+    @abstractmethod
+    def parts(self) -> Mapping[str, Path]:
+        """Files and folders that are here: of codec, text_encoder, tokenizer, image_encoder.
+
+        What is encoded with them depends on their content.
+        """
+
+    @classmethod
+    def own_names(cls, weights: Weights, role: str) -> Weights:
+        """`weights` under this family's names, whatever their names are; unknown ones stay."""
+        return weights
+
+    @classmethod
+    def renamed(cls, name: str, naming: str) -> str:
+        """A weight's name under one of `namings`."""
+        return name
 
     @abstractmethod
     def find_weights(
@@ -117,7 +171,7 @@ class Model(ABC):
         """A Denoiser with fresh weights, the same for any number of ranks."""
 
     @abstractmethod
-    def load_text_encoder(self, dtype: torch.dtype) -> nn.Module:
+    def load_text_encoder(self, dtype: torch.dtype) -> TextEncoder:
         """Prompts (a list of B texts) to states [B, length, width]."""
 
     @abstractmethod
@@ -127,3 +181,14 @@ class Model(ABC):
     @abstractmethod
     def load_codec(self, device: torch.device, dtype: torch.dtype) -> VideoVAE:
         """What turns pixels into its latents and back."""
+
+    @abstractmethod
+    def check_export(self, export: Export, target: Path) -> None:
+        """Raise ValueError or OSError unless `export` can be written to `target`. Cheap."""
+
+    @abstractmethod
+    def export(self, export: Export, target: Path) -> None:
+        """Write a folder with this one's sizes and encoders; it appears whole or not at all.
+
+        Raises what `check_export` raises, and WeightsError for parts that are not what they seem.
+        """

@@ -46,6 +46,15 @@ def folder_weights(folder: Path) -> WeightFile:
     return WeightFile(found)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object to look at, or nothing where there is none; whoever needs it says so."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def folder_config(folder: Path, *classes: str) -> dict[str, Any]:
     """config.json of a sub-folder, which must describe one of `classes`. Raises WeightsError."""
     try:

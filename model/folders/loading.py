@@ -1,41 +1,36 @@
-"""Networks from model folders, weight files and training checkpoints, sharded as they are read."""
+"""Networks of any family from weights on disk or fresh, sharded as they are made."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from model.discriminator import Discriminator, DiscriminatorConfig, DiscriminatorHeads
-from model.folders.component import Renamed
-from model.folders.folder import ModelFolder
+from model.discriminator import (
+    Discriminator,
+    DiscriminatorConfig,
+    DiscriminatorHeads,
+    initial_value,
+)
 from model.types import FeatureSpec
-from model.wan.config import WanConfig
-from model.wan.transformer import WanTransformer, initial_value
-from model.wan.weights import to_official
-from model.wan_wrapper import WanDiffusionWrapper
 from utils import checkpoint
 from utils.parallel import parallelize
 from utils.seeding import generator
 from utils.weights import (
     CheckpointWeights,
-    MissingFilesError,
     WeightFile,
     Weights,
     WeightsError,
-    check_fits,
     fill_weights,
-    load_weights,
 )
 
-log = logging.getLogger(__name__)
+M = TypeVar("M", bound=nn.Module)
 
-# What the critics of other systems' GAN trainers hold beside a transformer.
-_FOREIGN_HEADS = ("_cls_pred_branch.", "_register_tokens.", "_gan_ca_blocks.")
 _FOREIGN_CHECKPOINT = "model.pt"  # in a folder of its own, with all networks of a step
 
 
@@ -50,18 +45,16 @@ class Placement:
     recompute: bool = False  # whether a transformer's blocks run again in the backward pass
 
 
-def find_weights(path: Path, *, role: str = "generator", averaged: bool | None = False) -> Weights:
-    """The transformer weights at `path`, under official names whatever their names there.
+def open_weights(
+    path: Path, in_folder: Path | None, *, role: str, averaged: bool | None
+) -> Weights:
+    """A network's weights at `path`, under the names that they have there.
 
-    A model folder, a weight file, a training checkpoint (step_N), or a log directory, whose newest
-    checkpoint is meant; in official or diffusers' names, with or without the prefixes of wrappers.
-    role: of a checkpoint, ours or a .pt file with several networks: generator or critic.
-    averaged: True = the generator's EMA, or a WeightsError; None = the EMA if there is one.
+    A weight file, a training checkpoint (step_N), or a log directory, whose newest checkpoint is
+    meant. in_folder: the file of weights, if `path` is a model folder that has one. role: of a
+    checkpoint, ours or a .pt file with several networks: generator or critic. averaged: True = the
+    generator's EMA, or a WeightsError; None = the EMA if there is one.
     """
-    return _translated(_open(path, role, averaged), role)
-
-
-def _open(path: Path, role: str, averaged: bool | None) -> Weights:
     if path.is_file():
         return WeightFile(path, role=role, averaged=averaged)
     if (path / "checkpoints").is_dir():
@@ -78,102 +71,37 @@ def _open(path: Path, role: str, averaged: bool | None) -> Weights:
         return CheckpointWeights(path, role=role, averaged=prefer)
     if (path / _FOREIGN_CHECKPOINT).is_file():
         return WeightFile(path / _FOREIGN_CHECKPOINT, role=role, averaged=averaged)
-    folder = ModelFolder(path)
-    if folder.weights is not None:
-        try:
-            return WeightFile(folder.weights, role=role, averaged=averaged)
-        except MissingFilesError as error:
-            raise WeightsError(f"{error}; {folder.fetch()}") from error
+    if in_folder is not None:
+        return WeightFile(in_folder, role=role, averaged=averaged)
     raise WeightsError(
         f"{path}: no weights here; give a model folder, a .safetensors or .pt file, a training "
         f"checkpoint (checkpoints/step_N), or the log directory of a run"
     )
 
 
-def _translated(weights: Weights, role: str) -> Weights:
-    """`weights` under official names; those of a foreign critic without its GAN heads."""
-    held = list(weights.shapes())
-    foreign = [name for name in held if name.startswith(_FOREIGN_HEADS)]
-    if role == "critic" and foreign:
-        log.info(
-            "%s: left out the %d weights of its GAN heads (%s, ...): they fit no other trainer",
-            weights.path,
-            len(foreign),
-            foreign[0],
-        )
-        held = [name for name in held if name not in foreign]
-    names = {to_official(name): name for name in held}
-    if len(names) < len(held):
-        raise WeightsError(f"{weights.path}: holds weights twice, under official and other names")
-    unchanged = len(held) == len(weights.shapes()) and all(old == new for new, old in names.items())
-    return weights if unchanged else Renamed(weights, names)
-
-
-def check_weights(config: WanConfig, weights: Weights, *, what: str) -> None:
-    """Raise WeightsError unless `weights` are those of a transformer of these sizes. Cheap.
-
-    The message says what architecture the weights look like.
-    """
+def empty(build: Callable[[], M], place: Placement) -> M:
+    """A network without values, laid over the ranks; `build` makes it, with its `blocks`."""
     with torch.device("meta"):
-        model = WanTransformer(config)
-    try:
-        check_fits(model, weights, what=what)
-    except WeightsError as error:
-        expected = _architecture({name: tuple(v.shape) for name, v in model.state_dict().items()})
-        found = _architecture(weights.shapes())
-        raise WeightsError(f"{error} They look like {found}; expected {expected}") from error
+        model = build().to(place.storage)
+    if place.mesh is not None:
+        parallelize(model, blocks_of(model), place.mesh, place.compute, recompute=place.recompute)
+    model.to_empty(device=place.device)
+    return model
 
 
-def _architecture(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The sizes of the transformer that weights of these shapes make."""
-    patch, ffn = shapes.get("patch_embedding.weight"), shapes.get("blocks.0.ffn.0.weight")
-    if patch is None or ffn is None or len(patch) != 5:
-        return "no Wan transformer"
-    layers = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
-    kind = "t2v"
-    if "blocks.0.cross_attn.k_img.weight" in shapes:
-        kind = "flf2v" if "img_emb.emb_pos" in shapes else "i2v"
-    return f"{kind} with dim {patch[0]}, ffn_dim {ffn[0]}, {len(layers)} layers, in_dim {patch[1]}"
-
-
-def load_network(
-    config: WanConfig, weights: Weights, place: Placement, *, what: str
-) -> WanDiffusionWrapper:
-    """A transformer with `weights`; each rank reads only what it keeps. `what` is for errors."""
-    check_weights(config, weights, what=what)
-    model = _empty(config, place)
-    load_weights(model, weights, what=what)
-    return WanDiffusionWrapper(model)
-
-
-def random_network(config: WanConfig, seed: int, place: Placement) -> WanDiffusionWrapper:
-    """A transformer with fresh weights, the same for any number of ranks."""
-    model = _empty(config, place)
-    fill_weights(
-        model, lambda name, shape: initial_value(name, shape, generator(seed, "weights", name))
-    )
-    return WanDiffusionWrapper(model)
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """What parallelism wraps one by one."""
+    blocks = model.get_submodule("blocks")
+    assert isinstance(blocks, nn.ModuleList), "a network has its layers in an nn.ModuleList"
+    return blocks
 
 
 def random_discriminator(
     features: FeatureSpec, config: DiscriminatorConfig, seed: int, place: Placement
 ) -> Discriminator:
-    """Heads with fresh weights for a network of these sizes, the same for any number of ranks."""
-    with torch.device("meta"):
-        heads = DiscriminatorHeads(features, config).to(place.storage)
-    if place.mesh is not None:
-        parallelize(heads, heads.blocks, place.mesh, place.compute)
-    heads.to_empty(device=place.device)
+    """Heads with fresh weights that read `features`, the same for any number of ranks."""
+    heads = empty(lambda: DiscriminatorHeads(features, config), place)
     fill_weights(
         heads, lambda name, shape: initial_value(name, shape, generator(seed, "heads", name))
     )
     return Discriminator(heads)
-
-
-def _empty(config: WanConfig, place: Placement) -> WanTransformer:
-    with torch.device("meta"):
-        model = WanTransformer(config).to(place.storage)
-    if place.mesh is not None:
-        parallelize(model, model.blocks, place.mesh, place.compute, recompute=place.recompute)
-    model.to_empty(device=place.device)
-    return model

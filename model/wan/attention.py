@@ -68,13 +68,13 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     # Within a compiled block the call belongs to the block's own graph.
     own_graph = q.is_cuda and not torch.compiler.is_compiling()
     kernel: Any = _compiled_flex() if own_graph else flex_attention
-    out = kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask)
+    out: Tensor = kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask)
     return out.transpose(1, 2)
 
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Any]:
-    kernel: Any = torch.compile(flex_attention, dynamic=False)
+    kernel: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
     return kernel
 
 
@@ -144,7 +144,8 @@ def _unpack(packed: Any) -> Tensor:
     if isinstance(packed, Tensor):
         return packed
     make, *layout = packed
-    return make().as_strided(*layout)
+    joined: Tensor = make()
+    return joined.as_strided(*layout)
 
 
 @functools.cache
@@ -154,4 +155,5 @@ def flash_attention() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
         from flash_attn import flash_attn_func  # optional kernel
     except ImportError:
         return None
-    return flash_attn_func
+    kernel: Callable[[Tensor, Tensor, Tensor], Tensor] = flash_attn_func
+    return kernel

@@ -152,7 +152,8 @@ class CrossAttention(nn.Module):
         out = attend(q, keys[0], keys[1])
         if self.sees_images:
             out = out + attend(q, keys[2], keys[3])
-        return self.o(out.flatten(2))
+        read: Tensor = self.o(out.flatten(2))
+        return read
 
     def keys_and_values(self, memory: Tensor) -> TextKeys:
         """Of memory [B, L, D], image tokens first; [B, l, heads, head_dim] each, text first."""
@@ -184,7 +185,8 @@ class Head(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x: [B, N, D]; time: [B, T, D] fp32. Returns [B, N, patch * out_dim]."""
         shift, scale = (self.modulation.float() + time[:, :, None]).unbind(2)
-        return self.head(modulate(self.norm, x, shift, scale))
+        patches: Tensor = self.head(modulate(self.norm, x, shift, scale))
+        return patches
 
 
 def modulate(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ class ImageEmbedding(nn.Module):
     def forward(self, clip: Tensor) -> Tensor:
         """clip: [B, n, image_dim]. Returns [B, n, D]."""
         clip = clip.to(next(self.proj.parameters()).dtype)
-        return self.proj(clip if self.emb_pos is None else clip + self.emb_pos)
+        tokens: Tensor = self.proj(clip if self.emb_pos is None else clip + self.emb_pos)
+        return tokens
 
 
 def check_images(config: WanConfig, text: Tensor, clip: Tensor | None) -> None:

@@ -27,7 +27,8 @@ class Memo:
         """The value of `key`, computed at the first call; one beyond the limit is not kept."""
         if key in self._values:
             self._values.move_to_end(key)
-            return self._values[key]
+            known: T = self._values[key]
+            return known
         # A tensor that is made in inference mode could never be used under autograd.
         with torch.inference_mode(False), torch.no_grad():
             value = compute()

@@ -180,7 +180,7 @@ class WanTransformer(nn.Module):
 
     def embed_text(self, text: Tensor, clip: Tensor | None) -> Tensor:
         """Text states [B, L, text_dim] to memory [B, L, D], behind the images' tokens if any."""
-        memory = self.text_embedding(text.to(_dtype(self.text_embedding)))
+        memory: Tensor = self.text_embedding(text.to(_dtype(self.text_embedding)))
         if not self.config.sees_images:
             return memory
         check_images(self.config, text, clip)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from model.conditioning import ConditioningEncoder, ImageEncoder, first_latents
 from model.types import Keyframes
+from tests.toy import at_home
 from utils.tiny_world.codec import PatchCodec
 
 CPU = torch.device("cpu")
@@ -47,6 +48,21 @@ def test_channels_are_a_mask_of_four_and_the_latents_of_the_image_before_grey(
     assert channels[:, :4, 1:].abs().max() == 0.0
     assert torch.equal(channels[:, 4:], codec.encode_to_latent(video))
     assert torch.equal(states, clip_states(first))
+
+
+def test_the_mask_has_a_channel_for_each_pixel_frame_of_a_latent() -> None:
+    with at_home():
+        from model.families.toy.encoders import ToyCodec
+    codec = ToyCodec(torch.tensor(2.0))  # two pixel frames to a latent, six channels
+    first, last = images(1, seed=1), images(1, seed=2)
+    _, channels = ImageEncoder(clip_states, codec)(Keyframes(first, last), 3)
+    mask = torch.zeros(1, 2, 3, 4, 6)
+    mask[:, :, 0] = 1.0
+    mask[:, 1, 2] = 1.0
+    video = torch.zeros(1, 3, 5, 16, 24)
+    video[:, :, 0], video[:, :, -1] = first, last
+    assert torch.equal(channels[:, :2], mask)
+    assert torch.equal(channels[:, 2:], codec.encode_to_latent(video))
 
 
 def test_a_last_frame_is_the_last_pixel_frame_of_the_last_latent_frame(

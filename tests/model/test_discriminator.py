@@ -25,6 +25,7 @@ from model.discriminator import (
     tapped_layers,
 )
 from model.dmd import DMD, DMDConfig
+from model.families.wan21.release import features_of
 from model.options.f_divergence import divergence_weight
 from model.types import FULL_ATTENTION, Batch, Conditioning, Context, Denoiser, Prediction
 from model.wan.config import PRESETS, WanConfig
@@ -53,18 +54,18 @@ def test_three_layers_are_tapped_where_the_reference_does(
     tiny_config: WanConfig, num_layers: int, layers: list[int]
 ) -> None:
     config = replace(tiny_config, num_layers=num_layers)
-    assert tapped_layers(config, DiscriminatorConfig()) == layers
+    assert tapped_layers(features_of(config), DiscriminatorConfig()) == layers
 
 
 def test_layers_can_be_named(tiny_config: WanConfig) -> None:
     config = replace(tiny_config, num_layers=6)
-    assert tapped_layers(config, DiscriminatorConfig(layers=[5, 2])) == [2, 5]
+    assert tapped_layers(features_of(config), DiscriminatorConfig(layers=[5, 2])) == [2, 5]
 
 
 @pytest.mark.parametrize("layers", [[2], [-1], [0, 0], [0, 7]])
 def test_layers_that_do_not_exist_are_refused(tiny_config: WanConfig, layers: list[int]) -> None:
     with pytest.raises(ValueError) as caught:
-        tapped_layers(tiny_config, DiscriminatorConfig(layers=layers))
+        tapped_layers(features_of(tiny_config), DiscriminatorConfig(layers=layers))
     assert str(caught.value) == (
         f"discriminator.layers: must be different blocks of 0 .. 1, got {layers}"
     )
@@ -82,14 +83,14 @@ def test_heads_fit_a_network_of_any_width_and_depth(
 
 def test_heads_for_the_largest_preset_are_as_wide_as_it() -> None:
     with torch.device("meta"):
-        heads = DiscriminatorHeads(PRESETS["Wan2.1-T2V-14B"], DiscriminatorConfig())
+        heads = DiscriminatorHeads(features_of(PRESETS["Wan2.1-T2V-14B"]), DiscriminatorConfig())
     assert heads.layers == [18, 28, 39]
     assert heads.hidden.in_features == 3 * 5120
     assert heads.blocks[0].ffn[0].out_features == 4 * 5120  # type: ignore[union-attr, index]
 
 
 def judge(model: WanTransformer, config: WanConfig, x: Tensor | None = None) -> Judgement:
-    heads = DiscriminatorHeads(config, DiscriminatorConfig())
+    heads = DiscriminatorHeads(features_of(config), DiscriminatorConfig())
     torch.manual_seed(0)
     for p in heads.parameters():
         if p.shape != (10,):
@@ -114,7 +115,7 @@ def test_a_samples_logit_does_not_depend_on_its_batch(
     x = random(3, 16, 2, 4, 4)
     model = tiny_wan()
     text = Conditioning(random(3, 12, 64, seed=1))
-    heads = Discriminator(DiscriminatorHeads(tiny_config, DiscriminatorConfig()))
+    heads = Discriminator(DiscriminatorHeads(features_of(tiny_config), DiscriminatorConfig()))
     for i, p in enumerate(heads.parameters()):
         p.data.copy_(0.2 * random(*p.shape, seed=i))
     net, sigma = WanDiffusionWrapper(model), torch.full((3, 1), 0.5)
@@ -244,7 +245,7 @@ class Features:
 def toy_heads() -> Discriminator:
     """One head over tokens of width 4, which gives logits between about -2 and 2."""
     config = WanConfig(dim=4, ffn_dim=8, num_heads=1, num_layers=1, out_dim=4, in_dim=4)
-    heads = DiscriminatorHeads(config, DiscriminatorConfig())
+    heads = DiscriminatorHeads(features_of(config), DiscriminatorConfig())
     for i, p in enumerate(heads.parameters()):
         if p.ndim > 1:
             p.data.copy_(random(*p.shape, seed=i))

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from model.folders.folder import CONFIG, WEIGHTS
-from model.folders.loading import Placement, find_weights, load_network
+from model.families.wan21.folder import CONFIG, WEIGHTS
+from model.families.wan21.weights import find_weights, load_network
+from model.folders.loading import Placement
 from model.wan.config import WanConfig, diffusers_config, write_wan_config
 from model.wan.transformer import WanTransformer
 from model.wan.weights import to_diffusers

@@ -18,6 +18,7 @@ from model.discriminator import (
     DiscriminatorHeads,
 )
 from model.dmd import DMDConfig
+from model.families.wan21.release import features_of
 from model.gan import GANConfig
 from model.types import Batch, Conditioning, Rollout
 from model.wan.transformer import WanTransformer
@@ -100,7 +101,7 @@ def build(case: Case, tiny_wan: WanFactory) -> Any:
         role: WanDiffusionWrapper(tiny_wan(seed=i)) for i, role in enumerate(case.needs.networks)
     }
     if case.needs.backbone is not None:
-        heads = DiscriminatorHeads(MINIATURE, DiscriminatorConfig())
+        heads = DiscriminatorHeads(features_of(MINIATURE), DiscriminatorConfig())
         fill_weights(heads, lambda name, shape: random_value(name, shape, seed=9))
         networks["discriminator"] = Discriminator(heads)
     return case.cls(case.config, Parts(networks, rollout(case), SIGMAS, case.layout))

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.families.tiny_world import TinyWorld
 from model.types import Batch
 from scripts import precompute_prompts
 from tests.ranks import run_on_ranks
 from tests.runs import assert_same_end, built, cut_after, refusal, rows, run
-from trainer import build as build_module
 from trainer.base import Trainer
 from utils.data.shards import ShardReader, ShardWriter
 from utils.media.images import to_signed
@@ -249,7 +249,7 @@ def test_prompts_that_are_encoded_already_give_the_same_numbers(
         precompute_prompts.main(["--config_path", str(configs["dmd"]), "--output_path", str(store)])
         == 0
     )
-    monkeypatch.setattr(build_module, "WanTextEncoder", None)  # whoever calls it fails
+    monkeypatch.setattr(TinyWorld, "load_text_encoder", None)  # whoever calls it fails
     again = run(configs["dmd"], tmp_path / "again", "steps=2", f"data.text_embeddings={store}")
     assert rows(again) == rows(usual)
 

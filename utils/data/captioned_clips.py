@@ -1,6 +1,6 @@
 """Captioned clips on disk: videos with texts beside them, and .pt files of encoded clips.
 
-Letters: latents [C, F, h, w]; pictures [3, H, W] with H = 8 h and W = 8 w.
+Letters: latents [C, F, h, w]; pictures [3, H, W] with H = k h and W = k w.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from utils.claims import Rejected
 from utils.data.prompts import read_utf8
 from utils.files import replaced_atomically
 from utils.media.video import VIDEO_SUFFIXES
-from utils.strides import SPATIAL_STRIDE
 from utils.weights import read_tensors
 
 FOREIGN_CHANNELS = 16  # of the latents in .pt files of another system, which come after the frames
@@ -129,12 +128,19 @@ def _own(content: Mapping[str, Any]) -> Clip:
     clip = Clip(**content)
     _check_latents(clip.prompt, clip.latents)
     frame, (height, width) = clip.first_frame, clip.latents.shape[-2:]
-    expected = (torch.uint8, (3, SPATIAL_STRIDE * height, SPATIAL_STRIDE * width))
-    if frame is not None and (
-        not isinstance(frame, Tensor) or (frame.dtype, tuple(frame.shape)) != expected
-    ):
-        raise ValueError(f"first_frame must be uint8 {expected[1]}, got {_kind(frame)}")
+    if frame is not None and not _enlarges(frame, height, width):
+        raise ValueError(
+            f"first_frame must be uint8 (3, {height} k, {width} k), got {_kind(frame)}"
+        )
     return clip
+
+
+def _enlarges(frame: object, height: int, width: int) -> bool:
+    """Whether `frame` is a picture of whole pixels to each of height x width latents."""
+    if not isinstance(frame, Tensor) or frame.dtype != torch.uint8 or frame.ndim != 3:
+        return False
+    stride = frame.shape[1] // height
+    return stride > 0 and tuple(frame.shape) == (3, stride * height, stride * width)
 
 
 def _foreign(prompt: object, latents: object) -> Clip:

@@ -16,7 +16,6 @@ from utils.claims import REPORT, SETTINGS
 from utils.data.prompts import read_prompt_folder, read_prompts
 from utils.data.shards import ShardReader, shard_paths
 from utils.seeding import generator
-from utils.strides import SPATIAL_STRIDE
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +25,7 @@ class RawItem:
     prompt: str
     latents: Tensor | None = None  # [C, F, H, W], fp32
     trajectory: Tensor | None = None  # [S, C, F, H, W], fp32, noise to clean
-    image: Tensor | None = None  # [3, 8 H, 8 W], uint8, the first frame
+    image: Tensor | None = None  # [3, height, width], uint8, the first frame
 
     @property
     def shapes(self) -> Shapes:
@@ -46,14 +45,14 @@ class Shapes:
     trajectory: tuple[int, ...] | None = None  # [S, C, F, H, W]
     image: tuple[int, int] | None = None  # height and width, pixels
 
-    def video(self, usual: Sequence[int]) -> tuple[int, int, int, int]:
+    def video(self, usual: Sequence[int], spatial_stride: int) -> tuple[int, int, int, int]:
         """[C, F, H, W] of a video that is made from such a record; `usual` of what it leaves open.
 
-        As its latents; or of the size of its image.
+        As its latents; or of the size of its image, whose `spatial_stride` pixels make a latent.
         """
         channels, frames, height, width = self.latents or usual
         if self.latents is None and self.image is not None:
-            height, width = (side // SPATIAL_STRIDE for side in self.image)
+            height, width = (side // spatial_stride for side in self.image)
         return channels, frames, height, width
 
 

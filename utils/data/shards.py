@@ -9,6 +9,7 @@ things of the same kinds.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from utils.data.lmdb_files import allow_open, open_to_read, open_to_write, put
-from utils.strides import SPATIAL_STRIDE
+
+PICTURES_TRIED = 16  # records of another system's shard that may tell the pictures' size
 
 
 class ShardWriter:
@@ -194,8 +196,19 @@ class Shard:
         # Another system's builder writes the latents' shape here too.
         if self.latent_shape is None:
             raise ValueError(f"{self.path}: 'img_shape' must be N H W 3, got {shape}")
-        height, width = self.latent_shape[-2:]
-        return SPATIAL_STRIDE * height, SPATIAL_STRIDE * width
+        return self._enlarged(*self.latent_shape[-2:])
+
+    def _enlarged(self, height: int, width: int) -> tuple[int, int]:
+        """The pictures' size, a multiple of the latents', from the bytes of the first whole one."""
+        for row in range(min(self.rows, PICTURES_TRIED)):
+            key, picture = self._get(row, "img")
+            stride = math.isqrt(len(picture) // (3 * height * width))  # pixels to a latent
+            if stride and 3 * height * width * stride**2 == len(picture):
+                return stride * height, stride * width
+        raise DamagedRecordError(
+            f"{self.path}: '{key}' has {len(picture)} bytes, which make no picture of the shape of "
+            f"the latents, {height} x {width}"
+        )
 
 
 class ShardReader:

@@ -5,7 +5,6 @@ Letters: frames [..., 3, H, W], uint8. Sizes are (height, width).
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -84,10 +83,3 @@ def describe_fit(shape: tuple[int, int], size: tuple[int, int]) -> str:
 
 def _words(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
-
-
-def snapped_size(shape: tuple[int, int], area: int, multiple: int) -> tuple[int, int]:
-    """The size of about `area` pixels with the aspect ratio of `shape`, in whole `multiple`s."""
-    factor = math.sqrt(area / (shape[0] * shape[1]))
-    height, width = (max(1, round(side * factor / multiple)) * multiple for side in shape)
-    return height, width

@@ -7,22 +7,25 @@ Letters: P = 1 + 4 (F - 1) pixel frames, pixels [B, 3, P, 8 H, 8 W] in [-1, 1], 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from utils.strides import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from utils.media.frame_groups import frame_groups
 from utils.weights import WeightFile, load_weights, write_weights
 
 CHANNELS = 16
+SPATIAL_STRIDE, TEMPORAL_STRIDE = 8, 4
+STRIDES = (TEMPORAL_STRIDE, SPATIAL_STRIDE)
 FILE_NAME = "patch_codec.safetensors"
 
 
 class PatchCodec(nn.Module):
     """One basis for the first frame and one for groups of four; encode and decode are matmuls."""
+
+    temporal_stride = TEMPORAL_STRIDE
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +113,7 @@ class PatchStreamEncoder:
     def encode(self, pixels: Tensor) -> Tensor:
         """The next pixels [B, 3, p, 8 H, 8 W] to latents, p = 1 + 4 k at first, then 4 k."""
         parts = []
-        for piece in frame_groups(pixels, started=self._started):
+        for piece in frame_groups(pixels, STRIDES, started=self._started):
             name, stride = ("group", TEMPORAL_STRIDE) if self._started else ("first", 1)
             parts.append(self._codec.encode_frame(piece, name, stride))
             self._started = True
@@ -132,22 +135,6 @@ class PatchStreamDecoder:
             parts.append(self._codec.decode_frame(frame, name, stride))
             self._started = True
         return torch.cat(parts, dim=2)
-
-
-def frame_groups(pixels: Tensor, *, started: bool) -> Iterator[Tensor]:
-    """The pixels of one latent frame after the other: [B, 3, 1, H, W] at first, then four frames.
-
-    started: the clip's first frame came earlier. Raises ValueError for pixels [B, 3, P, H, W] whose
-    frames or sides cannot be grouped.
-    """
-    frames, height, width = pixels.shape[2:]
-    if (frames - (not started)) % TEMPORAL_STRIDE or not frames:
-        wanted = "every later piece of a clip must have" if started else "a clip must have 1 +"
-        raise ValueError(f"{wanted} 4 k frames, got {frames}")
-    if height % SPATIAL_STRIDE or width % SPATIAL_STRIDE:
-        raise ValueError(f"the sides of a clip must be multiples of 8, got {height} x {width}")
-    groups = [] if started else [1]
-    return iter(pixels.split(groups + [TEMPORAL_STRIDE] * (frames // TEMPORAL_STRIDE), dim=2))
 
 
 def _to_patches(frames: Tensor, stride: int) -> Tensor:

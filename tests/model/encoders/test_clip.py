@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.encoders.clip import HEAD_DIM, WanCLIPEncoder, preprocess, to_official, to_transformers
-from model.folders.folder import IMAGE_ENCODER, ModelFolder
+from model.encoders.clip import HEAD_DIM, preprocess, to_official, to_transformers
+from model.families.registry import open_model
+from model.families.wan21.folder import IMAGE_ENCODER, ModelFolder
 from model.wan.config import write_wan_config
 from tests.folders import CLIP_LAYERS, CLIP_PATCH, IMAGE_DIM, IMAGE_TOKENS, clip_state, toy_config
 from utils.weights import WeightsError
@@ -54,6 +56,10 @@ def diffusers(folder: Path, state: dict[str, Tensor], prefix: str = "") -> Model
     return ModelFolder(folder)
 
 
+def loaded(folder: ModelFolder, dtype: torch.dtype) -> Any:
+    return open_model(folder.path).load_image_encoder(dtype)
+
+
 def images(count: int = 2, height: int = 40, width: int = 52) -> Tensor:
     rng = torch.Generator().manual_seed(5)
     return 2.0 * torch.rand(count, 3, height, width, generator=rng) - 1.0
@@ -87,7 +93,7 @@ def official_forward(w: dict[str, Tensor], x: Tensor, layers: int) -> Tensor:
 def test_states_are_those_of_the_official_forward_before_its_last_layer(
     tmp_path: Path, state: dict[str, Tensor]
 ) -> None:
-    found = WanCLIPEncoder(official(tmp_path, state), torch.float32)(images())
+    found = loaded(official(tmp_path, state), torch.float32)(images())
     expected = official_forward(state, preprocess(images(), CLIP_SIZE), CLIP_LAYERS - 1)
     difference = float((found - expected).abs().max())
     print(f"clip: {difference:.1e} from the official forward written out")
@@ -104,7 +110,7 @@ def test_states_are_the_penultimate_ones_of_transformers(
     from transformers import CLIPVisionModel
 
     folder = diffusers(tmp_path, state)
-    found = WanCLIPEncoder(folder, torch.float32)(images())
+    found = loaded(folder, torch.float32)(images())
     twin = CLIPVisionModel.from_pretrained(tmp_path / "image_encoder")
     hidden = twin(preprocess(images(), CLIP_SIZE), output_hidden_states=True).hidden_states
     difference = float((found - hidden[-2]).abs().max())
@@ -116,9 +122,9 @@ def test_states_are_the_penultimate_ones_of_transformers(
 def test_both_layouts_give_the_same_states_bit_for_bit(
     tmp_path: Path, state: dict[str, Tensor], prefix: str
 ) -> None:
-    ours = WanCLIPEncoder(official(tmp_path, state), torch.float32)(images())
+    ours = loaded(official(tmp_path, state), torch.float32)(images())
     (tmp_path / IMAGE_ENCODER).unlink()
-    theirs = WanCLIPEncoder(diffusers(tmp_path, state, prefix), torch.float32)(images())
+    theirs = loaded(diffusers(tmp_path, state, prefix), torch.float32)(images())
     assert torch.equal(ours, theirs)
 
 
@@ -133,7 +139,7 @@ def test_images_are_squeezed_and_normalised_as_clip_expects() -> None:
 
 
 def test_an_image_does_not_depend_on_its_batch(tmp_path: Path, state: dict[str, Tensor]) -> None:
-    encoder = WanCLIPEncoder(official(tmp_path, state), torch.float32)
+    encoder = loaded(official(tmp_path, state), torch.float32)
     together, alone = encoder(images(3))[1:2], encoder(images(3)[1:2])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0.0)
 
@@ -141,7 +147,7 @@ def test_an_image_does_not_depend_on_its_batch(tmp_path: Path, state: dict[str, 
 def test_the_encoder_is_frozen_and_of_the_asked_dtype(
     tmp_path: Path, state: dict[str, Tensor]
 ) -> None:
-    encoder = WanCLIPEncoder(official(tmp_path, state), torch.bfloat16)
+    encoder = loaded(official(tmp_path, state), torch.bfloat16)
     assert encoder(images()).dtype == torch.bfloat16
     assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in encoder.parameters())
@@ -150,7 +156,7 @@ def test_the_encoder_is_frozen_and_of_the_asked_dtype(
 def test_the_last_layer_is_neither_kept_nor_computed(
     tmp_path: Path, state: dict[str, Tensor]
 ) -> None:
-    encoder = WanCLIPEncoder(official(tmp_path, state), torch.float32)
+    encoder = loaded(official(tmp_path, state), torch.float32)
     assert len(encoder.encoder.encoder.layers) == CLIP_LAYERS - 1
 
 
@@ -180,19 +186,19 @@ def without(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 def test_a_file_without_a_tower_is_refused(tmp_path: Path, state: dict[str, Tensor]) -> None:
     folder = official(tmp_path, without(state, "visual.pos_embedding"))
     with pytest.raises(WeightsError, match="not a CLIP image encoder: 'pos_embedding' is missing"):
-        WanCLIPEncoder(folder, torch.float32)
+        loaded(folder, torch.float32)
 
 
 def test_a_missing_weight_is_named(tmp_path: Path, state: dict[str, Tensor]) -> None:
     folder = official(tmp_path, without(state, "visual.transformer.1.mlp.2.bias"))
     with pytest.raises(WeightsError, match=r"Missing key.*encoder.layers.1.mlp.fc2.bias"):
-        WanCLIPEncoder(folder, torch.float32)
+        loaded(folder, torch.float32)
 
 
 def test_a_width_that_heads_of_80_do_not_divide_is_refused(tmp_path: Path) -> None:
     folder = official(tmp_path, clip_state(96, IMAGE_TOKENS))
     with pytest.raises(WeightsError, match=r"width 96; the official file's heads are 80 wide"):
-        WanCLIPEncoder(folder, torch.float32)
+        loaded(folder, torch.float32)
 
 
 def test_an_encoder_of_another_class_is_refused(tmp_path: Path, state: dict[str, Tensor]) -> None:
@@ -200,4 +206,4 @@ def test_an_encoder_of_another_class_is_refused(tmp_path: Path, state: dict[str,
     path = tmp_path / "image_encoder" / "config.json"
     path.write_text(json.dumps(CONFIG | {"architectures": ["SiglipVisionModel"]}))
     with pytest.raises(WeightsError, match="must describe CLIPVisionModel"):
-        WanCLIPEncoder(folder, torch.float32)
+        loaded(folder, torch.float32)

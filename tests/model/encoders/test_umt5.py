@@ -16,7 +16,8 @@ from torch import Tensor
 
 from model.encoders.text import WanTextEncoder, clean_prompt
 from model.encoders.umt5 import load_umt5, official_name, open_umt5, to_official, to_transformers
-from model.folders.folder import TEXT_ENCODER, TOKENIZER, ModelFolder
+from model.families.registry import open_model
+from model.families.wan21.folder import TEXT_ENCODER, TOKENIZER
 from model.wan.config import write_wan_config
 from tests.folders import toy_config, umt5_shapes, umt5_state, write_tokenizer
 from utils.weights import WeightsError, check_fits
@@ -57,8 +58,8 @@ def official(original: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder(tiny_root: Path) -> WanTextEncoder:
-    folder = ModelFolder(tiny_root / "wan_models" / "Wan2.1-T2V-Tiny")
-    return WanTextEncoder(folder, 12, torch.float32)
+    folder = tiny_root / "wan_models" / "Wan2.1-T2V-Tiny"
+    return open_model(folder).load_text_encoder(torch.float32)
 
 
 @torch.no_grad()
@@ -229,13 +230,13 @@ def test_the_two_layouts_give_the_same_states(
     one, two = tmp_path / "official", tmp_path / "diffusers"
     for folder, tokenizer in ((one, TOKENIZER), (two, "tokenizer")):
         folder.mkdir()
-        write_wan_config(replace(toy_config(), text_dim=32), folder / "config.json")
+        sizes = replace(toy_config(), text_dim=32, text_len=12)
+        write_wan_config(sizes, folder / "config.json")
         write_tokenizer(folder / tokenizer)
     shutil.copy(official, one / TEXT_ENCODER)
     original.save_pretrained(two / "text_encoder")
     states = [
-        WanTextEncoder(ModelFolder(folder), 12, torch.float32)(["a red bar"])
-        for folder in (one, two)
+        open_model(folder).load_text_encoder(torch.float32)(["a red bar"]) for folder in (one, two)
     ]
     assert torch.equal(*states)
 

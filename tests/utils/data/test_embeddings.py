@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from model.conditioning import ConditioningEncoder
-from model.encoders.text import WanTextEncoder
-from model.folders.folder import ModelFolder
+from model.families.registry import open_model
 from utils.config import ConfigError
 from utils.data import embeddings as module
 from utils.data.embeddings import (
@@ -91,7 +90,7 @@ def test_states_come_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> Non
 def test_they_are_what_the_text_encoder_gives(
     dtype: torch.dtype, tiny_root: Path, tmp_path: Path
 ) -> None:
-    encoder = WanTextEncoder(ModelFolder(tiny_root / "wan_models/Wan2.1-T2V-Tiny"), 12, dtype)
+    encoder = open_model(tiny_root / "wan_models/Wan2.1-T2V-Tiny").load_text_encoder(dtype)
     prompts = [*PROMPTS, LONG]
     expected = {prompt: encoder([prompt]) for prompt in prompts}
     store(tmp_path, {prompt: rows[0] for prompt, rows in expected.items()}, dtype)

@@ -245,16 +245,25 @@ def test_pictures_of_another_kind_are_refused(tmp_path: Path, images: Tensor, me
 
 
 def foreign(
-    folder: Path, *, image_bytes: int = 32 * 48 * 3, latent_bytes: int = 2 * 3 * 4 * 6 * 2
+    folder: Path,
+    *,
+    records: int = 1,
+    image_bytes: int = 32 * 48 * 3,
+    latent_bytes: int = 2 * 3 * 4 * 6 * 2,
 ) -> Path:
-    """One shard with a record of latents [F=2, C=3, 4, 6] and a picture of 32 x 48."""
-    shape = b"1 2 3 4 6"
-    records = {f"{name}_shape".encode(): shape for name in ("prompts", "latents", "img")}
-    records[b"prompts_0_data"] = "Gr\u00fc\u00dfe".encode()
-    records[b"latents_0_data"] = bytes(latent_bytes)
-    records[b"img_0_data"] = bytes([1, 2, 3]) * (image_bytes // 3)
+    """One shard with records of latents [F=2, C=3, 4, 6] and a picture of 32 x 48.
+
+    image_bytes, latent_bytes: of the first record; the others are whole.
+    """
+    shape = f"{records} 2 3 4 6".encode()
+    rows = {f"{name}_shape".encode(): shape for name in ("prompts", "latents", "img")}
+    for row in range(records):
+        image, latent = (32 * 48 * 3, 288) if row else (image_bytes, latent_bytes)
+        rows[f"prompts_{row}_data".encode()] = "Gr\u00fc\u00dfe".encode()
+        rows[f"latents_{row}_data".encode()] = bytes(latent)
+        rows[f"img_{row}_data".encode()] = bytes([1, 2, 3]) * (image // 3)
     with lmdb.open(str(folder / "shard_0")) as env, env.begin(write=True) as transaction:
-        for key, value in records.items():
+        for key, value in rows.items():
             transaction.put(key, value)
     return folder
 
@@ -268,7 +277,7 @@ def test_shards_of_another_system_are_read(tmp_path: Path) -> None:
 
 
 def test_a_row_of_another_length_names_its_key_and_both_lengths(tmp_path: Path) -> None:
-    reader = ShardReader(foreign(tmp_path, image_bytes=300, latent_bytes=10))
+    reader = ShardReader(foreign(tmp_path, records=2, image_bytes=300, latent_bytes=10))
     where = f"{tmp_path}/shard_0"
     for read, words in (
         (reader.image, "'img_0_data' has 300 bytes, expected 4608 for 32 x 48 x 3 of uint8"),
@@ -280,6 +289,22 @@ def test_a_row_of_another_length_names_its_key_and_both_lengths(tmp_path: Path) 
         with pytest.raises(ValueError) as caught:
             read(0)
         assert str(caught.value) == f"{where}: {words}"
+
+
+@pytest.mark.parametrize("stride", [4, 8, 16])
+def test_the_size_of_foreign_pictures_follows_from_their_bytes(tmp_path: Path, stride: int) -> None:
+    reader = ShardReader(foreign(tmp_path, image_bytes=3 * 4 * 6 * stride**2))
+    assert reader.image_shape(0) == (4 * stride, 6 * stride)
+    assert reader.image(0).shape == (3, 4 * stride, 6 * stride)
+
+
+def test_foreign_pictures_of_no_possible_size_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        ShardReader(foreign(tmp_path, image_bytes=300))
+    assert str(caught.value) == (
+        f"{tmp_path}/shard_0: 'img_0_data' has 300 bytes, which make no picture of the shape of "
+        f"the latents, 4 x 6"
+    )
 
 
 @pytest.mark.parametrize(

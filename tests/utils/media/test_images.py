@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from utils.media.images import describe_fit, fit, read_image, snapped_size
+from utils.media.images import describe_fit, fit, read_image
 
 
 def saved(path: Path, image: Image.Image, **options: object) -> Path:
@@ -156,17 +156,3 @@ def test_what_is_done_to_a_frame_is_told(
     shape: tuple[int, int], size: tuple[int, int], words: str
 ) -> None:
     assert describe_fit(shape, size) == f"{words} (height x width)"
-
-
-@pytest.mark.parametrize(
-    ("shape", "expected"),
-    [((480, 832), (480, 832)), ((1080, 1920), (480, 848)), ((1000, 1000), (624, 624))],
-)
-def test_a_size_is_snapped_to_the_area_and_the_multiple(
-    shape: tuple[int, int], expected: tuple[int, int]
-) -> None:
-    assert snapped_size(shape, 480 * 832, 16) == expected
-
-
-def test_the_thinnest_strip_still_has_a_size() -> None:
-    assert snapped_size((1, 5000), 256 * 256, 16) == (16, 18096)

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.folders.folder import ModelFolder
 from utils.media.video import to_unit
 from utils.tiny_world.checker import CONTRAST_RANGE, MIN_PSNR_DB, Reading, read_clips
-from utils.tiny_world.codec import PatchCodec
+from utils.tiny_world.codec import FILE_NAME, PatchCodec
 from utils.tiny_world.world import (
     ATTRIBUTES,
     COLOURS,
@@ -56,8 +55,7 @@ def reading(clips: Tensor) -> Reading:
 
 @pytest.fixture(scope="module")
 def reading_through_codec(clips: Tensor, tiny_root: Path) -> Reading:
-    path = ModelFolder(tiny_root / "wan_models" / "Wan2.1-T2V-Tiny").vae
-    assert path is not None
+    path = tiny_root / "wan_models" / "Wan2.1-T2V-Tiny" / FILE_NAME
     codec = PatchCodec.load(path)
     return read_clips(to_unit(codec.decode_to_pixel(codec.encode_to_latent(2.0 * clips - 1.0))))
 

@@ -14,20 +14,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.encoders.clip import WanCLIPEncoder
-from model.encoders.text import WanTextEncoder
 from model.encoders.vae import WanVAEWrapper
+from model.families.base import Export
+from model.families.registry import open_model
+from model.families.wan21.folder import CONFIG, IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, ModelFolder
+from model.families.wan21.weights import find_weights, load_network
 from model.folders.component import folder_config
-from model.folders.export import Export, write_model_folder, write_shards
-from model.folders.folder import (
-    CONFIG,
-    IMAGE_ENCODER,
-    TEXT_ENCODER,
-    TOKENIZER,
-    ModelFolder,
-    check_model,
-)
-from model.folders.loading import Placement, find_weights, load_network
+from model.folders.loading import Placement
+from model.folders.writing import write_shards
 from model.wan.weights import to_diffusers
 from tests.conftest import build_wan
 from tests.folders import VAE, make_official, toy_config, umt5_state, vae_state
@@ -59,8 +53,14 @@ def converted(
     source: ModelFolder, target: Path, layout: str = "diffusers", **changes: Any
 ) -> ModelFolder:
     """`source` written to `target` in a layout."""
-    write_model_folder(Export(source, find_weights(source.path), layout, **changes), target)
+    weights = find_weights(source.path)
+    open_model(source.path).export(Export(weights, layout, **changes), target)
     return ModelFolder(target)
+
+
+def image_encoder(folder: ModelFolder, dtype: torch.dtype) -> Any:
+    """The CLIP encoder of a model that sees images."""
+    return open_model(folder.path).load_image_encoder(dtype)
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
@@ -101,7 +101,7 @@ def test_a_release_comes_back_from_diffusers_layout_bit_for_bit(
     assert unequal(found, {k: v for k, v in expected.items() if k not in dropped}) == []
     assert back.wan_config() == official[kind].wan_config()
     assert {value.dtype for value in found.values()} >= {torch.float32, torch.bfloat16}
-    check_model(back)
+    open_model(back.path).check()
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -109,7 +109,7 @@ def test_a_diffusers_folder_holds_what_ours_and_theirs_need(
     kind: str, twins: dict[str, ModelFolder], official: dict[str, ModelFolder]
 ) -> None:
     folder = twins[kind]
-    check_model(folder)
+    open_model(folder.path).check()
     assert folder.config == folder.path / "transformer" / "config.json"
     assert folder.wan_config() == official[kind].wan_config()
     index = json.loads((folder.path / "model_index.json").read_text(encoding="utf-8"))
@@ -160,7 +160,7 @@ def test_the_tiny_worlds_codec_is_copied_as_it_is(tiny_root: Path, tmp_path: Pat
     source = ModelFolder(tiny_root / "wan_models" / "Wan2.1-T2V-Tiny")
     copy = converted(source, tmp_path / "copy", "official")
     assert (copy.path / FILE_NAME).read_bytes() == (source.path / FILE_NAME).read_bytes()
-    check_model(copy)
+    open_model(copy.path).check()
 
 
 # ---- diffusers reads it
@@ -193,7 +193,7 @@ def test_wan_pipeline_loads_the_folder_and_computes_what_we_compute(
     assert error < 2e-5
     prompt = "a red dog runs on the beach"
     theirs = pipeline._get_t5_prompt_embeds([prompt], max_sequence_length=32)
-    ours = WanTextEncoder(folder, 32, torch.bfloat16)([prompt])
+    ours = open_model(folder.path).load_text_encoder(torch.bfloat16)([prompt])
     assert torch.equal(ours, theirs.to(ours.dtype))
     latents = torch.randn(1, 16, 2, 2, 3, generator=torch.Generator().manual_seed(0))
     vae = WanVAEWrapper.load(folder.path / "vae", torch.float32)
@@ -218,7 +218,7 @@ def test_wan_image_to_video_pipeline_loads_the_folder_and_computes_what_we_compu
     images = 2.0 * torch.rand(1, 3, 28, 28, generator=torch.Generator().manual_seed(0)) - 1.0
     pixels = (127.5 * (images[0] + 1.0)).round().byte().permute(1, 2, 0).numpy()
     theirs = pipeline.encode_image(pixels, torch.device("cpu"))
-    ours = WanCLIPEncoder(folder, torch.float16)(images)
+    ours = image_encoder(folder, torch.float16)(images)
     assert ours.shape == (1, 5, 160)
     # Theirs went through 8 bits per channel; the encoder's weights are fp16.
     assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
@@ -301,7 +301,7 @@ def test_an_image_encoder_with_its_projection_is_the_same_encoder(
     state = {**load_file(encoder / "model.safetensors"), "visual_projection.weight": torch.ones(2)}
     write_weights(state, encoder / "model.safetensors", {})
     images = torch.zeros(1, 3, 28, 28)
-    states = [WanCLIPEncoder(f, torch.float32)(images) for f in (folder, official["i2v"])]
+    states = [image_encoder(f, torch.float32)(images) for f in (folder, official["i2v"])]
     assert torch.equal(*states)
     back = all_tensors(converted(folder, tmp_path / "back", "official"))
     assert not any("visual_projection" in name for name in back)
@@ -365,9 +365,9 @@ class Breaking:
 def test_an_interrupted_call_leaves_nothing(
     official: dict[str, ModelFolder], tmp_path: Path
 ) -> None:
-    export = Export(official["t2v"], Breaking(official["t2v"], 30), "official", None, 10_000)
+    export = Export(Breaking(official["t2v"], 30), "official", None, 10_000)
     with pytest.raises(OSError, match="the disk went away"):
-        write_model_folder(export, tmp_path / "out")
+        open_model(official["t2v"].path).export(export, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -413,7 +413,7 @@ def test_the_tiny_worlds_codec_has_no_place_in_diffusers_layout(
     (source.path / VAE).unlink()
     codec = tiny_root / "wan_models" / "Wan2.1-T2V-Tiny" / FILE_NAME
     (source.path / FILE_NAME).write_bytes(codec.read_bytes())
-    with pytest.raises(ValueError, match="the tiny world's codec is no VAE of diffusers'"):
+    with pytest.raises(ValueError, match=f"{FILE_NAME}: this codec is no VAE of diffusers'"):
         converted(source, tmp_path / "out")
 
 
@@ -423,7 +423,7 @@ def test_weights_of_another_size_are_refused_before_anything_is_written(
     write_weights(build_wan(toy_config("i2v")).state_dict(), tmp_path / "i2v.safetensors", {})
     weights = find_weights(tmp_path / "i2v.safetensors")
     with pytest.raises(WeightsError, match=f"does not fit the transformer of {tmp_path.anchor}"):
-        write_model_folder(Export(official["t2v"], weights, "official"), tmp_path / "out")
+        open_model(official["t2v"].path).export(Export(weights, "official"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

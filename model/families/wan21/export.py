@@ -1,11 +1,9 @@
-"""Write whole model folders, official or diffusers', from a folder of either layout."""
+"""Write whole Wan2.1 folders, official or diffusers', from a folder of either layout."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,24 +18,25 @@ from model.encoders.umt5 import TIED, open_umt5
 from model.encoders.umt5 import to_official as official_umt5
 from model.encoders.vae import open_vae
 from model.encoders.vae_names import to_official as official_vae_name
-from model.folders.component import CONFIG, STEMS
-from model.folders.folder import (
+from model.families.base import Export
+from model.families.wan21.folder import (
+    CONFIG,
     IMAGE_ENCODER,
     MODEL_INDEX,
     TEXT_ENCODER,
     TOKENIZER,
+    VAE_FILE,
+    VAE_FOLDER,
     ModelFolder,
-    check_model,
 )
-from model.folders.loading import check_weights
+from model.families.wan21.weights import check_weights
+from model.folders.component import STEMS
+from model.folders.writing import appearing, check_target, copy_if_there, copy_part, write_shards
 from model.wan.config import diffusers_config, write_wan_config
 from model.wan.weights import to_diffusers
-from utils.files import write_text
-from utils.tiny_world.codec import FILE_NAME as PATCH_CODEC
-from utils.weights import INDEX_SUFFIX, Weights, check_fits, write_weights
+from utils.weights import Weights, check_fits
 
 LAYOUTS = ("official", "diffusers")
-VAE_FILE = "Wan2.1_VAE.pth"
 CLIP_TOKENIZER = "xlm-roberta-large"  # nothing here reads it; official code looks for it
 CLIP_PREFIX = "vision_model."  # as transformers 4 names its weights; 5 reads them too
 FLOW_SHIFT = 3.0  # of the scheduler in diffusers' folders; Wan's own advice for 480p
@@ -46,61 +45,50 @@ MODEL_STEM, TRANSFORMERS_STEM = STEMS
 SCHEDULER, IMAGE_PROCESSOR = "scheduler", "image_processor"  # folders of diffusers' layout
 
 
-@dataclass(frozen=True)
-class Export:
-    """What a model folder is made of, and how it is written."""
+def check_export(source: ModelFolder, export: Export, target: Path) -> None:
+    """Raise ValueError or OSError that says why `export` cannot be written to `target`. Cheap.
 
-    source: ModelFolder  # gives the sizes and all but the transformer's weights
-    weights: Weights  # of the transformer, under official names
-    layout: str  # official or diffusers
-    dtype: torch.dtype | None = None  # of the transformer; None = as stored
-    max_shard_bytes: int = 5 * 10**9
-
-
-def check_export(export: Export, target: Path) -> None:
-    """Raise ValueError or OSError that says why `export` cannot be written to `target`. Cheap."""
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(f"{target}: is there already; give a new or an empty folder")
-    check_model(export.source, weights=False)
-    config = export.source.wan_config()
-    check_weights(config, export.weights, what=f"the transformer of {export.source.path}")
+    source: a complete folder, which gives the sizes and all but the transformer's weights.
+    """
+    check_target(target)
+    config = source.wan_config()
+    check_weights(config, export.weights, what=f"the transformer of {source.path}")
     if export.layout == "diffusers":
         try:
             diffusers_config(config)
         except ValueError as error:
-            raise ValueError(f"{export.source.path}: no folder for diffusers: {error}") from error
-        if _present(export.source.vae).name == PATCH_CODEC:
-            raise ValueError(f"{export.source.vae}: the tiny world's codec is no VAE of diffusers'")
+            raise ValueError(f"{source.path}: no folder for diffusers: {error}") from error
+        if not _is_wans(vae := _present(source.vae)):
+            raise ValueError(f"{vae}: this codec is no VAE of diffusers'")
 
 
-def write_model_folder(export: Export, target: Path) -> None:
-    """Write a model folder; it appears whole or not at all.
+def write_model_folder(source: ModelFolder, export: Export, target: Path) -> None:
+    """Write a model folder, after `check_export`; it appears whole or not at all.
 
-    The transformer's weights are read and written a shard at a time. Raises what `check_export`
-    raises, and WeightsError for parts of the source that are not what their names say.
+    The transformer's weights are read and written a shard at a time. Raises WeightsError for parts
+    of the source that are not what their names say.
     """
-    check_export(export, target)
-    with _appearing(target) as part:
-        _write_folder(export, part)
+    with appearing(target) as part:
+        _write_folder(source, export, part)
 
 
-def _write_folder(export: Export, target: Path) -> None:
-    source, diffusers = export.source, export.layout == "diffusers"
+def _write_folder(source: ModelFolder, export: Export, target: Path) -> None:
+    diffusers = export.layout == "diffusers"
     # Small parts first: a wrong one is found before gigabytes are written.
     vae = _present(source.vae)
-    if vae.name == PATCH_CODEC:
-        _copy(vae, target / PATCH_CODEC)
-    else:
+    if _is_wans(vae):
         _write_part(VAE, vae, target, export)
+    else:
+        copy_part(vae, target / vae.name)
     if source.wan_config().sees_images:
         _write_part(CLIP, _present(source.image_encoder), target, export)
-    _copy(_present(source.tokenizer), target / ("tokenizer" if diffusers else TOKENIZER))
+    copy_part(_present(source.tokenizer), target / ("tokenizer" if diffusers else TOKENIZER))
     if diffusers:
         _write_diffusers_extras(source, target)
     else:
-        _copy_if_there(source.path / CLIP_TOKENIZER, target / CLIP_TOKENIZER)
+        copy_if_there(source.path / CLIP_TOKENIZER, target / CLIP_TOKENIZER)
     _write_part(UMT5, _present(source.text_encoder), target, export)
-    _write_transformer(export, target)
+    _write_transformer(source, export, target)
 
 
 def _present(path: Path | None) -> Path:
@@ -108,63 +96,16 @@ def _present(path: Path | None) -> Path:
     return path
 
 
-def write_shards(
-    tensors: Iterable[tuple[str, Tensor]],
-    folder: Path,
-    stem: str,
-    max_bytes: int,
-    metadata: Mapping[str, str],
-) -> None:
-    """Write tensors as they come: one safetensors file, or shards and their index.
-
-    A shard holds at most `max_bytes`, or a single tensor. No more than one is in memory.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    shards: list[list[str]] = []
-    shard: dict[str, Tensor] = {}
-    total = 0
-
-    def close() -> None:
-        write_weights(shard, folder / f"{stem}-{len(shards)}.safetensors", metadata)
-        shards.append(list(shard))
-        shard.clear()
-
-    for name, tensor in tensors:
-        if shard and sum(value.nbytes for value in shard.values()) + tensor.nbytes > max_bytes:
-            close()
-        shard[name] = tensor
-        total += tensor.nbytes
-    close()
-    if len(shards) == 1:
-        (folder / f"{stem}-0.safetensors").rename(folder / f"{stem}.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"{stem}-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{stem}-{number}.safetensors").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_text(folder / f"{stem}{INDEX_SUFFIX}", json.dumps(index, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
-    """A hidden folder beside `target` that becomes it at the end; what a killed call left goes."""
-    part = target.with_name(f".{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        part.replace(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+def _is_wans(codec: Path) -> bool:
+    """Whether a codec is Wan's autoencoder; another family's, of this transformer, is copied."""
+    return codec.name in (VAE_FILE, VAE_FOLDER)
 
 
 # ---- the transformer
 
 
-def _write_transformer(export: Export, target: Path) -> None:
-    config, folder = export.source.wan_config(), target
+def _write_transformer(source: ModelFolder, export: Export, target: Path) -> None:
+    config, folder = source.wan_config(), target
     if export.layout == "diffusers":
         folder = target / "transformer"
         folder.mkdir()
@@ -221,7 +162,7 @@ def _official_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {official_vae_name(name): value for name, value in state.items()}
 
 
-VAE = Part(VAE_FILE, "vae", MODEL_STEM, _read_vae, _official_vae)
+VAE = Part(VAE_FILE, VAE_FOLDER, MODEL_STEM, _read_vae, _official_vae)
 UMT5 = Part(TEXT_ENCODER, "text_encoder", TRANSFORMERS_STEM, _read_umt5, official_umt5)
 CLIP = Part(IMAGE_ENCODER, "image_encoder", TRANSFORMERS_STEM, _read_clip, official_clip)
 
@@ -231,7 +172,7 @@ def _write_part(part: Part, source: Path, target: Path, export: Export) -> None:
     diffusers = export.layout == "diffusers"
     wanted = target / (part.folder if diffusers else part.file)
     if source.is_dir() == diffusers:
-        _copy(source, wanted)
+        copy_part(source, wanted)
         return
     network, state = part.read(source)
     if not diffusers:
@@ -253,20 +194,6 @@ def _write_config(network: Any, folder: Path, dtype: torch.dtype) -> None:
 # ---- the rest
 
 
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_dir():
-        shutil.copytree(source, target)
-    else:
-        shutil.copyfile(source, target)
-
-
-def _copy_if_there(source: Path, target: Path) -> bool:
-    if source.exists():
-        _copy(source, target)
-    return source.exists()
-
-
 def _write_diffusers_extras(source: ModelFolder, target: Path) -> None:
     """The scheduler, the image processor and the index, as diffusers' pipelines look for them."""
     import diffusers  # slow to import
@@ -280,7 +207,7 @@ def _write_diffusers_extras(source: ModelFolder, target: Path) -> None:
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    if not _copy_if_there(source.path / SCHEDULER, target / SCHEDULER):
+    if not copy_if_there(source.path / SCHEDULER, target / SCHEDULER):
         diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT
         ).save_pretrained(target / SCHEDULER)
@@ -293,9 +220,9 @@ def _write_diffusers_extras(source: ModelFolder, target: Path) -> None:
         index["_class_name"] = "WanImageToVideoPipeline"
         index["image_encoder"] = ["transformers", "CLIPVisionModel"]
         index["image_processor"] = ["transformers", "CLIPImageProcessor"]
-        if not _copy_if_there(source.path / IMAGE_PROCESSOR, target / IMAGE_PROCESSOR):
+        if not copy_if_there(source.path / IMAGE_PROCESSOR, target / IMAGE_PROCESSOR):
             _write_image_processor(target)
-    if not _copy_if_there(source.path / MODEL_INDEX, target / MODEL_INDEX):
+    if not copy_if_there(source.path / MODEL_INDEX, target / MODEL_INDEX):
         _write_json(target / MODEL_INDEX, index)
 
 

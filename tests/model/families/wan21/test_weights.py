@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.folders.folder import CONFIG, WEIGHTS
-from model.folders.loading import Placement, check_weights, find_weights, load_network
+from model.families.wan21.folder import CONFIG, WEIGHTS
+from model.families.wan21.weights import check_weights, find_weights, load_network
+from model.folders.loading import Placement
 from model.wan.config import WanConfig, diffusers_config, write_wan_config
 from model.wan.weights import to_diffusers
 from tests.conftest import build_wan
@@ -118,7 +119,7 @@ def test_gan_heads_of_a_foreign_critic_are_left_out_and_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = foreign_checkpoint(tmp_path / "model.pt")
-    with caplog.at_level(logging.INFO, logger="model.folders.loading"):
+    with caplog.at_level(logging.INFO, logger="model.families.wan21.weights"):
         find_weights(path, role="generator")
         assert not caplog.messages
         find_weights(path, role="critic")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from model.folders.folder import ModelFolder, check_model, find_model
+from model.families.registry import find_model, open_model
+from model.families.wan21.folder import ModelFolder
 from model.wan.config import PRESETS, diffusers_config, write_wan_config
 
 TEXT = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -45,7 +46,7 @@ def diffusers(folder: Path, preset: str = "Wan2.1-I2V-14B") -> ModelFolder:
 
 def error_of(folder: ModelFolder, **options: bool) -> str:
     with pytest.raises(FileNotFoundError) as caught:
-        check_model(folder, **options)
+        open_model(folder.path).check(**options)
     return str(caught.value)
 
 
@@ -58,7 +59,7 @@ def test_an_official_folder_holds_its_parts_at_the_top(tmp_path: Path) -> None:
     assert folder.text_encoder == tmp_path / TEXT
     assert folder.tokenizer == tmp_path / "google/umt5-xxl"
     assert folder.image_encoder == tmp_path / CLIP
-    check_model(folder)
+    open_model(folder.path).check()
 
 
 def test_a_diffusers_folder_holds_its_parts_below(tmp_path: Path) -> None:
@@ -70,7 +71,7 @@ def test_a_diffusers_folder_holds_its_parts_below(tmp_path: Path) -> None:
     assert folder.text_encoder == tmp_path / "text_encoder"
     assert folder.tokenizer == tmp_path / "tokenizer"
     assert folder.image_encoder == tmp_path / "image_encoder"
-    check_model(folder)
+    open_model(folder.path).check()
 
 
 def test_a_mixture_takes_what_lies_at_the_top_first(tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_a_mixture_takes_what_lies_at_the_top_first(tmp_path: Path) -> None:
     assert folder.text_encoder == tmp_path / TEXT
     (tmp_path / TEXT).unlink()
     assert folder.text_encoder == tmp_path / "text_encoder"
-    check_model(folder)
+    open_model(folder.path).check()
 
 
 @pytest.mark.parametrize("make", [official, diffusers])
@@ -99,7 +100,7 @@ def test_an_empty_sub_folder_counts_as_missing(tmp_path: Path) -> None:
     folder = diffusers(tmp_path)
     (tmp_path / "vae" / "config.json").unlink()
     assert folder.vae is None
-    assert folder.missing() == ["Wan2.1_VAE.pth or vae or patch_codec.safetensors"]
+    assert folder.missing() == ["Wan2.1_VAE.pth or vae"]
 
 
 @pytest.mark.parametrize("preset", ["Wan2.1-I2V-14B", "Wan2.1-FLF2V-14B"])
@@ -116,7 +117,7 @@ def test_parts_that_a_run_does_not_read_are_not_wanted(tmp_path: Path) -> None:
     write_wan_config(PRESETS["Wan2.1-T2V-14B"], tmp_path / "config.json")
     folder = ModelFolder(tmp_path)
     assert folder.missing(weights=False, encoders=False) == []
-    vae = ["Wan2.1_VAE.pth or vae or patch_codec.safetensors"]
+    vae = ["Wan2.1_VAE.pth or vae"]
     assert folder.missing(weights=False, text=False) == vae
     assert folder.missing(weights=False)[:2] == [
         f"{TEXT} or text_encoder",
@@ -130,7 +131,7 @@ def test_an_incomplete_release_is_told_the_command_that_completes_it(tmp_path: P
     (path / "Wan2.1_VAE.pth").unlink()
     assert error_of(folder) == (
         f"{path}: not a complete model folder: missing "
-        "Wan2.1_VAE.pth or vae or patch_codec.safetensors "
+        "Wan2.1_VAE.pth or vae "
         f"(found ['config.json', '{STEM}.safetensors.index.json', 'google', '{CLIP}', '{TEXT}']); "
         f"fetch what is missing with: hf download Wan-AI/Wan2.1-T2V-14B --local-dir {path}"
     )
@@ -163,7 +164,7 @@ def test_no_command_is_invented_for_other_names(tmp_path: Path) -> None:
 
 def test_a_model_is_found_by_name_and_by_path(tmp_path: Path) -> None:
     official(tmp_path / "mine")
-    assert find_model(tmp_path, "mine") == ModelFolder(tmp_path / "mine")
+    assert find_model(tmp_path, "mine").path == tmp_path / "mine"
     assert find_model(Path("nowhere"), str(tmp_path / "mine")).path == tmp_path / "mine"
 
 

@@ -1,13 +1,11 @@
-"""A model folder, in the layout of an official Wan2.1 release or of diffusers: what lies where."""
+"""A Wan2.1 folder, in the layout of an official release or of diffusers: what lies where."""
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
 from model.wan.config import WanConfig, read_wan_config
-from utils.tiny_world.codec import FILE_NAME as PATCH_CODEC
 
 CONFIG = "config.json"
 TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -21,13 +19,14 @@ _INDEX, _WHOLE = (
 # Each part's possible places, the official one first. A mixture of layouts is a folder too.
 CONFIGS = (CONFIG, f"transformer/{CONFIG}")
 WEIGHTS = (_INDEX, _WHOLE, f"transformer/{_INDEX}", f"transformer/{_WHOLE}")
-VAE = ("Wan2.1_VAE.pth", "vae", PATCH_CODEC)  # the last is the tiny world's
+VAE_FILE, VAE_FOLDER = "Wan2.1_VAE.pth", "vae"
+VAE = (VAE_FILE, VAE_FOLDER)
 TEXT_ENCODERS = (TEXT_ENCODER, "text_encoder")
 TOKENIZERS = (TOKENIZER, "tokenizer")
 IMAGE_ENCODERS = (IMAGE_ENCODER, "image_encoder")
 
 MODEL_INDEX = "model_index.json"  # at the top of diffusers' layout
-_PUBLISHED = {
+PUBLISHED = {
     name.lower(): name
     for name in (
         "Wan2.1-T2V-1.3B",
@@ -42,7 +41,6 @@ _PUBLISHED = {
         "Wan2.1-FLF2V-14B-720P-diffusers",
     )
 }
-_TINY = ("wan2.1-t2v-tiny", "wan2.1-i2v-tiny")
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,7 @@ class ModelFolder:
     """One release on disk."""
 
     path: Path
+    codecs: tuple[str, ...] = VAE  # where the video codec may be
 
     def wan_config(self) -> WanConfig:
         """The transformer's sizes. Raises ValueError or FileNotFoundError that names the file."""
@@ -68,7 +67,7 @@ class ModelFolder:
     @property
     def vae(self) -> Path | None:
         """The video codec: a file or a sub-folder."""
-        return self._first(VAE)
+        return self._first(self.codecs)
 
     @property
     def text_encoder(self) -> Path | None:
@@ -102,59 +101,26 @@ class ModelFolder:
             wanted.append(WEIGHTS)
         if encoders:
             wanted += [TEXT_ENCODERS, TOKENIZERS] if text else []
-            wanted.append(VAE)
+            wanted.append(self.codecs)
             if self.config is not None and self.wan_config().sees_images:
                 wanted.append(IMAGE_ENCODERS)
         return [" or ".join(names) for names in wanted if self._first(names) is None]
 
     def fetch(self) -> str:
-        """The command that completes this folder, as a sentence; known for published releases."""
-        name = self.path.resolve().name.lower()
-        if name in _PUBLISHED:
-            command = f"hf download Wan-AI/{_PUBLISHED[name]} --local-dir {self.path}"
-            return f"fetch what is missing with: {command}"
-        if name in _TINY:
-            return "make it with: python scripts/make_tiny_world.py"
-        return "copy what is missing from the release that the folder was made of"
+        """How to complete this folder, as a sentence."""
+        command = fetch_command(self.path)
+        if command is None:
+            return "copy what is missing from the release that the folder was made of"
+        return f"fetch what is missing with: {command}"
+
+
+def fetch_command(path: Path) -> str | None:
+    """What fetches the published release of a folder's name; None = there is none."""
+    name = path.resolve().name.lower()
+    if name not in PUBLISHED:
+        return None
+    return f"hf download Wan-AI/{PUBLISHED[name]} --local-dir {path}"
 
 
 def _holds_files(path: Path) -> bool:
     return path.is_dir() and any(path.iterdir())
-
-
-def find_model(root: Path, name: str) -> ModelFolder:
-    """The folder of model `name`: a path as it is, or a name below `root`.
-
-    Raises FileNotFoundError that lists the models that are there.
-    """
-    for path in (Path(name), root / name):
-        if path.is_dir():
-            return ModelFolder(path)
-    marks = (MODEL_INDEX, *CONFIGS)
-    present = sorted(
-        path.name
-        for path in (root.iterdir() if root.is_dir() else ())
-        if any((path / mark).is_file() for mark in marks)
-    )
-    near = difflib.get_close_matches(name, present, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    if Path(name).name.lower() in (*_PUBLISHED, *_TINY):
-        hint += f"; {ModelFolder(root / name).fetch()}"
-    found = f"it holds {present}" if present else "it holds no model"
-    raise FileNotFoundError(f"model '{name}': no folder {root / name} ({found}){hint}")
-
-
-def check_model(
-    folder: ModelFolder, *, weights: bool = True, encoders: bool = True, text: bool = True
-) -> None:
-    """Raise FileNotFoundError that lists all that is missing from a model folder.
-
-    The settings are those of `ModelFolder.missing`.
-    """
-    missing = folder.missing(weights=weights, encoders=encoders, text=text)
-    if missing:
-        found = sorted(path.name for path in folder.path.iterdir())
-        raise FileNotFoundError(
-            f"{folder.path}: not a complete model folder: missing {'; '.join(missing)} "
-            f"(found {found}); {folder.fetch()}"
-        )

@@ -1,0 +1,222 @@
+"""Wan2.1 as a model: what nothing outside this folder asks for in any other way."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import model.families.wan21.export as exports
+import model.families.wan21.weights as transformers
+from model.encoders.clip import WanCLIPEncoder
+from model.encoders.text import TextEncoder, WanTextEncoder
+from model.encoders.vae import VideoVAE, WanVAEWrapper
+from model.families.base import Export, ImageSpec, Model, TextSpec
+from model.families.wan21.folder import (
+    CONFIGS,
+    MODEL_INDEX,
+    VAE_FILE,
+    VAE_FOLDER,
+    ModelFolder,
+    fetch_command,
+)
+from model.folders.component import read_json
+from model.folders.loading import Placement
+from model.types import FeatureSpec, LatentSpec
+from model.wan.config import WanConfig
+from model.wan.weights import to_diffusers
+from utils.weights import Weights, WeightsError
+
+# Of Wan2.1's autoencoder, whatever transformer lies beside it.
+TEMPORAL_STRIDE, SPATIAL_STRIDE = WanVAEWrapper.temporal_stride, WanVAEWrapper.spatial_stride
+USUAL = LatentSpec(16, TEMPORAL_STRIDE, SPATIAL_STRIDE, (2, 2))  # of all published releases
+MARKS = (*CONFIGS, MODEL_INDEX, VAE_FILE, f"{VAE_FOLDER}/config.json")  # any will do
+
+
+class Wan21(Model):
+    """A folder in either layout; `folder` knows what lies where."""
+
+    family = "Wan2.1"
+    network = "Wan transformer"
+    marks = ("patch_embedding.weight", "blocks.0.modulation", "head.modulation")
+    layouts = exports.LAYOUTS
+    namings = ("official", "diffusers", "reference")
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.folder = self._open(path)
+
+    @classmethod
+    def _open(cls, path: Path) -> ModelFolder:
+        return ModelFolder(path)
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """By a transformer's config.json, an index or an autoencoder; or by its released name."""
+        classes = {_class_name(path / mark) for mark in (*CONFIGS, MODEL_INDEX)} - {""}
+        if any(not name.startswith("Wan") for name in classes):
+            return False  # says itself that it is another's
+        there = any((path / mark).is_file() for mark in MARKS)
+        return there or (path.is_dir() and fetch_command(path) is not None)
+
+    @classmethod
+    def unsupported(cls, path: Path) -> str | None:
+        """Releases of Wan2.2: other sizes, two transformers, or another autoencoder."""
+        found = [name for name in _WAN22 if (path / name).exists()]
+        if any(read_json(path / config).get("model_type") == "ti2v" for config in CONFIGS):
+            found.append("model_type ti2v")
+        vae = read_json(path / VAE_FOLDER / "config.json")
+        if vae.get("patch_size") is not None:
+            found.append(f"{VAE_FOLDER}/config.json of an autoencoder with pixel patches")
+        if not found:
+            return None
+        return (
+            f"a model of Wan2.2 ({', '.join(found)}), which is not supported; use one of Wan2.1, "
+            f"as Wan2.1-T2V-1.3B"
+        )
+
+    @classmethod
+    def how_to_get(cls, path: Path) -> str | None:
+        """The command that fetches a published release."""
+        command = fetch_command(path)
+        return None if command is None else f"fetch what is missing with: {command}"
+
+    @cached_property
+    def sizes(self) -> WanConfig:
+        """The transformer's."""
+        return self.folder.wan_config()
+
+    @property
+    def latent(self) -> LatentSpec:
+        """See Model; an autoencoder without a transformer has the usual one."""
+        if self.folder.config is None:
+            return USUAL
+        _, rows, columns = self.sizes.patch_size
+        return LatentSpec(self.sizes.out_dim, TEMPORAL_STRIDE, SPATIAL_STRIDE, (rows, columns))
+
+    @property
+    def text(self) -> TextSpec:
+        """See Model."""
+        return TextSpec(self.sizes.text_len, self.sizes.text_dim)
+
+    @property
+    def images(self) -> ImageSpec | None:
+        """See Model."""
+        return ImageSpec(self.sizes.image_count) if self.sizes.sees_images else None
+
+    @property
+    def features(self) -> FeatureSpec:
+        """See Model."""
+        return features_of(self.sizes)
+
+    @property
+    def architecture(self) -> Hashable:
+        """See Model."""
+        return self.sizes
+
+    def missing(
+        self, *, weights: bool = True, encoders: bool = True, text: bool = True
+    ) -> list[str]:
+        """See Model."""
+        return self.folder.missing(weights=weights, encoders=encoders, text=text)
+
+    @property
+    def parts(self) -> Mapping[str, Path]:
+        """See Model."""
+        folder = self.folder
+        found = {
+            "codec": folder.vae,
+            "text_encoder": folder.text_encoder,
+            "tokenizer": folder.tokenizer,
+            "image_encoder": folder.image_encoder,
+        }
+        return {name: path for name, path in found.items() if path is not None}
+
+    @classmethod
+    def own_names(cls, weights: Weights, role: str) -> Weights:
+        """Under the official release's names."""
+        return transformers.translated(weights, role)
+
+    @classmethod
+    def renamed(cls, name: str, naming: str) -> str:
+        """diffusers names weights otherwise; the reference puts official names into groups."""
+        return to_diffusers(name) if naming == "diffusers" else name
+
+    def find_weights(
+        self, path: Path | None = None, *, role: str = "generator", averaged: bool | None = False
+    ) -> Weights:
+        """See Model; under the official release's names."""
+        return transformers.find_weights(path or self.path, role=role, averaged=averaged)
+
+    def check_weights(self, weights: Weights, *, what: str) -> None:
+        """See Model."""
+        transformers.check_weights(self.sizes, weights, what=what)
+
+    def load_network(self, weights: Weights, place: Placement, *, what: str) -> nn.Module:
+        """See Model."""
+        return transformers.load_network(self.sizes, weights, place, what=what)
+
+    def random_network(self, seed: int, place: Placement) -> nn.Module:
+        """See Model."""
+        return transformers.random_network(self.sizes, seed, place)
+
+    def load_text_encoder(self, dtype: torch.dtype) -> TextEncoder:
+        """See Model."""
+        parts, sizes = self.parts, self.sizes
+        return WanTextEncoder(
+            parts["text_encoder"],
+            parts["tokenizer"],
+            text_len=sizes.text_len,
+            text_dim=sizes.text_dim,
+            dtype=dtype,
+        )
+
+    def load_image_encoder(self, dtype: torch.dtype) -> nn.Module | None:
+        """See Model."""
+        if not self.sizes.sees_images:
+            return None
+        return WanCLIPEncoder(
+            self.parts["image_encoder"],
+            tokens=self.sizes.image_tokens,
+            width=self.sizes.image_dim,
+            dtype=dtype,
+        )
+
+    def load_codec(self, device: torch.device, dtype: torch.dtype) -> VideoVAE:
+        """See Model. Raises WeightsError if it is none, or not that of the transformer."""
+        path = self.parts["codec"]
+        vae = WanVAEWrapper.load(path, dtype)
+        channels, wanted = vae.mean.shape[1], self.latent.channels
+        if self.folder.config is not None and channels != wanted:
+            raise WeightsError(
+                f"{path}: an autoencoder of {channels} latent channels; the transformer of "
+                f"{self.path} makes {wanted}"
+            )
+        return vae.to(device)
+
+    def check_export(self, export: Export, target: Path) -> None:
+        """See Model."""
+        self.check(weights=False)
+        exports.check_export(self.folder, export, target)
+
+    def export(self, export: Export, target: Path) -> None:
+        """See Model."""
+        self.check_export(export, target)
+        exports.write_model_folder(self.folder, export, target)
+
+
+def features_of(sizes: WanConfig) -> FeatureSpec:
+    """What a discriminator can read of a transformer of these sizes."""
+    return FeatureSpec(sizes.num_layers, sizes.dim, sizes.num_heads, sizes.eps)
+
+
+_WAN22 = ("high_noise_model", "low_noise_model", "transformer_2", "Wan2.2_VAE.pth")
+
+
+def _class_name(path: Path) -> str:
+    """What a file says that it describes; empty if it does not."""
+    name = read_json(path).get("_class_name")
+    return name if isinstance(name, str) else ""
