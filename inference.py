@@ -327,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             run(args, config, source, jobs, start, session)
         except USER_ERRORS as error:  # such as damaged encoders, or a full disk
-            return fail(error, own=True)
+            return fail(error)
         except KeyboardInterrupt:
             return stopped(log)
     return 0

@@ -8,11 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.base import AGAIN, RunFailedError
+from trainer.base import AGAIN
 from trainer.build import RunOptions, build_trainer
 from trainer.config import Config, load
 from utils.cli import USER_ERRORS, fail, start_logging
-from utils.data.shards import DamagedRecordError
 from utils.distributed import distributed_session
 
 log = logging.getLogger(__name__)
@@ -63,15 +62,9 @@ def run(config: Config, options: RunOptions) -> int:
     with distributed_session(timeout_s=config.timeout_s) as session:
         start_logging(main_rank=session.is_main)
         try:
-            trainer = build_trainer(config, session, options)
+            build_trainer(config, session, options).train()
         except USER_ERRORS as error:
             return fail(error)
-        try:
-            trainer.train()
-        except RunFailedError as error:
-            return fail(error)
-        except DamagedRecordError as error:
-            return fail(error, own=True)
     return 0
 
 

@@ -32,6 +32,7 @@ from utils.cli import USER_ERRORS, fail, start_logging, stopped
 from utils.config import ConfigError
 from utils.data.captioned_clips import CaptionedVideo, Clip, pair_videos, save_clip
 from utils.distributed import Session, distributed_session
+from utils.errors import NotFoundError, UserError
 from utils.hashes import content_hash
 from utils.media.images import fit, to_signed
 from utils.media.video import frame_rate, read_frames
@@ -113,7 +114,7 @@ def find_vae(args: argparse.Namespace) -> ModelFolder:
     folder = find_model(args.model_root, args.model_name)
     if folder.vae is None:
         found = sorted(path.name for path in folder.path.iterdir())
-        raise FileNotFoundError(f"{folder.path}: has no VAE, {' or '.join(VAE)} (found {found})")
+        raise NotFoundError(f"{folder.path}: has no VAE, {' or '.join(VAE)} (found {found})")
     return folder
 
 
@@ -145,7 +146,7 @@ def windows(video: CaptionedVideo, args: argparse.Namespace) -> Iterator[list[Te
     """
     rate = frame_rate(video.path)
     if rate is not None and rate < args.min_source_fps:
-        raise ValueError(
+        raise UserError(
             f"has {rate:g} frames per second, fewer than {args.min_source_fps:g}: they would repeat"
         )
     size = None
@@ -159,7 +160,7 @@ def windows(video: CaptionedVideo, args: argparse.Namespace) -> Iterator[list[Te
             if len(frames) >= args.min_num_frames:
                 yield frames[: (len(frames) - 1) // 4 * 4 + 1]
             elif number == 0:
-                raise ValueError(
+                raise UserError(
                     f"too short: {len(frames)} frames at {args.fps:g} per second, expected at "
                     f"least {args.min_num_frames}"
                 )
@@ -178,7 +179,7 @@ def encode(vae: VideoVAE, frames: Sequence[Tensor]) -> Tensor:
     latents = [encoder.encode(to_signed(piece[None])) for piece in pieces]
     stored = torch.cat(latents, dim=2)[0].half().cpu()
     if not bool(stored.isfinite().all()):
-        raise ValueError("its latents are not finite")
+        raise UserError("its latents are not finite")
     return stored
 
 
@@ -258,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if session.is_main:
                 write_rejected(folder / "rejected.json", rejected)
         except OSError as error:
-            return fail(error, own=True)
+            return fail(error)
         except KeyboardInterrupt:
             return stopped(log)
         if session.is_main:

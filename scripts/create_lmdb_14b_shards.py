@@ -38,6 +38,7 @@ from utils.config import ConfigError
 from utils.data.captioned_clips import Clip, clip_files, pair_videos, read_clips
 from utils.data.shards import ShardWriter, shard_paths
 from utils.distributed import Session, distributed_session
+from utils.errors import UserError
 from utils.files import write_text
 from utils.media.images import fit
 from utils.media.video import read_frames
@@ -139,7 +140,7 @@ def plan(args: argparse.Namespace, *, progress: bool) -> Plan:
             kept.append(item)
     if not kept:
         first_fault = "; ".join(f"{entry.file}: {entry.reason}" for entry in rejected[:1])
-        raise ValueError(f"{args.data_path}: holds no clip of use ({first_fault})")
+        raise UserError(f"{args.data_path}: holds no clip of use ({first_fault})")
     return Plan(_shards(kept, args.num_shards), rejected, duplicates, videos, images)
 
 
@@ -187,7 +188,7 @@ def load(item: Item, args: argparse.Namespace, work: Plan) -> tuple[Tensor, Tens
     clip = read_clips(args.data_path / item.file)[item.number]
     latents = clip.latents.to(torch.float16)
     if not bool(latents.isfinite().all()):
-        raise ValueError("its latents are not finite")
+        raise UserError("its latents are not finite")
     return latents, first_frame(clip, item, work) if work.images else None
 
 
@@ -278,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 text = json.dumps(summary, indent=1, ensure_ascii=False)
                 write_text(args.lmdb_path / REPORT, text + "\n")
         except USER_ERRORS as error:
-            return fail(error, own=True)
+            return fail(error)
         except KeyboardInterrupt:
             return stopped(log)
         if session.is_main:

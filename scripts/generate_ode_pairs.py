@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             run(args, config, records, load_generator(config, source, session.device), session)
         except USER_ERRORS as error:
-            return fail(error, own=True)
+            return fail(error)
         except KeyboardInterrupt:
             return stopped(log)
         log.info("this process's share of %d pairs is in %s", records.count, args.output_folder)

@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 run(missing, folder, encoder, session)
             except USER_ERRORS as error:
-                return fail(error, own=True)
+                return fail(error)
             except KeyboardInterrupt:
                 return stopped(log)
         if session.is_main:

@@ -28,6 +28,7 @@ from utils import checkpoint
 from utils.config import to_yaml
 from utils.distributed import Session
 from utils.ema import EMA
+from utils.errors import UserError
 from utils.metrics import Metrics, Tracker, not_finite
 from utils.seeding import StepRNG, step_rng
 
@@ -41,7 +42,7 @@ class Interrupted(KeyboardInterrupt):
     """A signal asked the run to stop, and it did, after a whole step."""
 
 
-class RunFailedError(RuntimeError):
+class RunFailedError(UserError):
     """The run cannot go on, and says why."""
 
 

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from utils.distributed import Session
+from utils.errors import UserError
 from utils.files import write_text
 
 log = logging.getLogger(__name__)
@@ -83,9 +84,9 @@ class Reader(dcp.FileSystemReader):
                 with self._file.open("rb") as file:
                     content = _Unpickler(file).load()
             except Exception as error:  # unpickling raises many types; all mean the same
-                raise ValueError(f"{self._file}: not readable as metadata: {error}") from error
+                raise UserError(f"{self._file}: not readable as metadata: {error}") from error
             if not isinstance(content, Metadata):
-                raise ValueError(f"{self._file}: holds no metadata but a {type(content).__name__}")
+                raise UserError(f"{self._file}: holds no metadata but a {type(content).__name__}")
             self._metadata = content
         return self._metadata
 

@@ -12,12 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from utils.errors import UserError
+
 T = TypeVar("T")
 
 OMITTED = ("full_key", "object_type", "reference_type")  # lines of OmegaConf's messages
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that its user can mend; the message holds one problem per line."""
 
 

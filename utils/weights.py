@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from utils import checkpoint
+from utils.errors import UserError
 from utils.files import replaced_atomically
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 INDEX_SUFFIX = ".safetensors.index.json"
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """Weights that do not fit the model they are meant for."""
 
 

@@ -32,6 +32,7 @@ from model.folders.folder import (
 from model.folders.loading import check_weights
 from model.wan.config import diffusers_config, write_wan_config
 from model.wan.weights import to_diffusers
+from utils.errors import ExistsError, UserError
 from utils.files import write_text
 from utils.tiny_world.codec import FILE_NAME as PATCH_CODEC
 from utils.weights import INDEX_SUFFIX, Weights, check_fits, write_weights
@@ -60,7 +61,7 @@ class Export:
 def check_export(export: Export, target: Path) -> None:
     """Raise ValueError or OSError that says why `export` cannot be written to `target`. Cheap."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(f"{target}: is there already; give a new or an empty folder")
+        raise ExistsError(f"{target}: is there already; give a new or an empty folder")
     check_model(export.source, weights=False)
     config = export.source.wan_config()
     check_weights(config, export.weights, what=f"the transformer of {export.source.path}")
@@ -68,9 +69,9 @@ def check_export(export: Export, target: Path) -> None:
         try:
             diffusers_config(config)
         except ValueError as error:
-            raise ValueError(f"{export.source.path}: no folder for diffusers: {error}") from error
+            raise UserError(f"{export.source.path}: no folder for diffusers: {error}") from error
         if _present(export.source.vae).name == PATCH_CODEC:
-            raise ValueError(f"{export.source.vae}: the tiny world's codec is no VAE of diffusers'")
+            raise UserError(f"{export.source.vae}: the tiny world's codec is no VAE of diffusers'")
 
 
 def write_model_folder(export: Export, target: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.wan.config import WanConfig, read_wan_config
+from utils.errors import NotFoundError
 from utils.tiny_world.codec import FILE_NAME as PATCH_CODEC
 
 CONFIG = "config.json"
@@ -52,7 +53,7 @@ class ModelFolder:
     path: Path
 
     def wan_config(self) -> WanConfig:
-        """The transformer's sizes. Raises ValueError or FileNotFoundError that names the file."""
+        """The transformer's sizes. Raises UserError that names the file."""
         return read_wan_config(self.config or self.path / CONFIG)
 
     @property
@@ -141,7 +142,7 @@ def find_model(root: Path, name: str) -> ModelFolder:
     if Path(name).name.lower() in (*_PUBLISHED, *_TINY):
         hint += f"; {ModelFolder(root / name).fetch()}"
     found = f"it holds {present}" if present else "it holds no model"
-    raise FileNotFoundError(f"model '{name}': no folder {root / name} ({found}){hint}")
+    raise NotFoundError(f"model '{name}': no folder {root / name} ({found}){hint}")
 
 
 def check_model(
@@ -154,7 +155,7 @@ def check_model(
     missing = folder.missing(weights=weights, encoders=encoders, text=text)
     if missing:
         found = sorted(path.name for path in folder.path.iterdir())
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"{folder.path}: not a complete model folder: missing {'; '.join(missing)} "
             f"(found {found}); {folder.fetch()}"
         )

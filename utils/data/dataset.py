@@ -15,6 +15,7 @@ from torch import Tensor
 from utils.claims import REPORT, SETTINGS
 from utils.data.prompts import read_prompt_folder, read_prompts
 from utils.data.shards import ShardReader, shard_paths
+from utils.errors import NotFoundError, UserError
 from utils.seeding import generator
 from utils.strides import SPATIAL_STRIDE
 
@@ -148,7 +149,7 @@ def read_manifest(folder: Path) -> TrajectoryManifest | None:
     try:
         return TrajectoryManifest(**json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a manifest of ODE pairs: {error}") from error
+        raise UserError(f"{path}: not a manifest of ODE pairs: {error}") from error
 
 
 def open_dataset(path: Path) -> Dataset:
@@ -160,18 +161,18 @@ def open_dataset(path: Path) -> Dataset:
         return Prompts([item.text for item in read_prompts(path)])
     if shard_paths(path):
         if (path / SETTINGS).is_file() and not (path / REPORT).is_file():
-            raise ValueError(
+            raise UserError(
                 f"{path}: scripts/create_lmdb_14b_shards.py was stopped before it was done; run "
                 f"the same command again"
             )
         return LatentShards(path)
     if manifest_path(path).is_file():
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"{path}: has a manifest of ODE pairs but no pair yet; run "
             f"scripts/generate_ode_pairs.py again"
         )
     if not path.is_dir():
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"{path}: no such data; give a .txt file with one prompt per line, a folder of .txt "
             f"files with one prompt each, or a folder of LMDB shards"
         )

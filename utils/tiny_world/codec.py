@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from utils.errors import UserError
 from utils.strides import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from utils.weights import WeightFile, load_weights, write_weights
 
@@ -143,9 +144,9 @@ def frame_groups(pixels: Tensor, *, started: bool) -> Iterator[Tensor]:
     frames, height, width = pixels.shape[2:]
     if (frames - (not started)) % TEMPORAL_STRIDE or not frames:
         wanted = "every later piece of a clip must have" if started else "a clip must have 1 +"
-        raise ValueError(f"{wanted} 4 k frames, got {frames}")
+        raise UserError(f"{wanted} 4 k frames, got {frames}")
     if height % SPATIAL_STRIDE or width % SPATIAL_STRIDE:
-        raise ValueError(f"the sides of a clip must be multiples of 8, got {height} x {width}")
+        raise UserError(f"the sides of a clip must be multiples of 8, got {height} x {width}")
     groups = [] if started else [1]
     return iter(pixels.split(groups + [TEMPORAL_STRIDE] * (frames // TEMPORAL_STRIDE), dim=2))
 
