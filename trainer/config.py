@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
 from model.base import Method, MethodConfig, Needs
 from model.discriminator import DiscriminatorConfig
@@ -18,8 +18,9 @@ from pipeline.causal import ROLLOUT_KEYS, CausalConfig
 from pipeline.teacher import SamplingConfig
 from trainer.registry import TRAINERS, find_method
 from trainer.renamed import RENAMED
-from utils.config import ConfigError, Layer, load_config, read_overrides, read_yaml
+from utils.config import ConfigError, Layer, chosen, load_config, nearest, read_overrides, read_yaml
 from utils.ema import EMAConfig
+from utils.errors import UserError
 from utils.optim import OptimizerConfig
 from utils.parallel import ParallelConfig
 
@@ -177,17 +178,20 @@ def read_run(path: Path) -> Config:
 
 def _schema(layers: Sequence[Layer]) -> Config:
     """The root schema, its `loss` typed by the method that the layers select."""
-    selected = OmegaConf.merge(*(layer.values for layer in layers))
-    trainer = OmegaConf.select(selected, "trainer", default="score_distillation")
+    trainer, source = chosen(layers, "trainer")
+    if trainer is None:
+        trainer = "score_distillation"  # the typed merge says that it must be set
     if trainer not in TRAINERS:
-        return Config()  # the typed merge will name the wrong trainer
-    loss = OmegaConf.select(selected, "distribution_loss", default=None)
+        near = nearest(str(trainer), list(TRAINERS))
+        hint = f"; did you mean '{near}'?" if near else ""
+        allowed = ", ".join(TRAINERS)
+        raise ConfigError(
+            f"{source}: trainer: '{trainer}' is unknown, choose one of {allowed}{hint}"
+        )
+    loss, source = chosen(layers, "distribution_loss")
     try:
         method = find_method(str(trainer), None if loss is None else str(loss))
-    except ValueError as error:
-        source = next(
-            (x.source for x in reversed(layers) if "distribution_loss" in x.values), "default"
-        )
+    except UserError as error:
         raise ConfigError(f"{source}: {error} (trainer: {trainer})") from error
     return Config(loss=method.config_class())
 

@@ -47,6 +47,7 @@ def words(error: BaseException) -> str | None:
         return str(error)
     if not isinstance(error, OSError) or error.errno not in ADVICE:
         return None
-    where = f"{error.filename}: " if error.filename else ""
+    name = error.filename2 or error.filename  # of two, that which is written
+    where = f"{name}: " if name else ""
     advice = ADVICE[error.errno]
     return f"{where}{(error.strerror or '').lower()}{f'; {advice}' if advice else ''}"

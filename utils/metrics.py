@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from utils.config import ConfigError
 from utils.distributed import Session
-from utils.files import write_text
+from utils.files import write_text, writing
 
 
 class Tracker(Protocol):
@@ -41,7 +42,7 @@ class JsonLines:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def picture(self, step: int, name: str, path: Path) -> None:
@@ -103,6 +104,15 @@ class Metrics:
             key = f"{prefix}/{name}"
             self._sums[key] = value if key not in self._sums else self._sums[key] + value
             self._counts[key] = self._counts.get(key, 0) + 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of the body out of the seconds per step: saving, sampling."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - start
 
     def count_step(self) -> None:
         """Count one outer step, for the time per step."""

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from model import families
 from model.families.base import Model
+from model.folders.foreign import refuse_foreign
+from utils.errors import NotFoundError
 
 
 def known_families() -> list[type[Model]]:
@@ -35,7 +37,7 @@ def open_model(path: Path) -> Model:
             return family(path)
     names = ", ".join(family.family for family in known_families())
     held = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else "no such folder"
-    raise FileNotFoundError(f"{path}: no model of a known family ({names}): found {held}")
+    raise NotFoundError(f"{path}: no model of a known family ({names}): found {held}")
 
 
 def find_model(root: Path, name: str) -> Model:
@@ -45,12 +47,15 @@ def find_model(root: Path, name: str) -> Model:
     """
     for path in (Path(name), root / name):
         if path.is_dir():
+            refuse_foreign(path)
             return open_model(path)
+        if path.is_file():
+            raise NotFoundError(f"model '{name}': {path} is a file; give the folder that it is in")
     present = sorted(path.name for path in _models(root))
     near = difflib.get_close_matches(name, present, n=1)
     hint = f"; did you mean '{near[0]}'?" if near else ""
     found = f"it holds {present}" if present else "it holds no model"
-    raise FileNotFoundError(f"model '{name}': no folder {root / name} ({found}){hint}")
+    raise NotFoundError(f"model '{name}': no folder {root / name} ({found}){hint}")
 
 
 def _models(root: Path) -> Iterator[Path]:
@@ -66,7 +71,7 @@ def check_model(
     missing = model.missing(weights=weights, encoders=encoders, text=text)
     if missing:
         found = sorted(path.name for path in model.path.iterdir())
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"{model.path}: not a complete model folder: missing {'; '.join(missing)} "
             f"(found {found}); {model.fetch()}"
         )

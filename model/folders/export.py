@@ -33,7 +33,7 @@ from model.folders.loading import check_weights
 from model.wan.config import diffusers_config, write_wan_config
 from model.wan.weights import to_diffusers
 from utils.errors import ExistsError, UserError
-from utils.files import write_text
+from utils.files import write_text, writing
 from utils.tiny_world.codec import FILE_NAME as PATCH_CODEC
 from utils.weights import INDEX_SUFFIX, Weights, check_fits, write_weights
 
@@ -236,7 +236,8 @@ def _write_part(part: Part, source: Path, target: Path, export: Export) -> None:
         return
     network, state = part.read(source)
     if not diffusers:
-        torch.save(part.to_official(state), wanted)
+        with writing(wanted):
+            torch.save(part.to_official(state), wanted)
         return
     write_shards(state.items(), wanted, part.stem, export.max_shard_bytes, {})
     _write_config(network, wanted, next(iter(state.values())).dtype)
@@ -257,9 +258,14 @@ def _write_config(network: Any, folder: Path, dtype: torch.dtype) -> None:
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
-        shutil.copytree(source, target)
+        try:
+            shutil.copytree(source, target)
+        except shutil.Error as error:  # one for all files that could not be copied
+            (_, file, reason), *_ = error.args[0]
+            raise UserError(f"{file}: not written: {reason}") from error
     else:
-        shutil.copyfile(source, target)
+        with writing(target):
+            shutil.copyfile(source, target)
 
 
 def _copy_if_there(source: Path, target: Path) -> bool:

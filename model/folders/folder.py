@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.folders.foreign import refuse_foreign
 from model.wan.config import WanConfig, read_wan_config
 from utils.errors import NotFoundError
 from utils.tiny_world.codec import FILE_NAME as PATCH_CODEC
@@ -130,7 +131,10 @@ def find_model(root: Path, name: str) -> ModelFolder:
     """
     for path in (Path(name), root / name):
         if path.is_dir():
+            refuse_foreign(path)
             return ModelFolder(path)
+        if path.is_file():
+            raise NotFoundError(f"model '{name}': {path} is a file; give the folder that it is in")
     marks = (MODEL_INDEX, *CONFIGS)
     present = sorted(
         path.name

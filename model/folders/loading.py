@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from model.discriminator import Discriminator, DiscriminatorConfig, DiscriminatorHeads
 from model.folders.component import Renamed
 from model.folders.folder import ModelFolder
+from model.folders.foreign import refuse_adapter, refuse_foreign
 from model.types import FeatureSpec
 from model.wan.config import WanConfig
 from model.wan.transformer import WanTransformer, initial_value
@@ -58,7 +59,9 @@ def find_weights(path: Path, *, role: str = "generator", averaged: bool | None =
     role: of a checkpoint, ours or a .pt file with several networks: generator or critic.
     averaged: True = the generator's EMA, or a WeightsError; None = the EMA if there is one.
     """
-    return _translated(_open(path, role, averaged), role)
+    weights = _open(path, role, averaged)
+    refuse_adapter(weights)
+    return _translated(weights, role)
 
 
 def _open(path: Path, role: str, averaged: bool | None) -> Weights:
@@ -84,6 +87,7 @@ def _open(path: Path, role: str, averaged: bool | None) -> Weights:
             return WeightFile(folder.weights, role=role, averaged=averaged)
         except MissingFilesError as error:
             raise WeightsError(f"{error}; {folder.fetch()}") from error
+    refuse_foreign(path)
     raise WeightsError(
         f"{path}: no weights here; give a model folder, a .safetensors or .pt file, a training "
         f"checkpoint (checkpoints/step_N), or the log directory of a run"
