@@ -99,3 +99,14 @@ def test_after_a_cut_line_the_next_row_is_whole(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"step": 2, "cri')
     JsonLines(path, resumed_at=1).log(2, {"critic/loss": 1.0})
     assert rows(path) == [{"step": 1}, {"step": 2, "critic/loss": 1.0}]
+
+
+def test_time_that_is_paused_is_not_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 10.0, 13.0, 20.0])  # begun, paused, resumed, read
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    metrics = Metrics(ALONE)
+    for _ in range(2):
+        metrics.count_step()
+    with metrics.paused():
+        pass
+    assert metrics.read()["seconds_per_step"] == (20.0 - 3.0) / 2
