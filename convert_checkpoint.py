@@ -8,6 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from utils import start
+
+if __name__ == "__main__":  # before torch is imported
+    start.begin()
+
 import torch
 from torch import Tensor
 
@@ -15,7 +20,7 @@ from model.folders.export import LAYOUTS, Export, write_model_folder
 from model.folders.folder import CONFIGS, ModelFolder
 from model.folders.loading import find_weights
 from model.wan.weights import to_diffusers
-from utils.cli import USER_ERRORS, fail, start_logging
+from utils.cli import USER_ERRORS, command_parser, fail, start_logging
 from utils.config import ConfigError
 from utils.files import replaced_atomically
 from utils.weights import Weights, WeightsError, write_weights
@@ -30,7 +35,7 @@ MARKS = ("patch_embedding.weight", "blocks.0.modulation", "head.modulation")  # 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of convert_checkpoint.py."""
-    result = argparse.ArgumentParser(description=__doc__)
+    result = command_parser(__doc__)
     result.add_argument(
         "--input_path", "--input-checkpoint", type=Path, required=True,
         help="log directory, training checkpoint, weight file or model folder",
@@ -206,4 +211,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

@@ -19,7 +19,11 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # a checkout's packages, and no torch before the first line
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from utils import start
+
+    start.begin()
 
 import torch
 from torch import Tensor
@@ -27,8 +31,9 @@ from tqdm import tqdm
 
 from model.encoders.vae import VideoVAE, load_vae
 from model.folders.folder import VAE, ModelFolder, find_model
+from utils import start
 from utils.claims import Rejected, claim_folder, rejection, write_rejected
-from utils.cli import USER_ERRORS, fail, start_logging, stopped
+from utils.cli import USER_ERRORS, command_parser, fail, start_logging, stopped
 from utils.config import ConfigError
 from utils.data.captioned_clips import CaptionedVideo, Clip, pair_videos, save_clip
 from utils.distributed import Session, distributed_session
@@ -45,7 +50,7 @@ TIMEOUT_S = 86400.0  # a process may be done long before the others
 
 def parser() -> argparse.ArgumentParser:
     """The command line of compute_vae_latent.py."""
-    result = argparse.ArgumentParser(description=__doc__)
+    result = command_parser(__doc__)
     result.add_argument("--input_video_folder", type=Path, required=True)
     result.add_argument("--output_latent_folder", type=Path, required=True)
     result.add_argument("--model_name", default="Wan2.1-T2V-14B", help="whose VAE encodes")
@@ -271,4 +276,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

@@ -18,12 +18,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # a checkout's packages, and no torch before the first line
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from utils import start
+
+    start.begin()
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils import start
 from utils.claims import (
     REPORT,
     SETTINGS,
@@ -33,7 +38,7 @@ from utils.claims import (
     rejection,
     write_rejected,
 )
-from utils.cli import USER_ERRORS, fail, start_logging, stopped
+from utils.cli import USER_ERRORS, command_parser, fail, start_logging, stopped
 from utils.config import ConfigError
 from utils.data.captioned_clips import Clip, clip_files, pair_videos, read_clips
 from utils.data.shards import ShardWriter, shard_paths
@@ -52,7 +57,7 @@ TIMEOUT_S = 86400.0  # a process may be done long before the others
 
 def parser() -> argparse.ArgumentParser:
     """The command line of create_lmdb_14b_shards.py."""
-    result = argparse.ArgumentParser(description=__doc__)
+    result = command_parser(__doc__)
     result.add_argument("--data_path", type=Path, required=True, help="folder of .pt files")
     result.add_argument(
         "--prompt_path", type=Path, default=None,
@@ -291,4 +296,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

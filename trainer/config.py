@@ -18,13 +18,14 @@ from pipeline.causal import ROLLOUT_KEYS, CausalConfig
 from pipeline.teacher import SamplingConfig
 from trainer.registry import TRAINERS, find_method
 from trainer.renamed import RENAMED
+from utils import shipped
 from utils.config import ConfigError, Layer, chosen, load_config, nearest, read_overrides, read_yaml
 from utils.ema import EMAConfig
 from utils.errors import UserError
 from utils.optim import OptimizerConfig
 from utils.parallel import ParallelConfig
 
-DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "default_config.yaml"
+DEFAULT_CONFIG = shipped.ROOT / "configs" / "default_config.yaml"
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,11 @@ def load(config_path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError with one line per problem.
     """
-    layers = [read_yaml(DEFAULT_CONFIG), read_yaml(config_path), read_overrides(overrides)]
+    layers = [
+        read_yaml(DEFAULT_CONFIG),
+        read_yaml(shipped.find(config_path)),
+        read_overrides(overrides),
+    ]
     config = load_config(_schema(layers), layers, RENAMED)
     found = list(problems(config))
     if found:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 
 from utils.distributed import Launch
 from utils.errors import UserError, words
+from utils.version import VERSION
 
 # What `fail` looks at. It tells what a user can mend, and raises the rest again.
 USER_ERRORS = (UserError, OSError, RuntimeError)
+
+
+def command_parser(description: str | None) -> argparse.ArgumentParser:
+    """A command line to which a command adds its own flags."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--version", action="version", version=f"Fewstep {VERSION}")
+    return result
 
 
 def start_logging(*, main_rank: bool | None = None) -> None:

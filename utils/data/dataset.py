@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from utils import shipped
 from utils.claims import REPORT, SETTINGS
 from utils.data.prompts import read_prompt_folder, read_prompts
 from utils.data.shards import ShardReader, shard_paths
@@ -157,6 +158,7 @@ def open_dataset(path: Path) -> Dataset:
 
     Raises FileNotFoundError or ValueError with what was expected there.
     """
+    path = shipped.find(path)
     if path.is_file():
         return Prompts([item.text for item in read_prompts(path)])
     if shard_paths(path):

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from utils import shipped
 from utils.errors import NotFoundError, UserError
 from utils.media.images import IMAGE_SUFFIXES
 
@@ -51,6 +52,7 @@ class PromptItem:
 
 def read_prompt_file(path: Path) -> list[str]:
     """One prompt per line, UTF-8; blank lines are skipped. Raises ValueError if none is left."""
+    path = shipped.find(path)
     if not path.is_file():
         raise NotFoundError(f"{path}: no such prompt file (one prompt per line)")
     prompts = [line.strip() for line in read_utf8(path).split("\n") if line.strip()]
@@ -71,6 +73,7 @@ def read_prompts(path: Path) -> list[PromptItem]:
     VBench_full_info.json has; their images (IMAGE_KEYS) lie beside them. Folders: of .txt files.
     Raises FileNotFoundError or ValueError that names the file and what was expected.
     """
+    path = shipped.find(path)
     if path.is_dir():
         return _folder(path)
     if not path.is_file():
@@ -93,6 +96,7 @@ def read_image_prompts(path: Path, *, named_by_prompt: bool = False) -> list[Pro
     as in VBench-I2V, if no text lies beside them.
     Raises FileNotFoundError or ValueError that lists what has no partner.
     """
+    path = shipped.find(path)
     if path.is_file() and path.suffix.lower() in TABLES:
         items = read_prompts(path)
     elif not path.is_dir():
