@@ -74,6 +74,7 @@ setup(
             "pytest-timeout",
             "pytest-xdist>=3.8",
             "ruff==0.17.5",
+            "setuptools>=77",
         ],
     },
     entry_points={

@@ -215,7 +215,8 @@ def commands(comparison: Comparison, name: str) -> Iterator[tuple[str, list[str]
     if any(name in (other.start, other.teacher) for other in STAGES.values()):
         yield f"{name} weights", [
             *python, str(ROOT / "convert_checkpoint.py"),
-            "--input_path", str(comparison.logdir(name)), "--use_ema", "--overwrite", "--output_path", str(comparison.weights(name)),
+            "--input_path", str(comparison.logdir(name)),
+            "--use_ema", "--overwrite", "--output_path", str(comparison.weights(name)),
         ]  # fmt: skip
 
 
