@@ -24,6 +24,7 @@ COMMANDS = {
     "fewstep-compare-methods": "scripts.compare_methods",
     "fewstep-benchmark": "scripts.benchmark",
     "fewstep-benchmark-rollout": "scripts.benchmark_rollout",
+    "fewstep-benchmark-threads": "scripts.benchmark_threads",
 }
 
 
