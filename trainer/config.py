@@ -68,7 +68,7 @@ class ValidationConfig:
 class LoggingConfig:
     """Where numbers go beside <logdir>/metrics.jsonl."""
 
-    wandb: bool = True
+    wandb: bool | None = None  # None = if you are logged in there
     project: str = "fewstep"
 
 
