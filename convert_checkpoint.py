@@ -8,6 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from utils import start
+
+if __name__ == "__main__":  # before torch is imported
+    start.begin()
+
 import torch
 from torch import Tensor
 
@@ -43,11 +48,13 @@ def parser() -> argparse.ArgumentParser:
         "--output_path", "--output-checkpoint", type=Path, required=True,
         help="a .safetensors or .pt file; with --layout, a folder",
     )  # fmt: skip
-    result.add_argument("--weights", choices=("generator", "ema", "critic"), default="generator")
     result.add_argument(
-        "--use_ema", "--ema", dest="weights", action="store_const", const="ema",
-        help="the averaged weights, as --weights ema",
-    )  # fmt: skip
+        "--overwrite", action="store_true", help="replace --output_path if it is a file already"
+    )
+    result.add_argument("--weights", choices=("generator", "ema", "critic"), default=None)
+    result.add_argument(
+        "--use_ema", "--ema", action="store_true", help="the averaged weights, as --weights ema"
+    )
     result.add_argument(
         "--dtype", choices=DTYPES, default=None, help="of the transformer; default: as stored"
     )
@@ -70,6 +77,17 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with the kind of weights decided. Raises ConfigError if two are named."""
+    if args.use_ema and args.weights == "critic":
+        raise ConfigError(
+            "--use_ema: only the generator has an average, and --weights critic asks for the "
+            "critic; leave one of them out"
+        )
+    kind = "ema" if args.use_ema else args.weights or "generator"
+    return argparse.Namespace(**{**vars(args), "weights": kind})
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ConfigError for words that do not go together."""
     if args.remove_prefix != "model.":
@@ -82,6 +100,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         return
     if args.output_path.suffix in FILES:
         raise ConfigError(f"--output_path {args.output_path}: with --layout, give a folder's name")
+    if args.overwrite:
+        raise ConfigError(
+            "--overwrite is of a single file; a model folder is written to a new or an empty one"
+        )
     if args.naming is not None:
         raise ConfigError("--naming is of a single file; in a folder --layout decides the names")
     if not args.max_shard_gb > 0:
@@ -101,6 +123,20 @@ def check_file_arguments(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--output_path {args.output_path}: --naming reference is a .pt file's, whose "
             f"dictionaries a .safetensors file cannot hold"
+        )
+    check_output(args)
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Raise ConfigError if the file to write would replace something unasked."""
+    path: Path = args.output_path
+    if path.is_dir():
+        raise ConfigError(f"--output_path {path}: is a folder; give the name of a file in it")
+    if path.exists() and not args.overwrite:
+        own = " and the input itself" if path.resolve() == args.input_path.resolve() else ""
+        raise ConfigError(
+            f"--output_path {path}: is there already{own}; give another name, or add --overwrite "
+            f"to replace it"
         )
 
 
@@ -167,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     start_logging()
     try:
+        args = complete(args)
         check_arguments(args)
         role = "critic" if args.weights == "critic" else "generator"
         averaged = args.weights == "ema"
@@ -185,4 +222,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

@@ -14,6 +14,11 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from utils import shipped, start
+
+if __name__ == "__main__":  # before torch is imported
+    start.begin()
+
 import torch
 from flask import Flask, Response, request, send_file, url_for
 from werkzeug.exceptions import BadRequest, HTTPException
@@ -22,7 +27,7 @@ from werkzeug.serving import make_server
 import utils.web
 from trainer.config import Config, generator_model, load
 from trainer.serving import Request, VideoGenerator, check_source, load_generator
-from utils.cli import USER_ERRORS, fail, start_logging
+from utils.cli import USER_ERRORS, command_parser, fail, start_logging
 from utils.config import ConfigError
 from utils.data.prompts import read_prompt_file
 from utils.media.video import save_mp4
@@ -46,7 +51,7 @@ class About:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of demo.py."""
-    result = argparse.ArgumentParser(description=__doc__)
+    result = command_parser(__doc__)
     result.add_argument(
         "--config_path", type=Path, default=Path("configs/self_forcing_dmd.yaml"),
         help="the run's YAML file (default: %(default)s)",
@@ -150,7 +155,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def describe(config: Config, generator: VideoGenerator) -> About:
     """What the page tells of a loaded model. Examples are the run's validation prompts, if any."""
-    file = Path(config.validation.prompts or "")
+    file = shipped.find(Path(config.validation.prompts or ""))
     frames = config.latent_shape[1]
     return About(
         model=Path(generator_model(config)).name,
@@ -192,4 +197,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

@@ -11,6 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from utils import start
+
+if __name__ == "__main__":  # before torch is imported
+    start.begin()
+
 import torch
 from tqdm import tqdm
 
@@ -19,7 +24,7 @@ from model.types import Keyframes, LatentSpec
 from trainer.config import Config, causal_config, generator_model, load, problems
 from trainer.serving import Request, Source, VideoGenerator, check_source, load_generator
 from trainer.starts import check_images, pixel_frames, pixel_size, read_start
-from utils.cli import USER_ERRORS, fail, start_logging, stopped
+from utils.cli import USER_ERRORS, command_parser, fail, start_logging, stopped
 from utils.config import ConfigError
 from utils.data.dataset import open_dataset
 from utils.data.prompts import (
@@ -61,7 +66,7 @@ class Job:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of inference.py."""
-    result = argparse.ArgumentParser(description=__doc__)
+    result = command_parser(__doc__)
     add = result.add_argument
     add("--config_path", type=Path, required=True, help="the run's YAML file")
     add(
@@ -306,6 +311,7 @@ def tell_fits(jobs: Sequence[Job], start: Given | None) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make all clips; returns the exit status."""
     args = parser().parse_intermixed_args(arguments)
+    start_logging()
     try:
         config = load(args.config_path, args.overrides)
         latent = find_model(Path(config.model_root), config.model_of("generator")).latent
@@ -329,11 +335,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             run(args, config, source, jobs, start, session)
         except USER_ERRORS as error:  # such as damaged encoders, or a full disk
-            return fail(error, own=True)
+            return fail(error)
         except KeyboardInterrupt:
             return stopped(log)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

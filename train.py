@@ -8,11 +8,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.base import AGAIN, RunFailedError
+from utils import start
+
+if __name__ == "__main__":  # before torch is imported
+    start.begin()
+
+from trainer.base import AGAIN
 from trainer.build import RunOptions, build_trainer
 from trainer.config import Config, load
-from utils.cli import USER_ERRORS, fail, start_logging
-from utils.data.shards import DamagedRecordError
+from utils.cli import USER_ERRORS, command_parser, fail, start_logging
 from utils.distributed import distributed_session
 
 log = logging.getLogger(__name__)
@@ -20,7 +24,7 @@ log = logging.getLogger(__name__)
 
 def parser() -> argparse.ArgumentParser:
     """The command line of train.py."""
-    result = argparse.ArgumentParser(description=__doc__)
+    result = command_parser(__doc__)
     result.add_argument("--config_path", type=Path, required=True, help="a YAML file of configs/")
     result.add_argument("--logdir", type=Path, required=True, help="checkpoints, metrics, samples")
     result.add_argument("--no_save", action="store_true", help="write no checkpoints")
@@ -38,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one training; returns the exit status. 130 = interrupted, and resumable."""
     args = parser().parse_intermixed_args(arguments)
+    start_logging()
     try:
         config = load(args.config_path, args.overrides)
     except USER_ERRORS as error:
@@ -63,17 +68,11 @@ def run(config: Config, options: RunOptions) -> int:
     with distributed_session(timeout_s=config.timeout_s) as session:
         start_logging(main_rank=session.is_main)
         try:
-            trainer = build_trainer(config, session, options)
+            build_trainer(config, session, options).train()
         except USER_ERRORS as error:
             return fail(error)
-        try:
-            trainer.train()
-        except RunFailedError as error:
-            return fail(error)
-        except DamagedRecordError as error:
-            return fail(error, own=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

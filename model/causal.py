@@ -16,6 +16,7 @@ from model.flow import constant_sigma, on_device
 from model.types import FULL_ATTENTION, Conditioning, Context, Denoiser, Prediction
 from model.wan.cache import KVCache
 from model.wan.masks import block_causal, frame_blocks, past_spans, teacher_forcing
+from utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class CausalLayout:
         blocks = self.blocks(frames)
         ends = list(accumulate(blocks, initial=0))
         if given not in ends[:-1]:
-            raise ValueError(
+            raise UserError(
                 f"{given} given frames of {frames} must end where a block ends: at one of "
                 f"{', '.join(map(str, ends[1:-1])) or 'none, the video is one block'}"
             )

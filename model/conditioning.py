@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model.encoders.vae import VideoVAE
 from model.types import Conditioning, Keyframes
+from utils.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ class ImageEncoder:
     def channels(self, keyframes: Keyframes, frames: int) -> Tensor:
         """Mask and latents [B, k + C, F, H, W], k pixel frames in memory at a time."""
         if keyframes.last is not None and frames == 1:
-            raise ValueError("a video of one latent frame has no last frame to give")
+            raise UserError("a video of one latent frame has no last frame to give")
         encoder, stride = self.vae.stream_encoder(), self.vae.temporal_stride
         first = keyframes.first[:, :, None]
         grey = torch.zeros_like(first).repeat(1, 1, stride, 1, 1)
@@ -105,7 +106,7 @@ class ConditioningEncoder:
         """
         text = torch.stack([self._state(prompt) for prompt in prompts])
         if (keyframes is None) != (self._images is None):
-            raise ValueError(
+            raise UserError(
                 "this model begins with an image, but none is given"
                 if keyframes is None
                 else "this model reads no images; use an image-to-video model"

@@ -17,6 +17,7 @@ from model.guidance import concatenate
 from model.types import Conditioning, Context, Denoiser, FeatureSpec
 from model.wan.attention import attend
 from model.wan.context import Taps
+from utils.errors import UserError
 from utils.optim import OptimizerConfig
 from utils.seeding import SampleRNG
 
@@ -136,7 +137,7 @@ def tapped_layers(features: FeatureSpec, config: DiscriminatorConfig) -> list[in
         return sorted({int(depth * features.layers) for depth in DEPTHS})
     wrong = [layer for layer in config.layers if not 0 <= layer < features.layers]
     if wrong or len(set(config.layers)) < len(config.layers):
-        raise ValueError(
+        raise UserError(
             f"discriminator.layers: must be different blocks of 0 .. {features.layers - 1}, "
             f"got {config.layers}"
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.types import Conditioning
 from pipeline.few_step import OnStep
+from utils.errors import UserError
 from utils.seeding import SampleRNG
 
 
@@ -59,7 +60,7 @@ def sample(
 def refuse_initial(initial: Tensor | None) -> None:
     """Raise ValueError if there are frames to begin with: for pipelines that make whole clips."""
     if initial is not None:
-        raise ValueError(
+        raise UserError(
             "this model makes whole clips and cannot begin with given frames; "
             "use one with generator_type: causal"
         )

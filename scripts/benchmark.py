@@ -13,7 +13,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # a checkout's packages, and no torch before the first line
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from utils import start
+
+    start.begin()
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -21,7 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 from trainer.base import Trainer
 from trainer.build import RunOptions, build_trainer
 from trainer.config import load
-from utils.cli import USER_ERRORS, fail, start_logging
+from utils import start
+from utils.cli import USER_ERRORS, command_parser, fail, start_logging
 from utils.distributed import Session, distributed_session
 
 PARTS = (
@@ -32,7 +37,7 @@ PARTS = (
 
 def parser() -> argparse.ArgumentParser:
     """The command line of benchmark.py."""
-    result = argparse.ArgumentParser(description=__doc__)
+    result = command_parser(__doc__)
     result.add_argument("--config_path", type=Path, required=True)
     result.add_argument("--timed_steps", type=int, default=12, help="after as many for warm-up")
     result.add_argument("overrides", nargs="*", metavar="key=value", help="settings to override")
@@ -82,6 +87,7 @@ def report(trainer: Trainer, session: Session, count: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Benchmark one configuration."""
     args = parser().parse_intermixed_args(arguments)
+    start_logging()
     try:
         config = load(args.config_path, [*args.overrides, "validation.every=0"])
     except USER_ERRORS as error:
@@ -100,4 +106,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

@@ -18,7 +18,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # a checkout's packages, and no torch before the first line
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from utils import start
+
+    start.begin()
 
 import torch
 from torch import Tensor
@@ -29,6 +33,8 @@ from model.types import Batch, Conditioning
 from model.wan import block
 from model.wan.config import PRESETS
 from pipeline.causal import CausalConfig, SelfForcingTrainingPipeline
+from utils import start
+from utils.cli import command_parser
 from utils.parallel import recompute_blocks
 from utils.seeding import step_rng
 
@@ -38,9 +44,8 @@ VARIANTS = ("detach", "straight_through", "joined kept")
 
 def parser() -> argparse.ArgumentParser:
     """The command line of benchmark_rollout.py."""
-    result = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result = command_parser(__doc__)
+    result.formatter_class = argparse.RawDescriptionHelpFormatter
     result.add_argument("--preset", choices=list(PRESETS), default="Wan2.1-T2V-Tiny")
     result.add_argument("--latent_shape", type=int, nargs=4, default=[16, 61, 16, 16])
     result.add_argument("--num_frame_per_block", type=int, default=3)
@@ -115,4 +120,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

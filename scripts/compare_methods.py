@@ -17,7 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # a checkout's packages, and no torch before the first line
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from utils import start
+
+    start.begin()
 
 import torch
 from torch import Tensor
@@ -27,8 +31,9 @@ from scripts.evaluate import fingerprint, markdown, sample
 from scripts.report import STYLE, inline
 from trainer.config import Config, load
 from trainer.serving import Request, VideoGenerator, check_source, load_generator
+from utils import start
 from utils.claims import refuse_other_settings
-from utils.cli import USER_ERRORS, fail, start_logging
+from utils.cli import USER_ERRORS, command_parser, fail, start_logging
 from utils.config import ConfigError
 from utils.files import write_text
 from utils.media.video import contact_sheet, save_mp4, save_png
@@ -91,7 +96,7 @@ TEACHERS = {"teacher": "teacher, 50 steps", "causal_diffusion": "causal teacher,
 
 def parser() -> argparse.ArgumentParser:
     """The command line of compare_methods.py."""
-    result = argparse.ArgumentParser(description=__doc__)
+    result = command_parser(__doc__)
     result.add_argument(
         "--run_folder", type=Path, default=Path("runs/quickstart"),
         help="what quickstart.sh made: its world and teacher are used",
@@ -195,7 +200,7 @@ def commands(comparison: Comparison, name: str) -> Iterator[tuple[str, list[str]
     python = [sys.executable]
     if stage.data == "ode_pairs":
         yield "ode_pairs", [
-            *python, "scripts/generate_ode_pairs.py",
+            *python, str(ROOT / "scripts" / "generate_ode_pairs.py"),
             "--config_path", str(comparison.config_path("teacher")),
             "--checkpoint_path", str(args.run_folder / "teacher"), "--use_ema",
             "--caption_path", str(comparison.world / "prompts.txt"),
@@ -204,13 +209,14 @@ def commands(comparison: Comparison, name: str) -> Iterator[tuple[str, list[str]
             *comparison.shared(),
         ]  # fmt: skip
     yield name, [
-        *python, "train.py", "--config_path", str(comparison.config_path(name)),
+        *python, str(ROOT / "train.py"), "--config_path", str(comparison.config_path(name)),
         "--logdir", str(comparison.logdir(name)), *comparison.overrides(name),
     ]  # fmt: skip
     if any(name in (other.start, other.teacher) for other in STAGES.values()):
         yield f"{name} weights", [
-            *python, "convert_checkpoint.py", "--input_path", str(comparison.logdir(name)),
-            "--use_ema", "--output_path", str(comparison.weights(name)),
+            *python, str(ROOT / "convert_checkpoint.py"),
+            "--input_path", str(comparison.logdir(name)),
+            "--use_ema", "--overwrite", "--output_path", str(comparison.weights(name)),
         ]  # fmt: skip
 
 
@@ -232,7 +238,7 @@ def train(comparison: Comparison, names: Sequence[str]) -> None:
                 continue
             print(f"\n== {what}\n   {' '.join(words)}", flush=True)
             start = time.monotonic()
-            status = subprocess.run(words, cwd=ROOT, check=False).returncode
+            status = subprocess.run(words, check=False).returncode
             seconds[what] = seconds.get(what, 0.0) + time.monotonic() - start
             if status == 0:
                 done.add(what)
@@ -389,4 +395,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

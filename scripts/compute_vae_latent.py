@@ -19,7 +19,11 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # a checkout's packages, and no torch before the first line
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from utils import start
+
+    start.begin()
 
 import torch
 from torch import Tensor
@@ -30,10 +34,11 @@ from model.families.base import Model
 from model.families.registry import find_model
 from model.types import LatentSpec
 from utils.claims import Rejected, claim_folder, rejection, write_rejected
-from utils.cli import USER_ERRORS, fail, start_logging, stopped
+from utils.cli import USER_ERRORS, command_parser, fail, start_logging, stopped
 from utils.config import ConfigError
 from utils.data.captioned_clips import CaptionedVideo, Clip, pair_videos, save_clip
 from utils.distributed import Session, distributed_session
+from utils.errors import NotFoundError, UserError
 from utils.hashes import content_hash
 from utils.media.images import fit, to_signed
 from utils.media.video import frame_rate, read_frames
@@ -45,7 +50,7 @@ TIMEOUT_S = 86400.0  # a process may be done long before the others
 
 def parser() -> argparse.ArgumentParser:
     """The command line of compute_vae_latent.py."""
-    result = argparse.ArgumentParser(description=__doc__)
+    result = command_parser(__doc__)
     result.add_argument("--input_video_folder", type=Path, required=True)
     result.add_argument("--output_latent_folder", type=Path, required=True)
     result.add_argument("--model_name", default="Wan2.1-T2V-14B", help="whose VAE encodes")
@@ -119,7 +124,7 @@ def find_vae(args: argparse.Namespace) -> Model:
     model = find_model(args.model_root, args.model_name)
     if "codec" not in model.parts:
         found = sorted(path.name for path in model.path.iterdir())
-        raise FileNotFoundError(f"{model.path}: has no VAE (found {found}); {model.fetch()}")
+        raise NotFoundError(f"{model.path}: has no VAE (found {found}); {model.fetch()}")
     return model
 
 
@@ -151,7 +156,7 @@ def windows(video: CaptionedVideo, args: argparse.Namespace, stride: int) -> Ite
     """
     rate = frame_rate(video.path)
     if rate is not None and rate < args.min_source_fps:
-        raise ValueError(
+        raise UserError(
             f"has {rate:g} frames per second, fewer than {args.min_source_fps:g}: they would repeat"
         )
     size = None
@@ -165,7 +170,7 @@ def windows(video: CaptionedVideo, args: argparse.Namespace, stride: int) -> Ite
             if len(frames) >= args.min_num_frames:
                 yield frames[: (len(frames) - 1) // stride * stride + 1]
             elif number == 0:
-                raise ValueError(
+                raise UserError(
                     f"too short: {len(frames)} frames at {args.fps:g} per second, expected at "
                     f"least {args.min_num_frames}"
                 )
@@ -185,7 +190,7 @@ def encode(vae: VideoVAE, frames: Sequence[Tensor]) -> Tensor:
     latents = [encoder.encode(to_signed(piece[None])) for piece in pieces]
     stored = torch.cat(latents, dim=2)[0].half().cpu()
     if not bool(stored.isfinite().all()):
-        raise ValueError("its latents are not finite")
+        raise UserError("its latents are not finite")
     return stored
 
 
@@ -265,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if session.is_main:
                 write_rejected(folder / "rejected.json", rejected)
         except OSError as error:
-            return fail(error, own=True)
+            return fail(error)
         except KeyboardInterrupt:
             return stopped(log)
         if session.is_main:
@@ -277,4 +282,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

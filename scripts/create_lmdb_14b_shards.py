@@ -18,12 +18,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # a checkout's packages, and no torch before the first line
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from utils import start
+
+    start.begin()
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils import start
 from utils.claims import (
     REPORT,
     SETTINGS,
@@ -33,11 +38,12 @@ from utils.claims import (
     rejection,
     write_rejected,
 )
-from utils.cli import USER_ERRORS, fail, start_logging, stopped
+from utils.cli import USER_ERRORS, command_parser, fail, start_logging, stopped
 from utils.config import ConfigError
 from utils.data.captioned_clips import Clip, clip_files, pair_videos, read_clips
 from utils.data.shards import ShardWriter, shard_paths
 from utils.distributed import Session, distributed_session
+from utils.errors import UserError
 from utils.files import write_text
 from utils.media.images import fit
 from utils.media.video import read_frames
@@ -51,7 +57,7 @@ TIMEOUT_S = 86400.0  # a process may be done long before the others
 
 def parser() -> argparse.ArgumentParser:
     """The command line of create_lmdb_14b_shards.py."""
-    result = argparse.ArgumentParser(description=__doc__)
+    result = command_parser(__doc__)
     result.add_argument("--data_path", type=Path, required=True, help="folder of .pt files")
     result.add_argument(
         "--prompt_path", type=Path, default=None,
@@ -143,7 +149,7 @@ def plan(args: argparse.Namespace, *, progress: bool) -> Plan:
             kept.append(item)
     if not kept:
         first_fault = "; ".join(f"{entry.file}: {entry.reason}" for entry in rejected[:1])
-        raise ValueError(f"{args.data_path}: holds no clip of use ({first_fault})")
+        raise UserError(f"{args.data_path}: holds no clip of use ({first_fault})")
     return Plan(_shards(kept, args.num_shards), rejected, duplicates, videos, images)
 
 
@@ -194,7 +200,7 @@ def load(item: Item, args: argparse.Namespace, work: Plan) -> tuple[Tensor, Tens
     clip = read_clips(args.data_path / item.file)[item.number]
     latents = clip.latents.to(torch.float16)
     if not bool(latents.isfinite().all()):
-        raise ValueError("its latents are not finite")
+        raise UserError("its latents are not finite")
     return latents, first_frame(clip, item, work, args.spatial_stride) if work.images else None
 
 
@@ -285,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 text = json.dumps(summary, indent=1, ensure_ascii=False)
                 write_text(args.lmdb_path / REPORT, text + "\n")
         except USER_ERRORS as error:
-            return fail(error, own=True)
+            return fail(error)
         except KeyboardInterrupt:
             return stopped(log)
         if session.is_main:
@@ -297,4 +303,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

@@ -17,11 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # a checkout's packages, and no torch before the first line
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from utils import start
+
+    start.begin()
+
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from tqdm import tqdm
 
 from model.types import Keyframes
@@ -30,7 +33,8 @@ from pipeline.protocol import InferencePipeline
 from pipeline.teacher import SamplingConfig
 from trainer.config import Config, causal_config, load, sigmas
 from trainer.serving import Request, VideoGenerator, check_source, load_generator
-from utils.cli import USER_ERRORS, fail, start_logging
+from utils import start
+from utils.cli import USER_ERRORS, command_parser, fail, start_logging
 from utils.files import write_text
 from utils.media.video import contact_sheet, save_mp4, save_png, to_unit
 from utils.plots import plot_run
@@ -59,7 +63,7 @@ class Row:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of evaluate.py."""
-    result = argparse.ArgumentParser(description=__doc__)
+    result = command_parser(__doc__)
     for role in ("teacher", "student"):
         result.add_argument(f"--{role}_config", type=Path, required=True)
         result.add_argument(f"--{role}_path", type=Path, required=True, help="log directory")
@@ -265,4 +269,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

@@ -16,7 +16,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # a checkout's packages, and no torch before the first line
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from utils import start
+
+    start.begin()
 
 import torch
 from torch import Tensor
@@ -27,8 +31,9 @@ from pipeline.teacher import trajectory
 from trainer.config import Config, load
 from trainer.serving import Source, VideoGenerator, check_source, load_generator
 from trainer.starts import pixel_size
+from utils import start
 from utils.claims import refuse_other_settings
-from utils.cli import USER_ERRORS, fail, start_logging, stopped
+from utils.cli import USER_ERRORS, command_parser, fail, start_logging, stopped
 from utils.config import ConfigError
 from utils.data.dataset import (
     Dataset,
@@ -50,7 +55,7 @@ SHARD_PAIRS = 32  # a process works on one shard at a time; small, so that all h
 
 def parser() -> argparse.ArgumentParser:
     """The command line of generate_ode_pairs.py."""
-    result = argparse.ArgumentParser(description=__doc__)
+    result = command_parser(__doc__)
     result.add_argument("--config_path", type=Path, required=True, help="the teacher's YAML file")
     result.add_argument("--checkpoint_path", type=Path, required=True, help="its weights")
     result.add_argument("--use_ema", action="store_true", help="the averaged weights")
@@ -203,6 +208,7 @@ def make(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make all pairs; returns the exit status."""
     args = parser().parse_intermixed_args(arguments)
+    start_logging()
     try:
         config = load(args.config_path, args.overrides)
         sampling = replace(
@@ -222,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             run(args, config, records, load_generator(config, source, session.device), session)
         except USER_ERRORS as error:
-            return fail(error, own=True)
+            return fail(error)
         except KeyboardInterrupt:
             return stopped(log)
         log.info("this process's share of %d pairs is in %s", records.count, args.output_folder)
@@ -230,4 +236,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

@@ -14,10 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # a checkout's packages, and no torch before the first line
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from utils import start
+
+    start.begin()
+
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from tqdm import tqdm
 
 from model.encoders.clip import HEAD_DIM
@@ -26,7 +29,8 @@ from model.encoders.umt5 import to_official
 from model.families.registry import open_model
 from model.families.wan21.folder import CONFIG, IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER
 from model.wan.config import PRESETS, write_wan_config
-from utils.cli import USER_ERRORS, fail
+from utils import start
+from utils.cli import USER_ERRORS, command_parser, fail
 from utils.config import ConfigError
 from utils.data.shards import ShardWriter
 from utils.seeding import derive_seed, generator
@@ -41,7 +45,7 @@ SHARD_CLIPS, CODEC_CLIPS, CHUNK = 2048, 1024, 128
 
 def parser() -> argparse.ArgumentParser:
     """The command line of make_tiny_world.py."""
-    result = argparse.ArgumentParser(description=__doc__)
+    result = command_parser(__doc__)
     result.add_argument("--model_root", type=Path, default=Path("wan_models"))
     result.add_argument("--data_path", type=Path, default=Path("data/tiny"))
     result.add_argument("--clips", type=int, default=8192)
@@ -178,4 +182,4 @@ def _lacking(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

@@ -14,7 +14,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # a checkout's packages, and no torch before the first line
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from utils import start
+
+    start.begin()
 
 from torch import Tensor
 from tqdm import tqdm
@@ -24,7 +28,8 @@ from model.families.base import Model
 from model.families.registry import check_model, find_model
 from trainer.config import Config, compute_dtype, generator_model, load
 from trainer.inputs import needed_prompts
-from utils.cli import USER_ERRORS, fail, start_logging, stopped
+from utils import start
+from utils.cli import USER_ERRORS, command_parser, fail, start_logging, stopped
 from utils.config import ConfigError
 from utils.data.dataset import open_dataset
 from utils.data.embeddings import (
@@ -46,7 +51,7 @@ GROUP = 16  # prompts written at a time; a killed process loses at most so many
 
 def parser() -> argparse.ArgumentParser:
     """The command line of precompute_prompts.py."""
-    result = argparse.ArgumentParser(description=__doc__)
+    result = command_parser(__doc__)
     result.add_argument("--config_path", type=Path, required=True, help="the run's YAML file")
     result.add_argument(
         "--output_path", type=Path, default=None,
@@ -135,6 +140,7 @@ def report(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Store what is missing; returns the exit status."""
     args = parser().parse_intermixed_args(arguments)
+    start_logging()
     try:
         config = load(args.config_path, args.overrides)
         folder = args.output_path or Path(config.data.text_embeddings or DEFAULT_FOLDER)
@@ -163,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 run(missing, folder, encoder, session)
             except USER_ERRORS as error:
-                return fail(error, own=True)
+                return fail(error)
             except KeyboardInterrupt:
                 return stopped(log)
         if session.is_main:
@@ -172,4 +178,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

@@ -13,7 +13,13 @@ smoke=0 seed=0 out=""
 while [ $# -gt 0 ]; do
     case "$1" in
         --smoke) smoke=1; shift ;;
-        --seed) seed=${2:?--seed needs a number}; shift 2 ;;
+        --seed)
+            seed=${2:?--seed needs a number}; shift 2
+            case "$seed" in
+                *[!0-9]* | ????????????????*)
+                    echo "error: --seed $seed: must be a whole number of at most 15 digits" >&2
+                    exit 2 ;;
+            esac ;;
         --output_folder) out=${2:?--output_folder needs a path}; shift 2 ;;
         -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "error: unknown argument '$1'; allowed: --smoke, --seed N, --output_folder DIR" >&2
@@ -53,7 +59,7 @@ stage "tiny world" python scripts/make_tiny_world.py \
 stage "teacher" python train.py --config_path configs/tiny/diffusion.yaml \
     --logdir "$out/teacher" "${shared[@]}" "${teacher[@]}"
 stage "release the teacher" python convert_checkpoint.py \
-    --input_path "$out/teacher" --output_path "$weights" --use_ema
+    --input_path "$out/teacher" --output_path "$weights" --use_ema --overwrite
 stage "student" python train.py --config_path configs/tiny/dmd.yaml \
     --logdir "$out/student" "${shared[@]}" "${student[@]}"
 stage "sample" python inference.py --config_path configs/tiny/dmd.yaml \

@@ -12,11 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # a checkout's packages, and no torch before the first line
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from utils import start
+
+    start.begin()
 
 import torch
 
-from utils.cli import USER_ERRORS, fail
+from utils import start
+from utils.cli import USER_ERRORS, command_parser, fail
 from utils.config import ConfigError
 from utils.files import write_text
 
@@ -47,7 +52,7 @@ TARGET_NAMES = {
 
 def parser() -> argparse.ArgumentParser:
     """The command line of report.py."""
-    result = argparse.ArgumentParser(description=__doc__)
+    result = command_parser(__doc__)
     result.add_argument("--run_folder", type=Path, required=True, help="what quickstart.sh made")
     return result
 
@@ -207,4 +212,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

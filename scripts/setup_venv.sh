@@ -23,7 +23,7 @@ if [ ! -x .venv/bin/python ]; then
     "$python" -m venv .venv
 fi
 stamp=".venv/installed-$1"
-if [ ! -f "$stamp" ] || [ setup.py -nt "$stamp" ]; then
+if [ ! -f "$stamp" ] || [ setup.py -nt "$stamp" ] || [ fewstep.py -nt "$stamp" ]; then
     echo "== installing Fewstep and what it needs into .venv"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$1]"
     touch "$stamp"

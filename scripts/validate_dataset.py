@@ -16,12 +16,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # a checkout's packages, and no torch before the first line
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from utils import start
+
+    start.begin()
 
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.cli import USER_ERRORS, fail
+from utils import start
+from utils.cli import USER_ERRORS, command_parser, fail
 from utils.data.dataset import open_dataset
 from utils.data.shards import Shard, check_kinds, shard_paths
 from utils.files import write_text
@@ -29,7 +34,7 @@ from utils.files import write_text
 
 def parser() -> argparse.ArgumentParser:
     """The command line of validate_dataset.py."""
-    result = argparse.ArgumentParser(description=__doc__)
+    result = command_parser(__doc__)
     result.add_argument("--data_path", type=Path, required=True, help="as data.path of training")
     result.add_argument("--json", type=Path, default=None, help="write all findings there as well")
     result.add_argument("--listed", type=int, default=20, help="damaged records that are printed")
@@ -152,4 +157,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

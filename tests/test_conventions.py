@@ -85,6 +85,24 @@ def test_nothing_empties_the_cache_of_the_device() -> None:
     assert not calls(lambda name, _: last(name) == "empty_cache")
 
 
+def test_errors_for_users_are_of_their_own_class() -> None:
+    """A plain ValueError is an invariant of ours; one more needs a place in this list."""
+    invariants = {
+        "model.guidance", "model.wan.images", "model.wan.transformer", "model.wan_wrapper",
+        "utils.data.shards", "utils.optim", "utils.tiny_world.checker",
+    }  # fmt: skip
+    plain = {"ValueError": invariants, "OSError": {"utils.files"}}
+    plain |= {name: set() for name in ("FileNotFoundError", "FileExistsError")}
+    assert not [
+        f"{source}:{node.lineno}: {name}, use utils.errors"
+        for source in sources()
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+        for name in [ast.unparse(node.exc.func)]
+        if name in plain and source.module not in plain[name]
+    ]
+
+
 def test_a_todo_names_who_and_what_ends_it() -> None:
     todos = [
         f"{source}: {line.strip()}"

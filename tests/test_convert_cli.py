@@ -254,7 +254,61 @@ def test_dtype_rounds_each_weight_once(logdir: Path, tmp_path: Path) -> None:
     assert unequal(weights_in(target), expected) == []
 
 
+# ---- what is there already
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_file_that_is_there_is_replaced_only_when_asked(
+    suffix: str, logdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / f"file{suffix}"
+    target.write_bytes(b"mine")
+    assert refusal(convert_checkpoint.main, words(logdir, target), capsys) == (
+        f"--output_path {target}: is there already; give another name, or add --overwrite to "
+        f"replace it"
+    )
+    assert target.read_bytes() == b"mine"
+    assert convert_checkpoint.main(words(logdir, target, "--overwrite")) == 0
+    assert unequal(weights_in(target), saved(logdir, 2, "roles.generator.")) == []
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_file_is_not_replaced_by_its_own_conversion_unless_asked(
+    suffix: str, logdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / f"file{suffix}"
+    assert convert_checkpoint.main(words(logdir, source)) == 0
+    before = weights_in(source)
+    line = words(source, source, "--dtype", "bfloat16")
+    assert "is there already and the input itself; " in refusal(
+        convert_checkpoint.main, line, capsys
+    )
+    assert convert_checkpoint.main([*line, "--overwrite"]) == 0
+    assert unequal(weights_in(source), {k: v.bfloat16() for k, v in before.items()}) == []
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(
+    logdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder.pt").mkdir()
+    line = words(logdir, tmp_path / "folder.pt", "--overwrite")
+    assert refusal(convert_checkpoint.main, line, capsys) == (
+        f"--output_path {tmp_path}/folder.pt: is a folder; give the name of a file in it"
+    )
+
+
 # ---- bad input
+
+
+@pytest.mark.parametrize("flag", ["--use_ema", "--ema"])
+def test_the_average_of_the_critic_is_refused(
+    flag: str, dmd_logdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = words(dmd_logdir, tmp_path / "file.pt", "--weights", "critic", flag)
+    assert refusal(convert_checkpoint.main, line, capsys) == (
+        "--use_ema: only the generator has an average, and --weights critic asks for the critic; "
+        "leave one of them out"
+    )
 
 
 def test_another_suffix_is_refused(
@@ -310,6 +364,7 @@ def test_the_average_of_a_file_without_one_is_refused(
         ("a", ("--layout", "official", "--naming", "diffusers"), "--naming is of a single file"),
         ("a", ("--layout", "official", "--max_shard_gb", "0"), "must be above 0, got 0.0"),
         ("a", ("--layout", "official", "--model_folder", "nowhere"), "nowhere: no such folder"),
+        ("a", ("--layout", "official", "--overwrite"), "--overwrite is of a single file; a model"),
         ("a", ("--layout", "official"), "is no model folder; say with --model_folder where the"),
     ],
 )

@@ -219,6 +219,18 @@ def test_the_shell_commands_of_the_readme_are_scripts_that_parse() -> None:
         subprocess.run(["bash", "-n", ROOT / script], check=True)
 
 
+@pytest.mark.parametrize("seed", ["abc", "-1", "1.5", "1e3", "12345678901234567"])
+def test_the_quickstart_refuses_what_is_no_seed_before_it_does_anything(
+    seed: str, tmp_path: Path
+) -> None:
+    script = ROOT / "scripts" / "quickstart.sh"
+    words = ["bash", str(script), "--seed", seed, "--output_folder", str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
+    said = f"error: --seed {seed}: must be a whole number of at most 15 digits\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_the_quickstart_runs_in_miniature_and_its_second_call_does_nothing_twice(
     tmp_path: Path,

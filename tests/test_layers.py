@@ -114,7 +114,12 @@ def test_only_a_family_knows_its_folders_sizes_and_networks() -> None:
         "model.wan.weights",
         "model.wan_wrapper",
     )
-    makers = {"scripts.make_tiny_world", "scripts.benchmark_rollout"}  # of a family's own models
+    # They make, or time, a family's own models.
+    makers = {
+        "scripts.make_tiny_world",
+        "scripts.benchmark_rollout",
+        "scripts.benchmark_threads",
+    }
     foreign = [
         f"{source} imports {name}"
         for source in sources()

@@ -16,7 +16,7 @@ def test_a_folder_that_cannot_be_made_is_told_in_a_line(
     (tmp_path / "file").touch()
     words = ["--model_root", f"{tiny_root}/wan_models", "--data_path", f"{tmp_path}/file/data"]
     message = refusal(make_tiny_world.main, words, capsys)
-    assert message == f"[Errno 20] Not a directory: '{tmp_path}/file/data'"
+    assert message == f"{tmp_path}/file/data: not a directory"
 
 
 def test_a_world_without_clips_is_refused(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -126,6 +127,39 @@ def test_no_visualize_makes_no_picture(configs: dict[str, Path], tmp_path: Path)
             "(it holds ['Wan2.1-I2V-Tiny', 'Wan2.1-T2V-Tiny']); did you mean 'Wan2.1-T2V-Tiny'?",
         ),
         (
+            "trainer=foo",
+            "command line: trainer: 'foo' is unknown, choose one of score_distillation, "
+            "diffusion, gan, ode",
+        ),
+        (
+            "trainer=gann",
+            "command line: trainer: 'gann' is unknown, choose one of score_distillation, "
+            "diffusion, gan, ode; did you mean 'gan'?",
+        ),
+        (
+            "latent_shape=abc",
+            "command line: latent_shape: must be a list, such as [16, 21, 60, 104]; got 'abc'",
+        ),
+        (
+            "generator=5",
+            "command line: generator: is a section, with keys such as generator.lr; got the "
+            "value 5",
+        ),
+        (
+            "generator=[1]",
+            "command line: generator: is a section, with keys such as generator.lr; got the "
+            "value [1]",
+        ),
+        (
+            "[=1",
+            "command line: '[=1' is not readable: list index out of range",
+        ),
+        (
+            "generator.model={models}/Wan2.1-T2V-Tiny/config.json",
+            "model '{models}/Wan2.1-T2V-Tiny/config.json': "
+            "{models}/Wan2.1-T2V-Tiny/config.json is a file; give the folder that it is in",
+        ),
+        (
             "generator.weights=nowhere",
             "nowhere: no weights here; give a model folder, a .safetensors or .pt file, a "
             "training checkpoint (checkpoints/step_N), or the log directory of a run",
@@ -140,10 +174,39 @@ def test_a_bad_setting_gives_one_line_and_no_log_directory(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    setting = setting.replace("{models}", str(tiny_root / "wan_models"))
     line = words(configs["dmd"], tmp_path / "run", setting)
     expected = message.format(models=tiny_root / "wan_models")
     assert refusal(train.main, line, capsys) == expected
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_wrong_trainer_is_told_before_the_settings_of_the_right_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = words(ROOT / "configs" / "tiny" / "gan.yaml", tmp_path / "run", "trainer=foo")
+    assert refusal(train.main, line, capsys).startswith("command line: trainer: 'foo' is unknown")
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("setting", "much"),
+    [
+        ("batch_size=100000000", "batch_size: 100000000 samples at once of latent_shape [16, 5, "),
+        ("latent_shape=[16,100001,64,64]", "batch_size: 4 samples at once of latent_shape [16, 1"),
+    ],
+)
+def test_absurd_sizes_are_refused_with_the_memory_that_they_would_take(
+    setting: str,
+    much: str,
+    configs: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    message = refusal(train.main, words(configs["dmd"], tmp_path / "run", setting), capsys)
+    assert message.startswith(much)
+    assert re.search(r"take [\d,]+ GiB at least, and this device has [\d,]+ GiB; lower ", message)
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -258,6 +321,20 @@ def finished(configs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     return run(configs["diffusion"], tmp_path_factory.mktemp("finished"), "steps=3")
 
 
+def test_a_run_that_is_finished_says_that_nothing_is_left_to_do(
+    configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(configs["diffusion"], tmp_path, "steps=2")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    for steps in (2, 1):
+        assert train.main(words(configs["diffusion"], tmp_path, f"steps={steps}")) == 0
+        assert (
+            f"nothing is left to do: 2 steps are done, and steps={steps} asks for no more; raise "
+            f"steps to go on" in capsys.readouterr().err
+        )
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
 @pytest.mark.usefixtures("no_weights")
 def test_the_log_directory_of_another_run_is_refused(
     finished: Path, configs: dict[str, Path], capsys: pytest.CaptureFixture[str]
@@ -275,7 +352,9 @@ def test_a_file_in_the_place_of_the_log_directory_is_refused(
 ) -> None:
     path = tmp_path / "file"
     path.touch()
-    assert str(path) in refusal(train.main, words(configs["dmd"], path), capsys)
+    assert refusal(train.main, words(configs["dmd"], path), capsys) == (
+        f"--logdir {path}: is a file; give the name of a folder"
+    )
 
 
 @pytest.mark.parametrize("flag", ["--config_path", "--logdir"])

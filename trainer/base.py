@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,6 +29,7 @@ from utils import checkpoint
 from utils.config import to_yaml
 from utils.distributed import Session
 from utils.ema import EMA
+from utils.errors import UserError
 from utils.metrics import Metrics, Tracker, not_finite
 from utils.seeding import StepRNG, step_rng
 
@@ -41,7 +43,7 @@ class Interrupted(KeyboardInterrupt):
     """A signal asked the run to stop, and it did, after a whole step."""
 
 
-class RunFailedError(RuntimeError):
+class RunFailedError(UserError):
     """The run cannot go on, and says why."""
 
 
@@ -117,6 +119,13 @@ class Trainer(ABC):
 
     def _train(self) -> None:
         self.resume()
+        if self.state.step >= self.config.steps:
+            log.info(
+                "nothing is left to do: %d steps are done, and steps=%d asks for no more; "
+                "raise steps to go on",
+                self.state.step,
+                self.config.steps,
+            )
         self._bar = tqdm(
             total=self.config.steps,
             initial=self.state.step,
@@ -213,11 +222,20 @@ class Trainer(ABC):
         config, validator = self.config, self.parts.validator
         saving: tuple[Hook, ...] = ()
         if self.parts.save:
-            saving = (Hook("save", config.save_every, lambda _: self.save(), when_stopping=True),)
+            save = Hook(
+                "save", config.save_every, lambda _: self.unhurried(self.save), when_stopping=True
+            )
+            saving = (save,)
         yield Hook("log", config.log_every, lambda _: self.log_metrics(), before=saving)
         yield from saving
         if validator is not None:
-            yield Hook("show", config.validation.every, lambda _: self.show_samples(validator))
+            show = partial(self.unhurried, self.show_samples, validator)
+            yield Hook("show", config.validation.every, lambda _: show())
+
+    def unhurried(self, task: Callable[..., None], *arguments: Any) -> None:
+        """Do what is no part of a step: its time is not counted to `seconds_per_step`."""
+        with self.metrics.paused():
+            task(*arguments)
 
     def after_step(self) -> None:
         """Log, save and show samples, each at its own interval; stop if a signal asked for it."""

@@ -26,7 +26,7 @@ from trainer.validation import Validator
 from utils import checkpoint
 from utils.data.embeddings import EmbeddingReader
 from utils.distributed import Session
-from utils.metrics import JsonLines, Tracker, WandB
+from utils.metrics import JsonLines, Tracker, WandB, uses_wandb
 from utils.parallel import build_mesh
 from utils.seeding import derive_seed
 
@@ -170,7 +170,7 @@ def _build_trackers(config: Config, session: Session, options: RunOptions) -> li
     newest = checkpoint.latest(options.logdir / "checkpoints")
     resumed_at = checkpoint.step_of(newest) if newest else 0
     trackers: list[Tracker] = [JsonLines(options.logdir / "metrics.jsonl", resumed_at=resumed_at)]
-    if options.wandb and config.logging.wandb:
+    if uses_wandb(config.logging.wandb, disabled=not options.wandb):
         folder = options.wandb_folder or options.logdir
         folder.mkdir(parents=True, exist_ok=True)
         trackers.append(

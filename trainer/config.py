@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
 from model.base import Method, MethodConfig, Needs
 from model.discriminator import DiscriminatorConfig
@@ -18,12 +18,14 @@ from pipeline.causal import ROLLOUT_KEYS, CausalConfig
 from pipeline.teacher import SamplingConfig
 from trainer.registry import TRAINERS, find_method
 from trainer.renamed import RENAMED
-from utils.config import ConfigError, Layer, load_config, read_overrides, read_yaml
+from utils import shipped
+from utils.config import ConfigError, Layer, chosen, load_config, nearest, read_overrides, read_yaml
 from utils.ema import EMAConfig
+from utils.errors import UserError
 from utils.optim import OptimizerConfig
 from utils.parallel import ParallelConfig
 
-DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "default_config.yaml"
+DEFAULT_CONFIG = shipped.ROOT / "configs" / "default_config.yaml"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class ValidationConfig:
 class LoggingConfig:
     """Where numbers go beside <logdir>/metrics.jsonl."""
 
-    wandb: bool = True
+    wandb: bool | None = None  # None = if you are logged in there
     project: str = "fewstep"
 
 
@@ -158,7 +160,11 @@ def load(config_path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError with one line per problem.
     """
-    layers = [read_yaml(DEFAULT_CONFIG), read_yaml(config_path), read_overrides(overrides)]
+    layers = [
+        read_yaml(DEFAULT_CONFIG),
+        read_yaml(shipped.find(config_path)),
+        read_overrides(overrides),
+    ]
     config = load_config(_schema(layers), layers, RENAMED)
     found = list(problems(config))
     if found:
@@ -177,17 +183,20 @@ def read_run(path: Path) -> Config:
 
 def _schema(layers: Sequence[Layer]) -> Config:
     """The root schema, its `loss` typed by the method that the layers select."""
-    selected = OmegaConf.merge(*(layer.values for layer in layers))
-    trainer = OmegaConf.select(selected, "trainer", default="score_distillation")
+    trainer, source = chosen(layers, "trainer")
+    if trainer is None:
+        trainer = "score_distillation"  # the typed merge says that it must be set
     if trainer not in TRAINERS:
-        return Config()  # the typed merge will name the wrong trainer
-    loss = OmegaConf.select(selected, "distribution_loss", default=None)
+        near = nearest(str(trainer), list(TRAINERS))
+        hint = f"; did you mean '{near}'?" if near else ""
+        allowed = ", ".join(TRAINERS)
+        raise ConfigError(
+            f"{source}: trainer: '{trainer}' is unknown, choose one of {allowed}{hint}"
+        )
+    loss, source = chosen(layers, "distribution_loss")
     try:
         method = find_method(str(trainer), None if loss is None else str(loss))
-    except ValueError as error:
-        source = next(
-            (x.source for x in reversed(layers) if "distribution_loss" in x.values), "default"
-        )
+    except UserError as error:
         raise ConfigError(f"{source}: {error} (trainer: {trainer})") from error
     return Config(loss=method.config_class())
 

@@ -11,6 +11,7 @@ from model.discriminator import tapped_layers
 from model.families.base import Model
 from model.families.registry import check_model
 from trainer.config import Config
+from trainer.limits import check_memory
 from trainer.run import Run
 from utils.config import ConfigError
 from utils.data.dataset import Dataset, RawItem, open_dataset, read_manifest
@@ -40,6 +41,9 @@ def check_inputs(run: Run, session: Session) -> Inputs:
             f"ranks x {config.accumulation} micro-batches; use a multiple of {share}"
         )
     _check_models(run)
+    model = run.model
+    tokens, features = model.latent.tokens(run.latent_shape), model.features
+    check_memory(config, session, tokens=tokens, layers=features.layers, width=features.width)
     dataset = open_dataset(Path(config.data.path))
     _check_data(run, dataset)
     if run.needs.backbone is not None:

@@ -31,6 +31,8 @@ def claim_logdir(
     allow_change: continue a run although its settings, its data or its models have changed.
     Raises ConfigError, with all that differs, if it belongs to another run.
     """
+    if logdir.exists() and not logdir.is_dir():
+        raise ConfigError(f"--logdir {logdir}: is a file; give the name of a folder")
     whole = checkpoint.latest(logdir / "checkpoints")
     if whole is None and checkpoint.any_saved(logdir / "checkpoints"):
         raise ConfigError(
@@ -46,10 +48,13 @@ def claim_logdir(
             )
         for line in changed:
             log.warning("continuing although changed: %s", line)
-    session.barrier()
-    if session.is_main:
+
+    def begin() -> None:
         write_text(logdir / "config.yaml", to_yaml(run.config))
         write_text(logdir / FINGERPRINT, here.to_json())
+
+    session.barrier()
+    session.on_main(begin)
 
 
 def _fingerprint(run: Run, inputs: Inputs, session: Session) -> str:

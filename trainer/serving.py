@@ -20,6 +20,7 @@ from trainer.build import build_encoder
 from trainer.config import Config
 from trainer.inputs import check_latent_shape
 from trainer.run import Run, resolve
+from utils.errors import UserError
 from utils.media.video import to_unit
 from utils.seeding import sample_rng
 from utils.weights import Weights
@@ -87,7 +88,7 @@ class VideoGenerator:
         )
         if keyframes is not None and not self.encoder.reads_images:
             if initial is not None or keyframes.last is not None:
-                raise ValueError("this model begins with one image, or with latents, not more")
+                raise UserError("this model begins with one image, or with latents, not more")
             initial = first_latents(self.vae, keyframes.first)
             keyframes = None
         prompts = [request.prompt for request in requests]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -20,11 +21,18 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import ReadItem
 
 from utils.distributed import Session
-from utils.files import write_text
+from utils.errors import UserError, words
+from utils.files import disk_refusal, write_text
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +91,54 @@ class Reader(dcp.FileSystemReader):
                 with self._file.open("rb") as file:
                     content = _Unpickler(file).load()
             except Exception as error:  # unpickling raises many types; all mean the same
-                raise ValueError(f"{self._file}: not readable as metadata: {error}") from error
+                raise UserError(f"{self._file}: not readable as metadata: {error}") from error
             if not isinstance(content, Metadata):
-                raise ValueError(f"{self._file}: holds no metadata but a {type(content).__name__}")
+                raise UserError(f"{self._file}: holds no metadata but a {type(content).__name__}")
             self._metadata = content
         return self._metadata
+
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """Rows of a stored tensor along its first dimension; the bytes of others are not read.
+
+        rows: in steps of 1. A tensor without dimensions is read whole.
+        """
+        stored = self.read_metadata().state_dict_metadata[name]
+        assert isinstance(stored, TensorStorageMetadata), name
+        size = list(stored.size)
+        first, end, _ = rows.indices(size[0]) if size else (0, 1, 1)
+        result = torch.empty(
+            [max(0, end - first), *size[1:]] if size else [1], dtype=stored.properties.dtype
+        )
+        for chunk in stored.chunks:
+            offsets, sizes = (list(chunk.offsets), list(chunk.sizes)) if size else ([0], [1])
+            begin, stop = max(first, offsets[0]), min(end, offsets[0] + sizes[0])
+            if begin >= stop or not math.prod(sizes):
+                continue
+            place = [slice(begin - first, stop - first)]
+            place += [slice(o, o + s) for o, s in zip(offsets[1:], sizes[1:], strict=True)]
+            index = MetadataIndex(name, chunk.offsets)
+            result[tuple(place)] = self._chunk_rows(index, begin - offsets[0], stop - offsets[0])
+        return result if size else result[0]
+
+    def _chunk_rows(self, index: MetadataIndex, begin: int, stop: int) -> Tensor:
+        """Rows `begin` to `stop` of one chunk, which `torch.save` wrote somewhere in a file."""
+        info = self.read_metadata().storage_data[index]
+        with (self._file.parent / info.relative_path).open("rb") as file:
+            view = self._slice_file(file, info)
+            layout = torch.load(view, map_location="meta", weights_only=True)
+            at = layout.untyped_storage()._checkpoint_offset
+            if not layout.is_contiguous() or at is None:  # as other systems may write
+                view.seek(0)
+                whole = torch.load(view, map_location="cpu", weights_only=True)
+                return whole[begin:stop] if whole.ndim else whole
+            row = layout.nbytes // len(layout) if layout.ndim else layout.nbytes
+            part = torch.empty([stop - begin, *layout.shape[1:]], dtype=layout.dtype)
+            skipped = layout.storage_offset() * layout.element_size() + begin * row
+            file.seek(info.offset + at + skipped)
+            raw = part.view(-1).view(torch.uint8).numpy()
+            count = file.readinto(raw)
+            assert count == raw.nbytes, f"{file.name}: {count} of {raw.nbytes} bytes"
+            return part
 
 
 class _Planner(dcp.DefaultLoadPlanner):
@@ -109,13 +160,12 @@ def save(
     """
     target = folder / f"step_{step:06d}"
     part = folder / f"step_{step:06d}.tmp"
-    if session.is_main:
+
+    def begin() -> None:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-    session.barrier()
-    dcp.save(state, checkpoint_id=part)
-    session.barrier()
-    if session.is_main:
+
+    def publish() -> None:
         for name, text in texts.items():
             write_text(part / name, text)
         sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
@@ -126,8 +176,34 @@ def save(
         part.rename(target)
         _sync(folder)
         write_text(folder / "latest", target.name + "\n")
+
+    session.on_main(begin)
+    try:
+        dcp.save(state, checkpoint_id=part)
+    except CheckpointException as error:  # on every rank, whichever failed
+        _tell_refusals(error, part, session)
+        raise
     session.barrier()
+    session.on_main(publish)
     return target
+
+
+def _tell_refusals(error: CheckpointException, part: Path, session: Session) -> None:
+    """Raise UserError, on every rank, if a disk refused a rank's file; the torn save is removed."""
+    own = error.failures.get(session.rank)
+    refusal = None
+    if own is not None and isinstance(own[0], Exception):
+        files = sorted(part.glob(f"__{session.rank}_*")) or [part / f"__{session.rank}_0.distcp"]
+        refusal = disk_refusal(files[-1], own[0])
+    told = session.gather(None if refusal is None else words(refusal))
+    session.on_main(lambda: shutil.rmtree(part, ignore_errors=True))
+    lines = [
+        f"rank {rank}: {text}" if session.world_size > 1 else text
+        for rank, text in enumerate(told)
+        if text is not None
+    ]
+    if lines:
+        raise UserError("\n".join(lines)) from error
 
 
 def load(path: Path, state: dict[str, Any]) -> None:
@@ -180,7 +256,8 @@ def step_of(path: Path) -> int:
 
 def prune(folder: Path, keep: int, session: Session) -> None:
     """Delete leftovers of torn saves and all but the `keep` newest whole checkpoints."""
-    if session.is_main and folder.is_dir():
+
+    def tidy() -> None:
         for torn in folder.glob("step_*.tmp"):
             shutil.rmtree(torn, ignore_errors=True)
         for part in folder.glob(".*.part*"):  # of utils.files, killed before its rename
@@ -188,7 +265,8 @@ def prune(folder: Path, keep: int, session: Session) -> None:
         for path in list(complete(folder))[keep:]:
             # Renamed first: killed between two files, it would look damaged and stay for ever.
             shutil.rmtree(path.rename(f"{path}.tmp"), ignore_errors=True)
-    session.barrier()
+
+    session.on_main(tidy)
 
 
 def _all(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from utils.config import ConfigError
 from utils.distributed import Session
+from utils.errors import UserError
 from utils.files import write_text
 
 SETTINGS = "settings.json"  # written when a folder is begun
@@ -58,7 +59,7 @@ def check_settings(
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: damaged: {error}; use another folder") from error
+        raise UserError(f"{path}: damaged: {error}; use another folder") from error
     refuse_other_settings(folder, there, settings, holds=holds, flag=flag)
 
 
@@ -94,7 +95,7 @@ def read_rejected(path: Path) -> list[Rejected]:
     try:
         return [Rejected(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a list of rejected files: {error}") from error
+        raise UserError(f"{path}: not a list of rejected files: {error}") from error
 
 
 def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
-import os
 import sys
 
-from utils.config import ConfigError
-from utils.weights import WeightsError
+from utils.distributed import Launch
+from utils.errors import UserError, words
+from utils.version import VERSION
 
-# What a user can mend. Everything else is a bug and keeps its traceback.
-USER_ERRORS = (ConfigError, WeightsError, OSError, ValueError)
+# What `fail` looks at. It tells what a user can mend, and raises the rest again.
+USER_ERRORS = (UserError, OSError, RuntimeError)
 
 
-def start_logging(*, main_rank: bool = True) -> None:
-    """Log to stderr; ranks other than the main one speak only of warnings."""
+def command_parser(description: str | None) -> argparse.ArgumentParser:
+    """A command line to which a command adds its own flags."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--version", action="version", version=f"Fewstep {VERSION}")
+    return result
+
+
+def start_logging(*, main_rank: bool | None = None) -> None:
+    """Log to stderr; ranks other than the main one (None = ask the launcher) only warn."""
+    if main_rank is None:
+        main_rank = Launch.here().rank == 0
     logging.basicConfig(
         level=logging.INFO if main_rank else logging.WARNING,
         format="%(asctime)s %(name)s: %(message)s",
@@ -25,14 +35,22 @@ def start_logging(*, main_rank: bool = True) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def fail(error: Exception, *, own: bool = False) -> int:
-    """Print one line per problem, once for all ranks; returns the exit status 2.
+def fail(error: Exception) -> int:
+    """Print one line per problem; returns the exit status 2.
 
-    own: of this rank alone, such as a full disk: then it speaks, whichever it is.
+    The main rank speaks for all that fail with the same words; a rank that fails alone, or with
+    other words, says so with its number. A rank that only lost one that failed is silent. Raises
+    `error` again if no user can mend it, so that a bug keeps its traceback.
     """
-    if own or os.environ.get("RANK", "0") == "0":
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+    launch, text = Launch.here(), words(error)
+    if text is None:
+        if launch.lost_a_failed_rank(error):
+            return 2
+        raise error
+    if not launch.told_by_main(text):
+        name = f"rank {launch.rank}: " if launch.rank else ""
+        for line in text.splitlines():
+            print(f"error: {name}{line}", file=sys.stderr)
     return 2
 
 

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
+
+from utils.errors import UserError
 
 T = TypeVar("T")
 
 OMITTED = ("full_key", "object_type", "reference_type")  # lines of OmegaConf's messages
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that its user can mend; the message holds one problem per line."""
 
 
@@ -37,13 +39,18 @@ def read_yaml(path: Path) -> Layer:
         )
         near = difflib.get_close_matches(path.name, siblings, n=1)
         hint = f" (did you mean {path.parent / near[0]}?)" if near else ""
-        raise ConfigError(f"{path}: no such config file{hint}")
+        what = "is a folder, not a config file" if path.is_dir() else "no such config file"
+        raise ConfigError(f"{path}: {what}{hint}")
     try:
         values = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {_one_line(error)}") from error
+    except OSError as error:
+        if error.errno is not None:  # the file system's
+            raise
+        raise ConfigError(f"{path}: must hold 'key: value' lines, not a single value") from error
     if not isinstance(values, DictConfig):
-        raise ConfigError(f"{path}: must hold 'key: value' lines, got {type(values).__name__}")
+        raise ConfigError(f"{path}: must hold 'key: value' lines, not a list")
     return Layer(str(path), values)
 
 
@@ -52,10 +59,30 @@ def read_overrides(arguments: Sequence[str]) -> Layer:
     for word in arguments:
         if "=" not in word or word.startswith("-"):
             raise ConfigError(f"command line: '{word}' is neither a known flag nor key=value")
+        try:
+            OmegaConf.from_dotlist([word])
+        except (YAMLError, OmegaConfBaseException, LookupError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"command line: '{word}' is not readable: {_one_line(error)}"
+            ) from error
     try:
         return Layer("command line", OmegaConf.from_dotlist(list(arguments)))
-    except (YAMLError, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:  # words that are fine alone
         raise ConfigError(f"command line: {_one_line(error)}") from error
+
+
+def chosen(layers: Sequence[Layer], key: str) -> tuple[Any, str]:
+    """What the last layer that has the top-level `key` says, and that layer's name; None if none.
+
+    Raises ConfigError if the value refers to something that is not there.
+    """
+    for layer in reversed(layers):
+        if key in layer.values and not OmegaConf.is_missing(layer.values, key):
+            try:
+                return OmegaConf.select(layer.values, key), layer.source
+            except OmegaConfBaseException as error:
+                raise ConfigError(f"{layer.source}: {key}: {_one_line(error)}") from error
+    return None, "default"
 
 
 def load_config(schema: T, layers: Sequence[Layer], renamed: Mapping[str, str] | None = None) -> T:
@@ -71,6 +98,9 @@ def load_config(schema: T, layers: Sequence[Layer], renamed: Mapping[str, str] |
         for layer in layers
         for path in _paths(layer.values)
         if path not in known and _outermost(path, known)
+    ]
+    unknown += [
+        f"{layer.source}: {problem}" for layer in layers for problem in _misplaced(config, layer)
     ]
     if unknown:
         raise ConfigError("\n".join(unknown))
@@ -91,6 +121,32 @@ def load_config(schema: T, layers: Sequence[Layer], renamed: Mapping[str, str] |
         raise ConfigError(f"{error.full_key}: {_one_line(error)}") from error
     assert isinstance(result, type(schema))
     return result
+
+
+def _misplaced(schema: DictConfig, layer: Layer) -> Iterator[str]:
+    """Single values where the schema has sections or lists, and lists where it has sections."""
+    for path in _paths(layer.values):
+        parent, _, key = path.rpartition(".")
+        wanted = OmegaConf.select(schema, parent) if parent else schema
+        if not isinstance(wanted, DictConfig) or key not in wanted:
+            continue
+        held, node = wanted._get_node(key), _node(layer.values, path)
+        if not isinstance(node, Node) or node._is_none() or node._is_interpolation():
+            continue
+        value = OmegaConf.to_container(node) if isinstance(node, Container) else node._value()
+        if isinstance(held, DictConfig) and not isinstance(node, DictConfig):
+            some = next(map(str, held))
+            yield f"{path}: is a section, with keys such as {path}.{some}; got the value {value!r}"
+        elif isinstance(held, ListConfig) and not isinstance(node, ListConfig):
+            usual = OmegaConf.to_container(held)
+            yield f"{path}: must be a list, such as {usual}; got {value!r}"
+
+
+def _node(values: DictConfig, path: str) -> Any:
+    node: Any = values
+    for key in path.split("."):
+        node = node._get_node(key)
+    return node
 
 
 def to_yaml(config: Any) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -14,7 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from utils.errors import UserError, words
+
 T = TypeVar("T")
+
+TOLD_S = 5.0  # how long a failing rank waits for the main rank to fail with the same words
+_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,20 @@ class Session:
         """Wait until every rank is here."""
         self.any(False)
 
+    def on_main(self, task: Callable[[], object]) -> None:
+        """Do `task` on the main rank; where it fails, every rank raises. Collective."""
+        failure, told = None, ""
+        if self.is_main:
+            try:
+                task()
+            except Exception as error:
+                failure, told = error, words(error) or f"rank 0 failed: {type(error).__name__}"
+        told = self.from_main(told)
+        if failure is not None:
+            raise failure
+        if told:
+            raise UserError(told)
+
     def from_main(self, value: str) -> str:
         """The main rank's `value`, on every rank. Collective."""
         if self.world_size == 1:
@@ -65,6 +85,60 @@ class Session:
         values = [value] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher tells a process, known with no process group; ranks meet in its store."""
+
+    rank: int
+    world_size: int
+
+    @classmethod
+    def here(cls) -> Launch:
+        """Of this process; without a launcher it is alone."""
+        rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+        return cls(rank, world_size)
+
+    def told_by_main(self, text: str) -> bool:
+        """Note that this rank fails with `text`; whether the main rank does with the same words.
+
+        Ranks check the same things and fail within moments of each other, so a short wait tells
+        those that fail alike from those that fail alone. Nobody else is waited for.
+        """
+        if self.world_size == 1:
+            return False
+        try:
+            store = self._store()
+            store.set(_failure(self.rank), text)
+            store.set(_failure("any"), str(self.rank))
+            if self.rank == 0:
+                return False
+            store.wait([_failure(0)], timedelta(seconds=TOLD_S))
+            return store.get(_failure(0)).decode() == text
+        except RuntimeError:  # torch.distributed's errors: the main rank does not fail, or is gone
+            return False
+
+    def lost_a_failed_rank(self, error: BaseException) -> bool:
+        """Whether `error` says no more than that another rank went, and that rank told why."""
+        if self.world_size == 1 or not _LOST.search(str(error)):
+            return False
+        try:
+            return self._store().check([_failure("any")])
+        except RuntimeError:
+            return False
+
+    def _store(self) -> dist.Store:
+        return dist.TCPStore(
+            os.environ.get("MASTER_ADDR", "localhost"),
+            int(os.environ.get("MASTER_PORT", "29500")),
+            is_master=False,
+            timeout=timedelta(seconds=TOLD_S),
+        )
+
+
+def _failure(rank: int | str) -> str:
+    return f"fewstep/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
 
 
 @contextlib.contextmanager

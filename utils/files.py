@@ -1,11 +1,15 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and what a disk says that takes no more."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+_PROBE_BYTES = 2**20
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust writes it, in the messages of safetensors
 
 
 @contextlib.contextmanager
@@ -14,9 +18,10 @@ def replaced_atomically(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
     try:
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+        with writing(part, told_as=path):
+            yield part
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -26,3 +31,43 @@ def write_text(path: Path, text: str) -> None:
     """Replace a text file, UTF-8, in one step."""
     with replaced_atomically(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def writing(path: Path, *, told_as: Path | None = None) -> Iterator[None]:
+    """Let the disk speak if the body fails to write `path`: raises OSError that names the file.
+
+    Libraries make errors of their own out of a full disk, which do not say so. told_as: another
+    name for the file in that error.
+    """
+    told = path if told_as is None else told_as
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(path), path):
+            raise
+        raise OSError(error.errno, error.strerror, str(told)) from error
+    except Exception as error:
+        refusal = disk_refusal(path, error)
+        if refusal is None:
+            raise
+        raise OSError(refusal.errno, refusal.strerror, str(told)) from error
+
+
+def disk_refusal(path: Path, error: Exception) -> OSError | None:
+    """What the disk says of writing more to `path`, where a library failed with `error`; or None.
+
+    Adds to the file: it is broken already.
+    """
+    told = _OS_ERROR.search(str(error))
+    if told is not None:
+        number = int(told.group(1))
+        return OSError(number, os.strerror(number), str(path))
+    try:
+        with path.open("ab") as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as refusal:
+        return OSError(refusal.errno, refusal.strerror, str(path))
+    return None

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
+import netrc
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlparse
 
 import torch
 from torch import Tensor
 
 from utils.config import ConfigError
 from utils.distributed import Session
-from utils.files import write_text
+from utils.files import write_text, writing
+
+log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -41,7 +48,7 @@ class JsonLines:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def picture(self, step: int, name: str, path: Path) -> None:
@@ -87,6 +94,38 @@ class WandB:
         self._run.finish()
 
 
+def uses_wandb(asked: bool | None, *, disabled: bool) -> bool:
+    """Whether a run goes to Weights & Biases; one log line says so, why, and how to change it.
+
+    asked: logging.wandb; None = if its user is logged in there. disabled: --disable-wandb.
+    """
+    mode = os.environ.get("WANDB_MODE", "")
+    if disabled:
+        chosen, why = False, "--disable-wandb"
+    elif asked is not None:
+        chosen, why = asked, f"logging.wandb={str(asked).lower()}"
+    elif mode:
+        chosen, why = mode != "disabled", f"WANDB_MODE={mode}"
+    elif os.environ.get("WANDB_API_KEY"):
+        chosen, why = True, "WANDB_API_KEY is set"
+    else:
+        chosen = _logged_in()
+        why = "you are logged in" if chosen else "you are not logged in (wandb login)"
+    other = "--disable-wandb turns it off" if chosen else "logging.wandb=true turns it on"
+    log.info("Weights & Biases: %s, since %s; %s", "on" if chosen else "off", why, other)
+    return chosen
+
+
+def _logged_in() -> bool:
+    """Whether `wandb login` has left a key; asks no server and imports nothing."""
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    try:
+        known = netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc")
+    except (OSError, RuntimeError, netrc.NetrcParseError):  # none, no home, or not readable
+        return False
+    return known.authenticators(urlparse(server).hostname or server) is not None
+
+
 class Metrics:
     """Sums of device scalars since the last read; reading them is the loop's one host sync."""
 
@@ -103,6 +142,15 @@ class Metrics:
             key = f"{prefix}/{name}"
             self._sums[key] = value if key not in self._sums else self._sums[key] + value
             self._counts[key] = self._counts.get(key, 0) + 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of the body out of the seconds per step: saving, sampling."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - start
 
     def count_step(self) -> None:
         """Count one outer step, for the time per step."""

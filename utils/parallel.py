@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from utils.distributed import Session
+from utils.errors import UserError
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,7 +39,7 @@ def build_mesh(session: Session, sharding_strategy: str) -> DeviceMesh:
         return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
     inside = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if world % inside:
-        raise ValueError(f"hybrid_full needs nodes of equal size: {world} ranks, {inside} here")
+        raise UserError(f"hybrid_full needs nodes of equal size: {world} ranks, {inside} here")
     return init_device_mesh(kind, (world // inside, inside), mesh_dim_names=("replicate", "shard"))
 
 

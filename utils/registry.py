@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from utils.errors import UserError
+
 
 def member_of(
     package: ModuleType,
@@ -35,7 +37,7 @@ def member_of(
     allowed = [choice for choice in choices if one(choice) is not None]
     near = difflib.get_close_matches(name, allowed, n=1)
     hint = f"; did you mean '{near[0]}'?" if near else ""
-    raise ValueError(f"{key}: '{name}' is unknown, choose one of {', '.join(allowed)}{hint}")
+    raise UserError(f"{key}: '{name}' is unknown, choose one of {', '.join(allowed)}{hint}")
 
 
 def _members(package: ModuleType, name: str, base: type) -> list[type]:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import logging
 import os
 import pickle
 import re
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -24,14 +23,16 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from utils import checkpoint
+from utils.errors import UserError
 from utils.files import replaced_atomically
 
 log = logging.getLogger(__name__)
 
 INDEX_SUFFIX = ".safetensors.index.json"
+_LFS_POINTER = b"version https://git-lfs"  # what a clone without git lfs holds instead of files
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """Weights that do not fit the model they are meant for."""
 
 
@@ -76,13 +77,8 @@ class CheckpointWeights:
         return {name: tuple(value.size) for name, value in self._tensors.items()}
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Rows of one tensor along its first dimension."""
-        stored = self._tensors[name]
-        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load({self._prefix + name: tensor}, storage_reader=self._reader, no_dist=True)
-        return tensor[rows]
+        """Rows of one tensor along its first dimension; other rows are not read."""
+        return self._reader.read_rows(self._prefix + name, rows)
 
 
 class WeightFile:
@@ -149,7 +145,12 @@ def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not readable as weights: {error}; was it cut off?") from error
+        raise WeightsError(f"{path}: not readable as weights: {_unopened(path, error)}") from error
+
+
+def _unopened(path: Path, error: Exception) -> str:
+    begin = path.open("rb").read(len(_LFS_POINTER)) if path.is_file() else b""
+    return _reason(path, error) if begin == _LFS_POINTER else f"{error}; was it cut off?"
 
 
 def _indexed_files(path: Path) -> list[Path]:
@@ -211,11 +212,34 @@ def read_tensors(path: Path) -> Any:
         mapped = zipfile.is_zipfile(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch.load raises many types; all mean: not a file of tensors
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        code = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and code is not None:
-            reason = f"it wants to run code ({code.group(1)}), which is refused; save tensors alone"
-        raise WeightsError(f"{path}: not a file of plain tensors: {reason}") from error
+        raise WeightsError(
+            f"{path}: not a file of plain tensors: {_reason(path, error)}"
+        ) from error
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why a file cannot be read as tensors, in words that suit its user.
+
+    torch's own advise to read it with weights_only=False, that is to run the code that it holds.
+    """
+    code = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and code is not None:
+        return f"it wants to run code ({code.group(1)}), which is refused; save tensors alone"
+    if path.is_file():
+        with path.open("rb") as file:
+            begin = file.read(len(_LFS_POINTER)).lower()
+        if not begin:
+            return "it is empty; copy it again"
+        if begin == _LFS_POINTER:
+            return "it is a pointer of git lfs; fetch the file itself with: git lfs pull"
+        if begin.startswith((b"<!doctype", b"<html")):
+            return "it is a web page; download the file itself"
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    cut = isinstance(error, OSError) and error.errno == errno.EINVAL  # mapped beyond its end
+    wrong = isinstance(error, UnicodeDecodeError | IndexError | EOFError)
+    if cut or wrong or re.search("weights_only|PytorchStreamReader", reason):
+        reason = "it is damaged, cut off, or nothing that torch.save wrote"
+    return f"{reason.partition('. ')[0]}; copy it again"
 
 
 def plain_name(name: str) -> str:

@@ -15,6 +15,7 @@ from model.encoders.text import TextEncoder
 from model.encoders.vae import VideoVAE
 from model.folders.loading import Placement
 from model.types import FeatureSpec, LatentSpec
+from utils.errors import NotFoundError
 from utils.weights import Weights
 
 
@@ -109,7 +110,7 @@ class Model(ABC):
         missing = self.missing(weights=weights, encoders=encoders, text=text)
         if missing:
             found = sorted(path.name for path in self.path.iterdir())
-            raise FileNotFoundError(
+            raise NotFoundError(
                 f"{self.path}: not a complete model folder: missing {'; '.join(missing)} "
                 f"(found {found}); {self.fetch()}"
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 from model import families
 from model.families.base import Model
 from model.folders.loading import open_weights
+from utils.errors import NotFoundError, UserError
 from utils.weights import Weights, WeightsError
 
 
@@ -36,20 +37,20 @@ def open_model(path: Path) -> Model:
     Raises ValueError that says what it is if a family knows it and cannot use it.
     """
     if path.is_file():
-        raise ValueError(
+        raise UserError(
             f"{path}: is a file; a model is a folder, and weights in a file are named by `weights`"
         )
     families_ = known_families()
     for family in families_:
         fault = family.unsupported(path)
         if fault is not None:
-            raise ValueError(f"{path}: {fault}")
+            raise UserError(f"{path}: {fault}")
     for family in families_:
         if family.recognises(path):
             return family(path)
     names = ", ".join(family.family for family in families_)
     held = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else "no such folder"
-    raise FileNotFoundError(f"{path}: no model of a known family ({names}): found {held}")
+    raise NotFoundError(f"{path}: no model of a known family ({names}): found {held}")
 
 
 def find_model(root: Path, name: str) -> Model:
@@ -60,13 +61,15 @@ def find_model(root: Path, name: str) -> Model:
     for path in (Path(name), root / name):
         if path.exists():
             return open_model(path)
+        if path.is_file():
+            raise NotFoundError(f"model '{name}': {path} is a file; give the folder that it is in")
     present = sorted(path.name for path in _models(root))
     near = difflib.get_close_matches(name, present, n=1)
     hint = f"; did you mean '{near[0]}'?" if near else ""
     ways = (family.how_to_get(root / name) for family in known_families())
     hint += "".join(f"; {way}" for way in list(filter(None, ways))[:1])
     found = f"it holds {present}" if present else "it holds no model"
-    raise FileNotFoundError(f"model '{name}': no folder {root / name} ({found}){hint}")
+    raise NotFoundError(f"model '{name}': no folder {root / name} ({found}){hint}")
 
 
 def _models(root: Path) -> Iterator[Path]:

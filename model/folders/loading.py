@@ -17,6 +17,7 @@ from model.discriminator import (
     DiscriminatorHeads,
     initial_value,
 )
+from model.folders.foreign import refuse_adapter
 from model.types import FeatureSpec
 from utils import checkpoint
 from utils.parallel import parallelize
@@ -55,6 +56,12 @@ def open_weights(
     checkpoint, ours or a .pt file with several networks: generator or critic. averaged: True = the
     generator's EMA, or a WeightsError; None = the EMA if there is one.
     """
+    weights = _open(path, in_folder, role, averaged)
+    refuse_adapter(weights)
+    return weights
+
+
+def _open(path: Path, in_folder: Path | None, role: str, averaged: bool | None) -> Weights:
     if path.is_file():
         return WeightFile(path, role=role, averaged=averaged)
     if (path / "checkpoints").is_dir():

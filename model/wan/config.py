@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from utils.errors import UserError
+
 IMAGE_COUNT = {"t2v": 0, "i2v": 1, "flf2v": 2}  # images that a model of each type is given
 
 
@@ -146,9 +148,9 @@ def read_wan_config(path: Path) -> WanConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from error
+        raise UserError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(values).__name__}")
+        raise UserError(f"{path}: must hold a JSON object, got {type(values).__name__}")
     values = {key: value for key, value in values.items() if not key.startswith("_")}
     try:
         config = _from_diffusers(values) if "num_attention_heads" in values else _official(values)
@@ -156,7 +158,7 @@ def read_wan_config(path: Path) -> WanConfig:
     except ValueError as error:
         problems = [str(error)]
     if problems:
-        raise ValueError(f"{path}: {'; '.join(problems)}")
+        raise UserError(f"{path}: {'; '.join(problems)}")
     return config
 
 
@@ -173,7 +175,7 @@ def _from_diffusers(values: dict[str, Any]) -> WanConfig:
     _check_fields(values, derived.union(_DIFFUSERS_NAMES.values()), required, _FIXED_DIFFUSERS)
     heads, width = values["num_attention_heads"], values["attention_head_dim"]
     if type(heads) is not int or type(width) is not int:
-        raise ValueError(
+        raise UserError(
             f"num_attention_heads and attention_head_dim must be whole numbers, "
             f"got {heads!r} and {width!r}"
         )
@@ -185,13 +187,13 @@ def _from_diffusers(values: dict[str, Any]) -> WanConfig:
     added, positions = values.get("added_kv_proj_dim"), values.get("pos_embed_seq_len")
     sees_images = "image_dim" in sizes
     if added != (heads * width if sees_images else None):
-        raise ValueError(
+        raise UserError(
             f"added_kv_proj_dim must be {heads * width} with an image_dim, and null without, "
             f"got {added!r} with {values.get('image_dim')!r}"
         )
     if positions is not None:
         if not sees_images or type(positions) is not int or positions % 2:
-            raise ValueError(
+            raise UserError(
                 f"pos_embed_seq_len must be an even number, of the tokens of two images, "
                 f"and needs an image_dim, got {positions!r}"
             )
@@ -206,9 +208,9 @@ def diffusers_config(config: WanConfig) -> dict[str, Any]:
     Raises ValueError for a transformer that diffusers cannot hold.
     """
     if config.absolute_positions:
-        raise ValueError("diffusers has no transformer with absolute positions (the tiny models)")
+        raise UserError("diffusers has no transformer with absolute positions (the tiny models)")
     if config.sees_images and config.text_len != _DIFFUSERS_CONSTANTS["text_len"]:
-        raise ValueError(
+        raise UserError(
             f"text_len={config.text_len}: diffusers' image-to-video transformers count on "
             f"{_DIFFUSERS_CONSTANTS['text_len']} rows of text"
         )
@@ -237,13 +239,13 @@ def _check_fields(
     known = known | fixed.keys()
     unknown, missing = sorted(values.keys() - known), sorted(required - values.keys())
     if unknown or missing:
-        raise ValueError(
+        raise UserError(
             f"not a Wan transformer's config: missing {missing}, unknown {unknown}; "
             f"known fields are {', '.join(sorted(known))}"
         )
     for name in sorted(fixed.keys() & values.keys()):
         if values[name] != fixed[name]:
-            raise ValueError(f"{name} must be {fixed[name]!r} in Wan2.1, got {values[name]!r}")
+            raise UserError(f"{name} must be {fixed[name]!r} in Wan2.1, got {values[name]!r}")
 
 
 def _build(values: dict[str, Any]) -> WanConfig:

@@ -12,6 +12,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from utils.errors import UserError
+
 Span = tuple[int, int]  # frames first .. last, the last one not included
 
 
@@ -55,7 +57,7 @@ def frame_blocks(frames: int, block: int, *, independent_first_frame: bool = Fal
             if alone
             else (f"the {frames} latent frames")
         )
-        raise ValueError(f"a block of {block} frames must divide {rest}")
+        raise UserError(f"a block of {block} frames must divide {rest}")
     return [1] * alone + [block] * ((frames - alone) // block)
 
 
@@ -93,7 +95,7 @@ def past_spans(past: int, new: int, *, window: int | None, sink: int) -> list[Sp
     if window is None or past + new <= window:
         return [(0, past)] if past else []
     if window - sink < new:
-        raise ValueError(
+        raise UserError(
             f"a window of {window} frames, {sink} of them the video's first, is smaller than a "
             f"block of {new}"
         )

@@ -170,8 +170,8 @@ def test_a_trainer_has_a_method_that_it_takes_unless_told_otherwise(
 
 def test_an_unknown_trainer_lists_the_known_ones(minimal: Path) -> None:
     assert error_of(minimal, "trainer=difusion") == (
-        "command line: trainer: Invalid value 'difusion', "
-        "expected one of ['score_distillation', 'diffusion', 'gan', 'ode']"
+        "command line: trainer: 'difusion' is unknown, choose one of score_distillation, "
+        "diffusion, gan, ode; did you mean 'diffusion'?"
     )
 
 

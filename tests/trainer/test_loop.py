@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -424,3 +426,20 @@ def test_recomputing_blocks_changes_no_number(
     recompute = "parallel.activation_checkpoint=block"
     run(configs[method], tmp_path / "recomputed", *settings, recompute)
     assert rows(tmp_path / "recomputed") == rows(tmp_path / "kept")
+
+
+def test_saving_and_showing_samples_are_no_time_of_steps(
+    configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hour, real, spent = 3600.0, time.perf_counter, [0.0]
+    monkeypatch.setattr("utils.metrics.time.perf_counter", lambda: real() + spent[0])
+
+    def slow(self: Trainer, *args: Any) -> None:
+        spent[0] += hour
+
+    for name in ("save", "show_samples"):
+        monkeypatch.setattr(Trainer, name, slow)
+    run(configs["dmd"], tmp_path, "steps=3", "save_every=1", "validation.every=1")
+    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert spent[0] == 6 * hour
+    assert all(json.loads(line)["seconds_per_step"] < hour for line in lines)

@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
+from tests.ranks import run_on_ranks
 from utils import checkpoint
-from utils.distributed import Session
+from utils.distributed import Session, distributed_session
+from utils.seeding import generator
 
 ALONE = Session(rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -212,3 +216,59 @@ def test_plain_objects_are_loaded(tmp_path: Path) -> None:
     loaded = {"step": 0, "names": ["", ""], "mean": {"x": 0.0, "y": None}}
     checkpoint.load(path, loaded)
     assert loaded == held
+
+
+# ---- rows of a tensor
+
+
+def bytes_read() -> int:
+    """What this process has read so far, from files and from the page cache."""
+    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith("rchar")).split()[1])
+
+
+def save_sharded(folder: Path) -> None:
+    """On two ranks: tensors of 5 and 1 rows, one of them cut, and one number."""
+    with distributed_session(timeout_s=60.0) as session:
+        mesh = init_device_mesh("cpu", (2,))
+        whole = torch.arange(30.0).view(5, 6)
+        state = {
+            "long": distribute_tensor(whole, mesh, [Shard(0)]),
+            "wide": distribute_tensor(whole.T.contiguous(), mesh, [Shard(1)]),
+            "row": distribute_tensor(whole[:1].clone(), mesh, [Shard(0)]),
+            "number": torch.tensor(3.5),
+        }
+        checkpoint.save(folder, 1, state, {}, session)
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(0, 2), slice(2, 4), slice(4, 5), slice(5, 5)])
+def test_rows_of_a_tensor_are_read_as_they_were_saved_by_any_number_of_ranks(
+    rows: slice, tmp_path: Path
+) -> None:
+    run_on_ranks(2, save_sharded, tmp_path)
+    reader = checkpoint.Reader(tmp_path / "step_000001")
+    whole = torch.arange(30.0).view(5, 6)
+    assert torch.equal(reader.read_rows("long", rows), whole[rows])
+    assert torch.equal(reader.read_rows("wide", rows), whole.T[rows])
+    assert torch.equal(reader.read_rows("row", rows), whole[:1][rows])
+    assert reader.read_rows("number", rows) == 3.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64])
+def test_views_of_any_type_come_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = torch.arange(4 * 10 * 3).view(4, 10, 3).to(dtype)
+    held = {"column": base[:, 2:5], "transposed": base.transpose(0, 2), "part": base[1:3]}
+    checkpoint.save(tmp_path, 1, held, {}, ALONE)
+    reader = checkpoint.Reader(tmp_path / "step_000001")
+    for name, value in held.items():
+        assert torch.equal(reader.read_rows(name, slice(1, 3)), value[1:3])
+
+
+def test_of_a_large_tensor_no_more_is_read_than_the_rows_that_are_wanted(tmp_path: Path) -> None:
+    value = torch.rand(64, 2**16, generator=generator("rows"))  # 16 MiB
+    checkpoint.save(tmp_path, 1, {"value": value}, {}, ALONE)
+    reader = checkpoint.Reader(tmp_path / "step_000001")
+    before = bytes_read()
+    found = reader.read_rows("value", slice(8, 16))
+    assert bytes_read() - before < 2**21 + 2**17  # 2 MiB of rows, and the file's headers
+    assert torch.equal(found, value[8:16])

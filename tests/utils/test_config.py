@@ -12,6 +12,7 @@ from omegaconf import MISSING, OmegaConf
 from utils.config import (
     ConfigError,
     Layer,
+    chosen,
     differences,
     load_config,
     read_overrides,
@@ -199,7 +200,7 @@ def test_a_list_at_the_top_of_a_file_is_refused(tmp_path: Path) -> None:
     path.write_text("- steps\n")
     with pytest.raises(ConfigError) as caught:
         read_yaml(path)
-    assert str(caught.value) == f"{path}: must hold 'key: value' lines, got ListConfig"
+    assert str(caught.value) == f"{path}: must hold 'key: value' lines, not a list"
 
 
 @pytest.mark.parametrize("word", ["steps", "--steps=3", "-x"])
@@ -222,3 +223,73 @@ def test_differences_lists_changed_leaves_with_both_values() -> None:
 def test_differences_sees_a_changed_list() -> None:
     old, new = OmegaConf.create("{a: {b: [1]}}"), OmegaConf.create("{a: {b: [1, 2]}}")
     assert differences(old, new) == {"a.b": ([1], [1, 2])}
+
+
+# ---- files and values of the wrong kind
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("5", "must hold 'key: value' lines, not a single value"),
+        ("true", "must hold 'key: value' lines, not a single value"),
+        ("- a", "must hold 'key: value' lines, not a list"),
+        ("steps: ${nope", "not readable as YAML: no viable alternative at input '${nope'"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused(text: str, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(path)
+    assert str(caught.value) == f"{path}: {problem}"
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder, not a config file"):
+        read_yaml(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            "{generator: 5}",
+            "generator: is a section, with keys such as generator.lr; got the value 5",
+        ),
+        (
+            "{generator: [1]}",
+            "generator: is a section, with keys such as generator.lr; got the value [1]",
+        ),
+        (
+            "{generator: {betas: abc}}",
+            "generator.betas: must be a list, such as [0.9, 0.999]; got 'abc'",
+        ),
+    ],
+)
+def test_a_value_in_the_place_of_a_section_or_a_list_is_told_with_what_belongs_there(
+    text: str, problem: str
+) -> None:
+    assert error_of(layer(text)) == f"run.yaml: {problem}"
+
+
+def test_a_list_may_come_from_another_key() -> None:
+    result = load_config(Root(), [layer("{generator: {betas: '${critic.betas}'}}")])
+    assert result.generator.betas == [0.9, 0.999]
+
+
+def test_a_word_that_is_no_setting_is_quoted() -> None:
+    with pytest.raises(ConfigError, match=r"command line: 'steps=\[' is not readable: "):
+        read_overrides(["steps=["])
+
+
+def test_the_last_layer_that_has_a_key_chooses() -> None:
+    layers = [layer("{mode: fast}", "a"), layer("{mode: slow}", "b"), layer("{steps: 1}", "c")]
+    assert chosen(layers, "mode") == ("slow", "b")
+    assert chosen([*layers, layer("{mode: null}", "d")], "mode") == (None, "d")
+    assert chosen(layers, "note") == (None, "default")
+
+
+def test_a_choice_that_leads_nowhere_is_refused() -> None:
+    with pytest.raises(ConfigError, match="mode: Interpolation key 'nope' not found"):
+        chosen([layer("{mode: '${nope}'}")], "mode")

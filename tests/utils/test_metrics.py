@@ -11,7 +11,7 @@ import torch
 
 from utils import metrics as module
 from utils.distributed import Session
-from utils.metrics import JsonLines, Metrics, not_finite, read_metrics
+from utils.metrics import JsonLines, Metrics, not_finite, read_metrics, uses_wandb
 
 ALONE = Session(rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -99,3 +99,97 @@ def test_after_a_cut_line_the_next_row_is_whole(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"step": 2, "cri')
     JsonLines(path, resumed_at=1).log(2, {"critic/loss": 1.0})
     assert rows(path) == [{"step": 1}, {"step": 2, "critic/loss": 1.0}]
+
+
+def test_time_that_is_paused_is_not_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 10.0, 13.0, 20.0])  # begun, paused, resumed, read
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    metrics = Metrics(ALONE)
+    for _ in range(2):
+        metrics.count_step()
+    with metrics.paused():
+        pass
+    assert metrics.read()["seconds_per_step"] == (20.0 - 3.0) / 2
+
+
+# ---- whether Weights & Biases is used
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The empty home of a user who never heard of W&B."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def decision(
+    caplog: pytest.LogCaptureFixture, asked: bool | None, *, disabled: bool = False
+) -> tuple[bool, str]:
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        chosen = uses_wandb(asked, disabled=disabled)
+    (line,) = caplog.messages
+    return chosen, line.removeprefix("Weights & Biases: ")
+
+
+OFF = "; logging.wandb=true turns it on"
+ON = "; --disable-wandb turns it off"
+
+
+def test_without_a_login_and_unless_asked_there_is_no_wandb(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = f"off, since you are not logged in (wandb login){OFF}"
+    assert decision(caplog, None) == (False, said)
+    assert decision(caplog, True) == (True, f"on, since logging.wandb=true{ON}")
+
+
+@pytest.mark.parametrize(
+    ("server", "known"), [(None, True), ("https://wandb.mine.org", False), ("nonsense", False)]
+)
+def test_a_login_at_the_server_in_use_turns_wandb_on(
+    server: str | None,
+    known: bool,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (home / ".netrc").write_text("machine api.wandb.ai login user password key\n")
+    (home / ".netrc").chmod(0o600)
+    if server is not None:
+        monkeypatch.setenv("WANDB_BASE_URL", server)
+    assert decision(caplog, None)[0] is known
+    assert decision(caplog, False) == (False, f"off, since logging.wandb=false{OFF}")
+    assert decision(caplog, True, disabled=True) == (False, f"off, since --disable-wandb{OFF}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "chosen"),
+    [
+        ("WANDB_API_KEY", "secret", True),
+        ("WANDB_MODE", "offline", True),
+        ("WANDB_MODE", "disabled", False),
+    ],
+)
+def test_the_environment_decides_where_nothing_was_asked_and_shows_no_key(
+    name: str,
+    value: str,
+    chosen: bool,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv(name, value)
+    found, line = decision(caplog, None)
+    assert found is chosen
+    assert name in line
+    assert "secret" not in line
+
+
+def test_a_login_file_that_is_broken_is_no_login(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (home / ".netrc").write_text("machine")
+    assert decision(caplog, None)[0] is False

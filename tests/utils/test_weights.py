@@ -309,3 +309,43 @@ def test_each_weight_is_filled_by_name_and_shape() -> None:
 def test_a_name_that_a_pt_file_holds_twice_is_refused(tmp_path: Path) -> None:
     torch.save({"0.bias": torch.zeros(4), "model.0.bias": torch.ones(4)}, tmp_path / "w.pt")
     assert error_of(tmp_path / "w.pt") == f"{tmp_path}/w.pt: holds '0.bias' twice"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"not weights at all", "it is damaged, cut off, or nothing that torch.save wrote"),
+        (bytes(5000), "it is damaged, cut off, or nothing that torch.save wrote"),
+        (b"", "it is empty"),
+        (b"<!DOCTYPE html><html>", "it is a web page; download the file itself"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+            "it is a pointer of git lfs; fetch the file itself with: git lfs pull",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_without_advice_to_run_its_code(
+    content: bytes, reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.pt"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError) as caught:
+        WeightFile(path)
+    assert str(caught.value).startswith(f"{path}: not a file of plain tensors: {reason}")
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [0.05, 0.5, 0.99])
+def test_a_file_that_is_cut_off_is_told_as_such(kept: float, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"weight": torch.zeros(10000)}, path)
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(WeightsError, match="it is damaged, cut off, or nothing"):
+        WeightFile(path)
+
+
+def test_a_pointer_of_git_lfs_in_the_place_of_safetensors_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(WeightsError, match="fetch the file itself with: git lfs pull"):
+        WeightFile(path)

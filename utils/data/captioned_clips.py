@@ -15,6 +15,7 @@ from torch import Tensor
 
 from utils.claims import Rejected
 from utils.data.prompts import read_utf8
+from utils.errors import NotFoundError, UserError
 from utils.files import replaced_atomically
 from utils.media.video import VIDEO_SUFFIXES
 from utils.weights import read_tensors
@@ -51,10 +52,10 @@ def pair_videos(videos: Path, texts: Path) -> tuple[list[CaptionedVideo], list[R
     """
     for folder in (videos, texts):
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder")
+            raise NotFoundError(f"{folder}: no such folder")
     paths = {_name(p, videos): p for p in reversed(_files(videos, VIDEO_SUFFIXES))}
     if not paths:
-        raise FileNotFoundError(f"{videos}: holds no video ({', '.join(VIDEO_SUFFIXES)})")
+        raise NotFoundError(f"{videos}: holds no video ({', '.join(VIDEO_SUFFIXES)})")
     pairs, rejected = [], []
     for path in _files(videos, VIDEO_SUFFIXES):
         name, file = _name(path, videos), path.relative_to(videos).as_posix()
@@ -89,7 +90,7 @@ def _name(path: Path, folder: Path) -> str:
 def _prompt(text: Path) -> str:
     prompt = read_utf8(text).strip()
     if not prompt:
-        raise ValueError(f"{text}: an empty prompt")
+        raise UserError(f"{text}: an empty prompt")
     return prompt
 
 
@@ -103,7 +104,7 @@ def clip_files(folder: Path) -> list[Path]:
     """The .pt files of a folder and its sub-folders, sorted. Raises FileNotFoundError if none."""
     files = _files(folder, (".pt",))
     if not files:
-        raise FileNotFoundError(f"{folder}: holds no .pt files of encoded clips")
+        raise NotFoundError(f"{folder}: holds no .pt files of encoded clips")
     return files
 
 
@@ -115,7 +116,7 @@ def read_clips(path: Path) -> list[Clip]:
     """
     content = read_tensors(path)
     if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"expected a clip, or latents by prompt, found a {_kind(content)}")
+        raise UserError(f"expected a clip, or latents by prompt, found a {_kind(content)}")
     if "latents" in content and "prompt" in content:
         return [_own(content)]
     return [_foreign(prompt, latents) for prompt, latents in content.items()]
@@ -124,14 +125,12 @@ def read_clips(path: Path) -> list[Clip]:
 def _own(content: Mapping[str, Any]) -> Clip:
     unknown = sorted(content.keys() - Clip.__dataclass_fields__.keys())
     if unknown:
-        raise ValueError(f"holds a clip with unknown entries {unknown}")
+        raise UserError(f"holds a clip with unknown entries {unknown}")
     clip = Clip(**content)
     _check_latents(clip.prompt, clip.latents)
     frame, (height, width) = clip.first_frame, clip.latents.shape[-2:]
     if frame is not None and not _enlarges(frame, height, width):
-        raise ValueError(
-            f"first_frame must be uint8 (3, {height} k, {width} k), got {_kind(frame)}"
-        )
+        raise UserError(f"first_frame must be uint8 (3, {height} k, {width} k), got {_kind(frame)}")
     return clip
 
 
@@ -150,7 +149,7 @@ def _foreign(prompt: object, latents: object) -> Clip:
     assert isinstance(latents, Tensor)
     assert isinstance(prompt, str)
     if latents.shape[1] != FOREIGN_CHANNELS:
-        raise ValueError(
+        raise UserError(
             f"latents by prompt must be [1, F, {FOREIGN_CHANNELS}, h, w], got {_kind(latents)}"
         )
     return Clip(prompt, latents.transpose(0, 1))
@@ -158,11 +157,11 @@ def _foreign(prompt: object, latents: object) -> Clip:
 
 def _check_latents(prompt: object, latents: object) -> None:
     if not isinstance(prompt, str):
-        raise ValueError(f"the prompt must be text, got a {_kind(prompt)}")
+        raise UserError(f"the prompt must be text, got a {_kind(prompt)}")
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
-        raise ValueError(f"latents must be a tensor of numbers, got a {_kind(latents)}")
+        raise UserError(f"latents must be a tensor of numbers, got a {_kind(latents)}")
     if latents.ndim != 4 or not latents.numel():
-        raise ValueError(f"latents must have 4 dimensions, got {_kind(latents)}")
+        raise UserError(f"latents must have 4 dimensions, got {_kind(latents)}")
 
 
 def _kind(value: object) -> str:

@@ -12,9 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from utils import shipped
 from utils.claims import REPORT, SETTINGS
 from utils.data.prompts import read_prompt_folder, read_prompts
 from utils.data.shards import ShardReader, shard_paths
+from utils.errors import NotFoundError, UserError
 from utils.seeding import generator
 
 
@@ -147,7 +149,7 @@ def read_manifest(folder: Path) -> TrajectoryManifest | None:
     try:
         return TrajectoryManifest(**json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a manifest of ODE pairs: {error}") from error
+        raise UserError(f"{path}: not a manifest of ODE pairs: {error}") from error
 
 
 def open_dataset(path: Path) -> Dataset:
@@ -155,22 +157,23 @@ def open_dataset(path: Path) -> Dataset:
 
     Raises FileNotFoundError or ValueError with what was expected there.
     """
+    path = shipped.find(path)
     if path.is_file():
         return Prompts([item.text for item in read_prompts(path)])
     if shard_paths(path):
         if (path / SETTINGS).is_file() and not (path / REPORT).is_file():
-            raise ValueError(
+            raise UserError(
                 f"{path}: scripts/create_lmdb_14b_shards.py was stopped before it was done; run "
                 f"the same command again"
             )
         return LatentShards(path)
     if manifest_path(path).is_file():
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"{path}: has a manifest of ODE pairs but no pair yet; run "
             f"scripts/generate_ode_pairs.py again"
         )
     if not path.is_dir():
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"{path}: no such data; give a .txt file with one prompt per line, a folder of .txt "
             f"files with one prompt each, or a folder of LMDB shards"
         )

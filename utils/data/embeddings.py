@@ -22,6 +22,7 @@ from torch import Tensor
 from utils.config import ConfigError
 from utils.data.lmdb_files import begun, open_to_read, open_to_write, put
 from utils.data.shards import shard_paths
+from utils.errors import NotFoundError, UserError
 from utils.files import write_text
 
 FORMAT = 1  # of what is said above, and of how prompts are cleaned before they are encoded
@@ -55,9 +56,9 @@ def read_manifest(folder: Path) -> EmbeddingManifest | None:
     try:
         manifest = EmbeddingManifest(**json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a manifest of text embeddings: {error}") from error
+        raise UserError(f"{path}: not a manifest of text embeddings: {error}") from error
     if manifest.format != FORMAT:
-        raise ValueError(
+        raise UserError(
             f"{path}: of format {manifest.format}, this version reads {FORMAT}; make a new store"
         )
     return manifest
@@ -75,7 +76,7 @@ class EmbeddingReader:
         """Raises FileNotFoundError without a store, ValueError if part of it is damaged."""
         manifest = read_manifest(folder)
         if manifest is None:
-            raise FileNotFoundError(
+            raise NotFoundError(
                 f"{folder}: holds no text embeddings; make them with {_command(folder)}"
             )
         self.folder = folder
@@ -136,7 +137,7 @@ class EmbeddingReader:
                 if stored is not None:
                     into[: len(stored)] = np.frombuffer(stored, np.uint8)
                     return
-        raise ValueError(
+        raise UserError(
             f"{self.folder}: holds no states of the prompt {_shown(prompt)}; add it with "
             f"{_command(self.folder)} (--prompt_path takes prompts beside the run's own)"
         )
@@ -147,11 +148,11 @@ class EmbeddingReader:
         try:
             stored, states = transaction.get(PROMPT + digest), transaction.get(STATES + digest)
         except lmdb.Error as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder}: damaged where {_shown(prompt)} is stored: {error}; make it anew"
             ) from error
         if stored is not None and bytes(stored) != prompt.encode():
-            raise ValueError(
+            raise UserError(
                 f"{self.folder}: holds another prompt under the hash of {_shown(prompt)}: "
                 f"{_shown(bytes(stored).decode())}; reword one of them"
             )

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import lmdb
 
+from utils.errors import UserError
+
 GROWTH = 2  # a full map is reopened this many times larger
 FIRST_MAP_BYTES = 64 * 2**20
 SPARE_FILES = 512  # for all that is no LMDB
@@ -34,11 +36,11 @@ def open_to_read(path: Path) -> lmdb.Environment:
     try:
         env = lmdb.open(str(path), readonly=True, lock=False, readahead=False, subdir=True)
     except lmdb.Error as error:
-        raise ValueError(f"{path}: not readable as LMDB: {error}") from error
+        raise UserError(f"{path}: not readable as LMDB: {error}") from error
     # LMDB maps the file into memory: reading past the end of a cut one kills the process.
     size, whole = (path / "data.mdb").stat().st_size, _used_bytes(env)
     if size < whole:
-        raise ValueError(f"{path}: cut off, data.mdb has {size} of {whole} bytes; copy it again")
+        raise UserError(f"{path}: cut off, data.mdb has {size} of {whole} bytes; copy it again")
     return env
 
 

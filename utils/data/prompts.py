@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from utils import shipped
+from utils.errors import NotFoundError, UserError
 from utils.media.images import IMAGE_SUFFIXES
 
 Rows = Iterator[tuple[int, Any]]  # a number for messages, and a text or a mapping
@@ -50,11 +52,12 @@ class PromptItem:
 
 def read_prompt_file(path: Path) -> list[str]:
     """One prompt per line, UTF-8; blank lines are skipped. Raises ValueError if none is left."""
+    path = shipped.find(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such prompt file (one prompt per line)")
+        raise NotFoundError(f"{path}: no such prompt file (one prompt per line)")
     prompts = [line.strip() for line in read_utf8(path).split("\n") if line.strip()]
     if not prompts:
-        raise ValueError(f"{path}: holds no prompt; write one per line")
+        raise UserError(f"{path}: holds no prompt; write one per line")
     return prompts
 
 
@@ -70,15 +73,16 @@ def read_prompts(path: Path) -> list[PromptItem]:
     VBench_full_info.json has; their images (IMAGE_KEYS) lie beside them. Folders: of .txt files.
     Raises FileNotFoundError or ValueError that names the file and what was expected.
     """
+    path = shipped.find(path)
     if path.is_dir():
         return _folder(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file or folder of prompts")
+        raise NotFoundError(f"{path}: no such file or folder of prompts")
     if path.suffix.lower() in TABLES:
         rows = TABLES[path.suffix.lower()](path, read_utf8(path))
         items = [_item(path, number, row) for number, row in rows]
         if not items:
-            raise ValueError(f"{path}: holds no prompt")
+            raise UserError(f"{path}: holds no prompt")
         return items
     return [PromptItem(text, text) for text in read_prompt_file(path)]
 
@@ -92,10 +96,11 @@ def read_image_prompts(path: Path, *, named_by_prompt: bool = False) -> list[Pro
     as in VBench-I2V, if no text lies beside them.
     Raises FileNotFoundError or ValueError that lists what has no partner.
     """
+    path = shipped.find(path)
     if path.is_file() and path.suffix.lower() in TABLES:
         items = read_prompts(path)
     elif not path.is_dir():
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"{path}: no image prompts here; give a folder of images with a .txt of the same stem "
             f"each, or a table ({', '.join(TABLES)}) that names images beside it"
         )
@@ -117,14 +122,14 @@ def with_extended(items: Sequence[PromptItem], path: Path, source: Path) -> list
         texts = {item.name: item.text for item in _folder(path)}
         absent = [item.name or item.title[:60] for item in items if item.name not in texts]
         if absent:
-            raise ValueError(
+            raise UserError(
                 f"--extended_prompt_path: {path} lacks {len(absent)} of the {len(items)} files "
                 f"of {source}, or has them empty: {some(absent)}"
             )
         return [replace(item, text=texts[item.name]) for item in items]
     longer = read_prompts(path)
     if len(longer) != len(items):
-        raise ValueError(
+        raise UserError(
             f"--extended_prompt_path: {path} has {len(longer)} prompts, {source} has "
             f"{len(items)}; they must match line by line"
         )
@@ -140,7 +145,7 @@ def merged(items: Iterable[PromptItem]) -> list[PromptItem]:
     for item in items:
         first = result.setdefault(item.title, item)
         if replace(first, dimensions=(), name="") != replace(item, dimensions=(), name=""):
-            raise ValueError(f"two prompts of the same words would share files: '{item.title}'")
+            raise UserError(f"two prompts of the same words would share files: '{item.title}'")
         dimensions = tuple(dict.fromkeys(first.dimensions + item.dimensions))
         result[item.title] = replace(first, dimensions=dimensions)
     return list(result.values())
@@ -151,7 +156,7 @@ def read_utf8(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
 
 
 def _folder(folder: Path) -> list[PromptItem]:
@@ -159,7 +164,7 @@ def _folder(folder: Path) -> list[PromptItem]:
     texts = {file.stem: read_utf8(file).strip() for file in files}
     items = [PromptItem(text, text, name) for name, text in texts.items() if text]
     if not items:
-        raise ValueError(
+        raise UserError(
             f"{folder}: holds no prompt: {len(files)} .txt files, all empty; "
             f"expected .txt files with one prompt each, or LMDB shards"
         )
@@ -184,9 +189,9 @@ def _pairs(folder: Path, *, named_by_prompt: bool) -> list[PromptItem]:
     }
     found = [f"{len(stems)} {what} ({some(stems)})" for what, stems in faults.items() if stems]
     if found:
-        raise ValueError(f"{folder}: not all are pairs of an image and a text: {'; '.join(found)}")
+        raise UserError(f"{folder}: not all are pairs of an image and a text: {'; '.join(found)}")
     if not first:
-        raise ValueError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     ends = {stem.removesuffix(LAST_SUFFIX): Picture(path) for stem, path in last.items()}
     return [
         PromptItem(texts[stem], texts[stem], stem, Picture(path), ends.get(stem))
@@ -205,7 +210,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
             if path.stem in images:
-                raise ValueError(
+                raise UserError(
                     f"{folder}: {images[path.stem].name} and {path.name} would share one text; "
                     f"keep one of them"
                 )
@@ -215,7 +220,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 
 def _crop_list(folder: Path, lists: Sequence[Path]) -> list[PromptItem]:
     if len(lists) > 1:
-        raise ValueError(
+        raise UserError(
             f"{folder}: holds {len(lists)} crop lists ({some([p.name for p in lists])}); keep one"
         )
     (path,) = lists
@@ -224,10 +229,10 @@ def _crop_list(folder: Path, lists: Sequence[Path]) -> list[PromptItem]:
     for number, row in _json(path, read_utf8(path)):
         item = _item(path, number, row)
         if item.image is None:
-            raise ValueError(f"{path}: entry {number}: no file_name")
+            raise UserError(f"{path}: entry {number}: no file_name")
         origin = [row[key] for key in ("origin_height", "origin_width") if row.get(key)]
         if not all(isinstance(side, int) for side in origin):
-            raise ValueError(
+            raise UserError(
                 f"{path}: entry {number}: origin_height and origin_width must be whole numbers, "
                 f"got {origin}"
             )
@@ -238,7 +243,7 @@ def _crop_list(folder: Path, lists: Sequence[Path]) -> list[PromptItem]:
         )
         items.append(replace(item, image=picture))
     if not items:
-        raise ValueError(f"{path}: holds no prompt")
+        raise UserError(f"{path}: holds no prompt")
     return items
 
 
@@ -250,7 +255,7 @@ def _box(crop: Any, where: str) -> tuple[int, int, int, int] | None:
     except (KeyError, TypeError, ValueError, OverflowError):
         left = top = right = bottom = 0
     if not (0 <= left < right and 0 <= top < bottom):
-        raise ValueError(
+        raise UserError(
             f"{where}: target_crop must hold target_bbox: [left, top, right, bottom], got {crop}"
         )
     return left, top, right, bottom
@@ -259,10 +264,10 @@ def _box(crop: Any, where: str) -> tuple[int, int, int, int] | None:
 def _check_found(source: Path, images: Sequence[Path | None]) -> None:
     """Raise ValueError unless each is a file."""
     if None in images:
-        raise ValueError(f"{source}: names no images; it needs a column {' or '.join(IMAGE_KEYS)}")
+        raise UserError(f"{source}: names no images; it needs a column {' or '.join(IMAGE_KEYS)}")
     absent = [str(path) for path in images if path is not None and not path.is_file()]
     if absent:
-        raise ValueError(
+        raise UserError(
             f"{source}: {len(absent)} of its {len(images)} images are missing: {some(absent)}"
         )
 
@@ -272,26 +277,26 @@ def _item(path: Path, number: int, row: Any) -> PromptItem:
     if isinstance(row, str):
         row = {"prompt": row}
     if not isinstance(row, dict):
-        raise ValueError(f"{path}: entry {number} is neither a text nor a mapping: {row!r:.60}")
+        raise UserError(f"{path}: entry {number} is neither a text nor a mapping: {row!r:.60}")
     key = next((key for key in PROMPT_KEYS if key in row), None)
     if key is None:
-        raise ValueError(
+        raise UserError(
             f"{path}: entry {number} has no prompt; its keys are {sorted(map(str, row))}, "
             f"a prompt is looked for under {', '.join(PROMPT_KEYS)}"
         )
     text = row[key]
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{path}: entry {number}: '{key}' must be a text, got {text!r:.60}")
+        raise UserError(f"{path}: entry {number}: '{key}' must be a text, got {text!r:.60}")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can write halves of characters
-        raise ValueError(
+        raise UserError(
             f"{path}: entry {number}: '{key}' has half a character at {error.start}: {text!r:.60}"
         ) from error
     image = next((row[name] for name in IMAGE_KEYS if row.get(name)), None)
     dimensions = row.get("dimension") or []
     if not isinstance(dimensions, str | list):
-        raise ValueError(f"{path}: entry {number}: 'dimension' is no list, but {dimensions!r:.60}")
+        raise UserError(f"{path}: entry {number}: 'dimension' is no list, but {dimensions!r:.60}")
     return PromptItem(
         text=text.strip(),
         title=text.strip(),
@@ -306,10 +311,10 @@ def _json(path: Path, text: str) -> Rows:
     try:
         content = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        raise UserError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, list):
         found = f"a mapping of {sorted(content)[:8]}" if isinstance(content, dict) else "a value"
-        raise ValueError(
+        raise UserError(
             f"{path}: holds {found}, expected a list of prompts, or of mappings with one of "
             f"{', '.join(PROMPT_KEYS)}"
         )
@@ -322,14 +327,14 @@ def _json_lines(path: Path, text: str) -> Rows:
             try:
                 yield number, json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
+                raise UserError(f"{path}: line {number} is not JSON: {error}") from error
 
 
 def _separated(delimiter: str, path: Path, text: str) -> Rows:
     try:
         yield from enumerate(csv.DictReader(io.StringIO(text), delimiter=delimiter), start=1)
     except csv.Error as error:
-        raise ValueError(f"{path}: not readable as a table: {error}") from error
+        raise UserError(f"{path}: not readable as a table: {error}") from error
 
 
 TABLES: dict[str, Callable[[Path, str], Rows]] = {

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from utils.data.lmdb_files import allow_open, open_to_read, open_to_write, put
+from utils.errors import NotFoundError, UserError
 
 PICTURES_TRIED = 16  # records of another system's shard that may tell the pictures' size
 
@@ -96,7 +97,7 @@ class ShardWriter:
         return {f"{name}_shape".encode(): shape.encode(), **rows}
 
 
-class DamagedRecordError(ValueError):
+class DamagedRecordError(UserError):
     """A record that cannot be what was written."""
 
 
@@ -182,7 +183,7 @@ class Shard:
         if not shape:
             return None
         if len(shape) != dims:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: '{name}_shape' must be N {letters}, got {len(shape) + 1} numbers"
             )
         return _frames_first(shape)
@@ -195,7 +196,7 @@ class Shard:
             return shape[1], shape[2]
         # Another system's builder writes the latents' shape here too.
         if self.latent_shape is None:
-            raise ValueError(f"{self.path}: 'img_shape' must be N H W 3, got {shape}")
+            raise UserError(f"{self.path}: 'img_shape' must be N H W 3, got {shape}")
         return self._enlarged(*self.latent_shape[-2:])
 
     def _enlarged(self, height: int, width: int) -> tuple[int, int]:
@@ -220,10 +221,10 @@ class ShardReader:
         allow_open(len(paths))
         shards = [Shard(path) for path in paths]
         if not shards:
-            raise FileNotFoundError(f"{folder}: no LMDB shards (sub-folders with a data.mdb)")
+            raise NotFoundError(f"{folder}: no LMDB shards (sub-folders with a data.mdb)")
         self.shards = [shard for shard in shards if shard.rows]
         if not self.shards:
-            raise ValueError(f"{folder}: its {len(shards)} LMDB shards hold no record")
+            raise UserError(f"{folder}: its {len(shards)} LMDB shards hold no record")
         check_kinds(self.shards)
         self._first = [0, *accumulate(shard.rows for shard in self.shards)]
 
@@ -274,7 +275,7 @@ def check_kinds(shards: Sequence[Shard]) -> None:
     for shard in shards:
         if shard.kinds != shards[0].kinds:
             one, other = (f"{s.name} {_listed(s.kinds)}" for s in (shards[0], shard))
-            raise ValueError(
+            raise UserError(
                 f"{shard.path.parent}: shards of different kinds: {one}, {other}; keep them in "
                 f"folders of their own"
             )
@@ -305,7 +306,7 @@ def _shape(env: lmdb.Environment, name: str) -> tuple[int, ...]:
     try:
         return tuple(int(word) for word in value.split())
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{env.path()}: '{key}' must hold whole numbers, got {value[:40]!r}"
         ) from error
 
@@ -315,7 +316,7 @@ def _value(env: lmdb.Environment, key: str) -> bytes | None:
         with env.begin() as transaction:
             value = transaction.get(key.encode())
     except lmdb.Error as error:
-        raise ValueError(f"{env.path()}: '{key}' is not readable: {error}") from error
+        raise UserError(f"{env.path()}: '{key}' is not readable: {error}") from error
     return None if value is None else bytes(value)
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from utils.data.prompts import PromptItem
+from utils.errors import UserError
 
 MAX_STEM_BYTES = 200  # of a readable name; most file systems take 255 with what is appended
 MAX_NAME_BYTES = 230  # of a VBench name; it is written under one that is up to 25 bytes longer
@@ -39,7 +40,7 @@ def vbench_stem(prompt: str) -> str:
     elif len(f"{prompt}-00.mp4".encode()) > MAX_NAME_BYTES:
         fault = f"makes a file name of more than {MAX_NAME_BYTES} bytes"
     if fault:
-        raise ValueError(
+        raise UserError(
             f"--vbench: the prompt '{prompt[:60]}{'...' if len(prompt) > 60 else ''}' {fault}, so "
             f"VBench could not find its clips; give short prompts, and the long ones as "
             f"--extended_prompt_path"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from utils.data.prompts import Picture
+from utils.errors import UserError
 from utils.media.images import IMAGE_SUFFIXES, describe_fit, fit, read_image, to_signed
 from utils.media.video import read_frames
 
@@ -39,7 +40,7 @@ def _cut(image: Tensor, picture: Picture) -> Tensor:
         return image
     left, top, right, bottom = picture.box
     if right > width or bottom > height:
-        raise ValueError(
+        raise UserError(
             f"{picture.path}: is {height} x {width}, its target_bbox {list(picture.box)} "
             f"(left, top, right, bottom) leaves it"
         )
@@ -75,7 +76,7 @@ def read_given(path: Path, size: Size, most: int) -> Given:
     else:
         frames = torch.stack(list(read_frames(path, limit=most + 1)))
         if len(frames) > most:
-            raise ValueError(f"{path}: has more than the {most} frames of a clip")
+            raise UserError(f"{path}: has more than the {most} frames of a clip")
     shape = (frames.shape[2], frames.shape[3])
     enlarged = shape[0] // size[0]
     if enlarged > 1 and shape == (enlarged * size[0], enlarged * size[1]):

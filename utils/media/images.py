@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from utils.errors import NotFoundError, UserError
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # What Pillow raises for files that are torn, of another kind, or far too large.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -25,13 +27,13 @@ def read_image(path: Path) -> Tensor:
     picture. Raises FileNotFoundError, or ValueError with the file's name if it cannot be read.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such image")
+        raise NotFoundError(f"{path}: no such image")
     try:
         with Image.open(path) as image:
             pixels = np.array(_rgb(ImageOps.exif_transpose(image)))
     except UNREADABLE as error:
         reason = str(error).partition("\n")[0].replace(f" {str(path)!r}", "")
-        raise ValueError(f"{path}: not readable as an image: {reason}") from error
+        raise UserError(f"{path}: not readable as an image: {reason}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

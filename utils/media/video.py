@@ -19,6 +19,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from utils.errors import NotFoundError, UserError
 from utils.files import replaced_atomically
 
 MIN_SIDE = 256  # smaller clips are enlarged by a whole factor, or players blur them
@@ -115,7 +116,7 @@ def read_frames(
     or ValueError with the file's name: at once if it is no video, at its end if it is torn.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such video")
+        raise NotFoundError(f"{path}: no such video")
     rate = [] if fps is None else [f"fps={fps}"]
     filters = ",".join([*rate, "scale=round(iw*sar):ih", "setsar=1"])
     words = [*_input(path, "-xerror", "-v", "error"), "-map", "0:V:0", "-vf", filters]
@@ -138,7 +139,7 @@ def read_frames(
         messages.seek(0)
         fault = _fault(path, messages.read().decode(errors="replace"))
     if fault is not None or not count:
-        raise ValueError(f"{path}: {fault or 'holds no frame'} ({count} frames could be read)")
+        raise UserError(f"{path}: {fault or 'holds no frame'} ({count} frames could be read)")
 
 
 def read_clip(path: Path) -> Tensor:
@@ -152,14 +153,14 @@ def frame_rate(path: Path) -> float | None:
     Raises FileNotFoundError, or ValueError with the file's name if it is no video.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such video")
+        raise NotFoundError(f"{path}: no such video")
     done = subprocess.run(_input(path), capture_output=True, check=False)
     text = done.stderr.decode(errors="replace")
     streams = [line for line in text.splitlines() if re.match(r"\s*Stream #\S+: Video:", line)]
     streams = [line for line in streams if "(attached pic)" not in line]
     if not streams:
         found = _fault(path, "" if "Stream #" in text else text)
-        raise ValueError(f"{path}: {found or 'holds no video'}")
+        raise UserError(f"{path}: {found or 'holds no video'}")
     rate = re.search(r"([\d.]+)(k?) fps", streams[0])
     return float(rate[1]) * (1000.0 if rate[2] else 1.0) if rate else None
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from utils.errors import UserError
+
 FRAMES, SIDE, CELLS, FPS = 17, 32, 8, 8
 FLOOR_FRAMES = 4  # frames that share one floor, after frame 0, which has its own
 FLOORS = 1 + (FRAMES - 1) // FLOOR_FRAMES
@@ -68,7 +70,7 @@ class Caption:
                 for name, allowed in zip(ATTRIBUTES, _VOCABULARIES, strict=True)
             ):
                 return caption
-        raise ValueError(f"not a caption of the tiny world: '{text}'; one is '{captions()[0]}'")
+        raise UserError(f"not a caption of the tiny world: '{text}'; one is '{captions()[0]}'")
 
     def indices(self) -> tuple[int, ...]:
         """Each attribute as its position in its vocabulary."""

@@ -34,6 +34,8 @@ from model.folders.component import STEMS
 from model.folders.writing import appearing, check_target, copy_if_there, copy_part, write_shards
 from model.wan.config import diffusers_config, write_wan_config
 from model.wan.weights import to_diffusers
+from utils.errors import UserError
+from utils.files import writing
 from utils.weights import Weights, check_fits
 
 LAYOUTS = ("official", "diffusers")
@@ -57,9 +59,9 @@ def check_export(source: ModelFolder, export: Export, target: Path) -> None:
         try:
             diffusers_config(config)
         except ValueError as error:
-            raise ValueError(f"{source.path}: no folder for diffusers: {error}") from error
+            raise UserError(f"{source.path}: no folder for diffusers: {error}") from error
         if not _is_wans(vae := _present(source.vae)):
-            raise ValueError(f"{vae}: this codec is no VAE of diffusers'")
+            raise UserError(f"{vae}: this codec is no VAE of diffusers'")
 
 
 def write_model_folder(source: ModelFolder, export: Export, target: Path) -> None:
@@ -176,7 +178,8 @@ def _write_part(part: Part, source: Path, target: Path, export: Export) -> None:
         return
     network, state = part.read(source)
     if not diffusers:
-        torch.save(part.to_official(state), wanted)
+        with writing(wanted):
+            torch.save(part.to_official(state), wanted)
         return
     write_shards(state.items(), wanted, part.stem, export.max_shard_bytes, {})
     _write_config(network, wanted, next(iter(state.values())).dtype)

@@ -51,7 +51,7 @@ class ModelFolder:
     codecs: tuple[str, ...] = VAE  # where the video codec may be
 
     def wan_config(self) -> WanConfig:
-        """The transformer's sizes. Raises ValueError or FileNotFoundError that names the file."""
+        """The transformer's sizes. Raises UserError that names the file."""
         return read_wan_config(self.config or self.path / CONFIG)
 
     @property

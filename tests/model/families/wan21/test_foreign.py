@@ -1,0 +1,39 @@
+"""LoRAs and folders of Wan2.2, given as weights, are called what they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.families.registry import identify_weights, open_model
+from utils.weights import WeightsError, write_weights
+
+LORAS = {
+    "diffusers": "transformer.blocks.0.attn1.to_q.lora_A.weight",
+    "peft": "base_model.model.blocks.0.self_attn.q.lora_A.default.weight",
+    "comfyui": "diffusion_model.blocks.0.self_attn.q.lora_down.weight",
+    "kohya": "lora_unet_blocks_0_self_attn_q.lora_up.weight",
+    "musubi": "lora_unet_blocks_0_self_attn_q.alpha",
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("name", LORAS.values(), ids=LORAS)
+def test_a_lora_given_as_weights_is_called_one(name: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"lora{suffix}"
+    write_weights({name: torch.zeros(4, 4)}, path, {})
+    with pytest.raises(WeightsError) as caught:
+        identify_weights(path)
+    assert str(caught.value) == (
+        f"{path}: is a LoRA, an adapter that is added to a model's weights (it holds {name}, ...); "
+        f"give the weights of a whole model, such as the two merged"
+    )
+
+
+def test_a_folder_of_wan22_given_as_weights_is_called_one(tiny_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "release" / "high_noise_model").mkdir(parents=True)
+    model = open_model(tiny_root / "wan_models" / "Wan2.1-T2V-Tiny")
+    with pytest.raises(WeightsError, match=r"/release: a model of Wan2\.2 \(high_noise_model\)"):
+        model.find_weights(tmp_path / "release")
