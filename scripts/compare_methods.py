@@ -27,17 +27,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scripts.evaluate import fingerprint, markdown, sample
+from scripts.evaluate import ROWS, fingerprint, markdown, sample
 from scripts.report import STYLE, inline
 from trainer.config import Config, load
 from trainer.serving import Request, VideoGenerator, check_source, load_generator
 from utils import start
-from utils.claims import refuse_other_settings
+from utils.claims import Claim
 from utils.cli import USER_ERRORS, command_parser, fail, start_logging
 from utils.config import ConfigError
 from utils.files import write_text
 from utils.media.video import contact_sheet, save_mp4, save_png
 from utils.metrics import read_metrics
+from utils.records import read_mapping, read_rows
 from utils.tiny_world.metrics import Exam
 from utils.tiny_world.world import FPS
 
@@ -226,10 +227,10 @@ def train(comparison: Comparison, names: Sequence[str]) -> None:
     Raises ConfigError if the folder holds runs of other settings, or if a stage fails.
     """
     path = comparison.timings
-    timings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    timings = read_mapping(path, "timings of runs") if path.is_file() else {}
     settings = comparison.settings()
     there = timings.get("settings", settings)
-    refuse_other_settings(comparison.args.output_folder, there, settings, holds="runs")
+    Claim(comparison.args.output_folder, settings, holds="runs").compare(there)
     done = set(timings.get("finished", []))
     seconds: dict[str, float] = timings.get("seconds", {})
     for name in names:
@@ -257,7 +258,7 @@ def train_seconds(comparison: Comparison, name: str) -> float:
             total += row["seconds_per_step"] * (row["step"] - previous)
             previous = int(row["step"])
         if STAGES[stage].data == "ode_pairs":
-            known = json.loads(comparison.timings.read_text(encoding="utf-8"))
+            known = read_mapping(comparison.timings, "timings of runs")
             total += known["seconds"]["ode_pairs"]
     return total
 
@@ -283,7 +284,7 @@ def measure(comparison: Comparison, names: Sequence[str]) -> list[dict[str, Any]
     """All rows; each is written as soon as it is known, and known ones are not measured again."""
     args = comparison.args
     path = args.output_folder / "rows.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    known = read_rows(path, ROWS)
     _, teacher = load_row(comparison, "teacher")
     exam = Exam.draw(args.clips, args.seed, teacher.vae)
     sheets = {"real": exam.clips[:SHOWN]}

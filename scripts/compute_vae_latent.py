@@ -33,7 +33,7 @@ from model.encoders.vae import VideoVAE
 from model.families.base import Model
 from model.families.registry import find_model
 from model.types import LatentSpec
-from utils.claims import Rejected, claim_folder, rejection, write_rejected
+from utils.claims import Claim, Rejected, rejection, write_rejected
 from utils.cli import USER_ERRORS, command_parser, fail, start_logging, stopped
 from utils.config import ConfigError
 from utils.data.captioned_clips import CaptionedVideo, Clip, pair_videos, save_clip
@@ -140,6 +140,12 @@ def settings(args: argparse.Namespace, model: Model, dtype: torch.dtype) -> dict
         "vae": content_hash(model.parts["codec"]),
         "precision": str(dtype).removeprefix("torch."),
     }
+
+
+def claim(args: argparse.Namespace, model: ModelFolder, dtype: torch.dtype) -> Claim:
+    """What makes a folder that of these latents."""
+    made_with, flag = settings(args, model, dtype), "--output_latent_folder"
+    return Claim(args.output_latent_folder, made_with, holds="latents", flag=flag)
 
 
 def nearest_size(shape: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -258,9 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dtype = torch.bfloat16 if session.device.type == "cuda" else torch.float32
         folder = args.output_latent_folder
         try:
-            made_with = settings(args, model, dtype)
-            flag = "--output_latent_folder"
-            claim_folder(folder, made_with, session, holds="latents", flag=flag)
+            claim(args, model, dtype).take(session)
             vae = model.load_codec(session.device, dtype)
         except USER_ERRORS as error:
             return fail(error)

@@ -31,9 +31,8 @@ from tqdm import tqdm
 from utils import start
 from utils.claims import (
     REPORT,
-    SETTINGS,
+    Claim,
     Rejected,
-    claim_folder,
     read_rejected,
     rejection,
     write_rejected,
@@ -41,7 +40,7 @@ from utils.claims import (
 from utils.cli import USER_ERRORS, command_parser, fail, start_logging, stopped
 from utils.config import ConfigError
 from utils.data.captioned_clips import Clip, clip_files, pair_videos, read_clips
-from utils.data.shards import ShardWriter, shard_paths
+from utils.data.shards import ShardWriter
 from utils.distributed import Session, distributed_session
 from utils.errors import UserError
 from utils.files import write_text
@@ -263,12 +262,12 @@ def report(args: argparse.Namespace, work: Plan) -> dict[str, object]:
     }
 
 
-def claim(args: argparse.Namespace, work: Plan, session: Session) -> None:
-    """Begin the output folder or go on with it. Raises ConfigError if it holds something else."""
-    folder = args.lmdb_path
-    if shard_paths(folder) and not (folder / SETTINGS).is_file():
-        raise ConfigError(f"--lmdb_path {folder}: holds shards of unknown origin; use another one")
-    claim_folder(folder, settings(args, work), session, holds="shards", flag="--lmdb_path")
+def claim(args: argparse.Namespace, work: Plan) -> Claim:
+    """What makes a folder that of these shards."""
+    return Claim(
+        args.lmdb_path, settings(args, work), holds="shards", flag="--lmdb_path",
+        results="*/data.mdb",
+    )  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -278,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start_logging(main_rank=session.is_main)
         try:
             work = plan(args, progress=session.is_main)
-            claim(args, work, session)
+            claim(args, work).take(session)
         except USER_ERRORS as error:
             return fail(error)
         except KeyboardInterrupt:

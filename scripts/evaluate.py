@@ -38,10 +38,12 @@ from utils.cli import USER_ERRORS, command_parser, fail, start_logging
 from utils.files import write_text
 from utils.media.video import contact_sheet, save_mp4, save_png, to_unit
 from utils.plots import plot_run
+from utils.records import read_rows
 from utils.tiny_world.metrics import Exam
 from utils.tiny_world.world import FPS, Caption
 
 BATCH = 64
+ROWS = "rows that were measured; remove it to measure them again"  # what rows.json holds
 SOLVER2_SHIFT = 1.0  # of teacher_solver2; of 1, 1.5, 2 and 3 the best in 4 steps: a fair rival
 SHOWN = 6  # captions on the contact sheet and in the report
 # A column without any figure is left out.
@@ -159,7 +161,7 @@ def measure(
         sample(model, captions[:1], args.seed, None if first is None else first[:1])
 
     path = args.output_folder / "rows.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    known = read_rows(path, ROWS)
     prints = {role: fingerprint(model) for role, model in models.items()}
     ceiling = exam.judge_real()
     if images:

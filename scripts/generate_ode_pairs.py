@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -32,20 +31,14 @@ from trainer.config import Config, load
 from trainer.serving import Source, VideoGenerator, check_source, load_generator
 from trainer.starts import pixel_size
 from utils import start
-from utils.claims import refuse_other_settings
+from utils.claims import Claim
 from utils.cli import USER_ERRORS, command_parser, fail, start_logging, stopped
 from utils.config import ConfigError
-from utils.data.dataset import (
-    Dataset,
-    TrajectoryManifest,
-    manifest_path,
-    open_dataset,
-    read_manifest,
-)
+from utils.data.dataset import Dataset, TrajectoryManifest, open_dataset
 from utils.data.shards import ShardWriter
 from utils.distributed import Session, distributed_session
-from utils.files import write_text
 from utils.media.images import to_signed
+from utils.records import MANIFEST
 from utils.seeding import sample_rng
 
 log = logging.getLogger(__name__)
@@ -143,14 +136,9 @@ def plan(
     )
 
 
-def claim_folder(folder: Path, manifest: TrajectoryManifest, session: Session) -> None:
-    """Write the manifest. Raises ConfigError if the folder holds pairs of other settings."""
-    there = read_manifest(folder)
-    if there is not None:
-        refuse_other_settings(folder, asdict(there), asdict(manifest), holds="pairs")
-    session.barrier()
-    if session.is_main:
-        write_text(manifest_path(folder), json.dumps(asdict(manifest), indent=1))
+def claim(folder: Path, manifest: TrajectoryManifest) -> Claim:
+    """What makes a folder that of these pairs."""
+    return Claim(folder, asdict(manifest), holds="pairs", file=MANIFEST, results="*/data.mdb")
 
 
 def run(
@@ -222,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with distributed_session(timeout_s=config.timeout_s) as session:
         start_logging(main_rank=session.is_main)
         try:
-            claim_folder(args.output_folder, manifest, session)
+            claim(args.output_folder, manifest).take(session)
         except USER_ERRORS as error:
             return fail(error)
         try:

@@ -12,6 +12,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 if __name__ == "__main__":  # a checkout's packages, and no torch before the first line
@@ -29,19 +30,18 @@ from model.families.registry import check_model, find_model
 from trainer.config import Config, compute_dtype, generator_model, load
 from trainer.inputs import needed_prompts
 from utils import start
+from utils.claims import Claim
 from utils.cli import USER_ERRORS, command_parser, fail, start_logging, stopped
-from utils.config import ConfigError
 from utils.data.dataset import open_dataset
 from utils.data.embeddings import (
     EmbeddingManifest,
     EmbeddingReader,
     EmbeddingWriter,
     by_shard,
-    read_manifest,
-    write_manifest,
 )
 from utils.distributed import Session, distributed_session
 from utils.hashes import content_hash
+from utils.records import MANIFEST
 
 log = logging.getLogger(__name__)
 
@@ -85,20 +85,12 @@ def describe(config: Config, model: Model) -> EmbeddingManifest:
     )
 
 
-def claim_folder(folder: Path, manifest: EmbeddingManifest, session: Session) -> None:
-    """Begin a store, or find one of the same kind. Raises ConfigError if it is of another."""
-    there = read_manifest(folder)
-    if there not in (None, manifest):
-        was, now = vars(there), vars(manifest)
-        changed = [f"{key} was {was[key]}, is {now[key]}" for key in now if was[key] != now[key]]
-        raise ConfigError(
-            f"--output_path {folder}: holds text embeddings of another kind "
-            f"({'; '.join(changed)}); use another folder"
-        )
-    session.barrier()
-    if session.is_main and there is None:
-        write_manifest(folder, manifest)
-    session.barrier()
+def claim(folder: Path, manifest: EmbeddingManifest) -> Claim:
+    """What makes a folder a store of such states."""
+    return Claim(
+        folder, asdict(manifest), holds="text embeddings", flag="--output_path", file=MANIFEST,
+        results="*/data.mdb",
+    )  # fmt: skip
 
 
 def encode(encoder: TextEncoder, prompt: str) -> Tensor:
@@ -155,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             read = model.parts["text_encoder"]
             log.info("reading %s to tell this text encoder from others", read)
             manifest = describe(config, model)
-            claim_folder(folder, manifest, session)
+            claim(folder, manifest).take(session)
             with EmbeddingReader(folder) as reader:
                 missing = reader.missing(needed)
             session.barrier()  # nobody reads any more

@@ -19,8 +19,9 @@ from model.wan.config import WanConfig, write_wan_config
 from model.wan.transformer import WanTransformer
 from scripts.make_tiny_world import IMAGE_NAME, NAME, make_data, make_folder
 from tests.runs import CONFIGS, write_config
-from utils.data.dataset import TrajectoryManifest, manifest_path
+from utils.data.dataset import TrajectoryManifest
 from utils.data.shards import ShardReader, ShardWriter
+from utils.records import MANIFEST
 from utils.seeding import generator
 from utils.weights import fill_weights, write_weights
 
@@ -125,4 +126,4 @@ def make_pairs(data: Path, count: int) -> None:
     manifest = TrajectoryManifest(
         count, steps, 5.0, shape, 8, 2.0, 0, "captions", "", False, "weights"
     )
-    manifest_path(folder).write_text(json.dumps(asdict(manifest)), encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(asdict(manifest)), encoding="utf-8")

@@ -405,7 +405,10 @@ def test_shards_of_unknown_origin_are_left_alone(
     with ShardWriter(tmp_path / "shard_0") as writer:
         writer.append(["x"])
     message = refused(line(data, tmp_path), capsys)
-    assert message == f"--lmdb_path {tmp_path}: holds shards of unknown origin; use another one"
+    assert message == (
+        f"--lmdb_path {tmp_path}: holds shards of unknown origin (it has no settings.json); use "
+        "another folder"
+    )
 
 
 def test_a_shard_cut_in_half_is_named_and_not_written_to(

@@ -18,8 +18,9 @@ from tests.ranks import run_on_ranks
 from tests.runs import rows, run, write_config
 from trainer.config import load
 from trainer.serving import check_source, load_generator
-from utils.data.dataset import read_manifest
+from utils.data.dataset import TrajectoryManifest
 from utils.data.shards import ShardReader, shard_paths
+from utils.records import read_manifest
 from utils.seeding import sample_rng
 
 __all__ = ["no_weights", "own_logging"]
@@ -110,7 +111,7 @@ def test_states_lie_at_the_listed_noise_levels_of_a_guided_euler_path(
 
 
 def test_the_manifest_tells_how_they_were_made(world: World, pairs: Path) -> None:
-    manifest = read_manifest(pairs)
+    manifest = read_manifest(pairs, TrajectoryManifest)
     assert manifest is not None
     assert (manifest.count, manifest.steps, manifest.cfg_scale) == (PAIRS, STEPS, 2.0)
     assert manifest.denoising_step_list == [1000, 750, 500, 250]

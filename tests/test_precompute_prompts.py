@@ -23,8 +23,9 @@ from tests.commands import own_logging, refusal
 from tests.ranks import RankFailedError, run_on_ranks
 from tests.runs import write_config
 from utils.data import lmdb_files
-from utils.data.embeddings import EmbeddingReader, manifest_path, read_manifest
+from utils.data.embeddings import EmbeddingManifest, EmbeddingReader
 from utils.data.shards import ShardWriter, shard_paths
+from utils.records import MANIFEST, read_manifest
 
 __all__ = ["own_logging"]
 
@@ -83,7 +84,7 @@ def no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def content(folder: Path) -> dict[str, bytes]:
     """Every byte of a store, by file."""
-    files = [manifest_path(folder), *(path / "data.mdb" for path in shard_paths(folder))]
+    files = [(folder / MANIFEST), *(path / "data.mdb" for path in shard_paths(folder))]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -121,7 +122,7 @@ def test_states_are_those_of_the_encoder_that_training_would_load(
 
 
 def test_the_manifest_tells_what_they_depend_on(world: World, made: Path) -> None:
-    manifest = read_manifest(made)
+    manifest = read_manifest(made, EmbeddingManifest)
     assert manifest is not None
     assert (manifest.text_len, manifest.text_dim, manifest.dtype) == (12, 64, "float32")
     weights = (world.model / "models_t5_umt5-xxl-enc-bf16.pth").read_bytes()
@@ -270,7 +271,7 @@ def test_a_store_of_another_dtype_is_refused_and_left_alone(
     before = content(made)
     message = refusal_after_log(world.words(made, "mixed_precision=true"), capsys)
     assert message == (
-        f"--output_path {made}: holds text embeddings of another kind "
+        f"--output_path {made}: holds text embeddings of other settings "
         "(dtype was float32, is bfloat16); use another folder"
     )
     assert content(made) == before
@@ -287,11 +288,11 @@ def test_a_store_of_another_model_is_refused_naming_both(
     (model / "config.json").write_text(json.dumps(sizes | {"text_len": 16}), encoding="utf-8")
     (model / "google" / "umt5-xxl" / "more.json").write_text("{}", encoding="utf-8")
     message = refusal_after_log(world.words(made, f"generator.model={model}"), capsys)
-    was = read_manifest(made)
+    was = read_manifest(made, EmbeddingManifest)
     assert was is not None
     now = hashlib.sha256(weights.read_bytes()).hexdigest()
     assert message.startswith(
-        f"--output_path {made}: holds text embeddings of another kind (text_len was 12, is 16; "
+        f"--output_path {made}: holds text embeddings of other settings (text_len was 12, is 16; "
         f"encoder was {was.encoder}, is {now}; tokenizer was {was.tokenizer}, is "
     )
 

@@ -14,10 +14,11 @@ from trainer.config import Config
 from trainer.limits import check_memory
 from trainer.run import Run
 from utils.config import ConfigError
-from utils.data.dataset import Dataset, RawItem, open_dataset, read_manifest
+from utils.data.dataset import Dataset, RawItem, TrajectoryManifest, open_dataset
 from utils.data.embeddings import EmbeddingReader, check_embeddings
 from utils.data.prompts import read_prompt_file
 from utils.distributed import Session
+from utils.records import read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ def _check_shapes(run: Run, dataset: Dataset) -> None:
 def _check_trajectories(run: Run, dataset: Dataset) -> None:
     """ODE pairs must hold the states at exactly the noise levels of this run."""
     config, path = run.config, Path(run.config.data.path)
-    manifest = read_manifest(path)
+    manifest = read_manifest(path, TrajectoryManifest)
     shapes = list(dataset.buckets)
     if manifest is None or shapes[0].trajectory is None:
         raise ConfigError(

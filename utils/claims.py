@@ -1,4 +1,8 @@
-"""Folders that several calls of a script fill: their settings, and what was not taken and why."""
+"""Folders that several calls fill: what they were begun with, and what was not taken and why.
+
+A folder's claim is its settings file: written when the folder is begun, compared when a later call
+goes on. It is settings.json, or where the folder is read as data, a manifest (utils/records.py).
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,70 @@ from pathlib import Path
 
 from utils.config import ConfigError
 from utils.distributed import Session
-from utils.errors import UserError
-from utils.files import write_text
+from utils.files import remove_leftovers, write_text
+from utils.records import read_mapping, read_records
 
-SETTINGS = "settings.json"  # written when a folder is begun
+SETTINGS = "settings.json"
 REPORT = "report.json"  # written when LMDB shards are complete
+ABSENT = "absent"  # how messages call the value of a key that is not there
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What makes an output folder one call's own, and later calls' that have the same settings."""
+
+    folder: Path
+    settings: Mapping[str, object]  # all that the results depend on, fit for JSON
+    holds: str  # what lies in the folder, for messages
+    flag: str = "--output_folder"  # what gave the folder, for messages
+    file: str = SETTINGS
+    results: str | None = None  # a glob of what calls make; there without `file`, it is foreign
+
+    def take(self, session: Session) -> None:
+        """Begin the folder, or see that a call of these settings began it. Collective.
+
+        No rank returns before the settings are on the disk. Raises ConfigError on every rank alike.
+        """
+        session.on_main(self.check_and_begin)
+
+    def check_and_begin(self) -> None:
+        """What `take` does, on the main rank alone."""
+        self.check()
+        self.begin()
+
+    def check(self) -> None:
+        """Raise ConfigError if the folder was begun with other settings, or is someone else's."""
+        path = self.folder / self.file
+        if path.is_file():
+            try:
+                there = read_mapping(path, f"the settings of {self.holds}")
+            except ConfigError as error:
+                raise ConfigError(f"{error}; use another folder") from error
+            self.compare(there)
+        elif self.results is not None and any(self.folder.glob(self.results)):
+            raise ConfigError(
+                f"{self.flag} {self.folder}: holds {self.holds} of unknown origin (it has no "
+                f"{self.file}); use another folder"
+            )
+
+    def compare(self, there: Mapping[str, object]) -> None:
+        """Raise ConfigError, with what differs, unless `there` are these settings."""
+        here = json.loads(json.dumps(self.settings))
+        changed = [
+            f"{key} was {there.get(key, ABSENT)}, is {here.get(key, ABSENT)}"
+            for key in {**here, **there}
+            if there.get(key) != here.get(key)
+        ]
+        if changed:
+            raise ConfigError(
+                f"{self.flag} {self.folder}: holds {self.holds} of other settings "
+                f"({'; '.join(changed)}); use another folder"
+            )
+
+    def begin(self) -> None:
+        """Write the settings, and remove what killed calls left half written."""
+        remove_leftovers(self.folder)
+        write_text(self.folder / self.file, json.dumps(self.settings, indent=1))
 
 
 @dataclass(frozen=True, order=True)
@@ -29,73 +92,9 @@ def rejection(file: str, path: Path, error: Exception) -> Rejected:
     return Rejected(file, str(error).partition("\n")[0].removeprefix(f"{path}: "))
 
 
-def claim_folder(
-    folder: Path, settings: Mapping[str, object], session: Session, *, holds: str, flag: str
-) -> None:
-    """Write the settings of an output folder; a no-op if it was begun with them. Collective.
-
-    What a killed call left half written is removed. Raises ConfigError, on every rank, if the
-    folder was begun with other settings. holds, flag: for that message.
-    """
-    check_settings(folder, settings, holds=holds, flag=flag)
-    session.barrier()
-    if session.is_main:
-        for part in folder.rglob(".*.part*"):
-            part.unlink()
-        write_settings(folder, settings)
-    session.barrier()
-
-
-def check_settings(
-    folder: Path, settings: Mapping[str, object], *, holds: str, flag: str = "--output_folder"
-) -> None:
-    """Refuse other settings than those that an output folder was begun with, if it was.
-
-    Raises ConfigError: `refuse_other_settings`, and ValueError if settings.json is damaged.
-    """
-    path = folder / SETTINGS
-    if not path.is_file():
-        return
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged: {error}; use another folder") from error
-    refuse_other_settings(folder, there, settings, holds=holds, flag=flag)
-
-
-def write_settings(folder: Path, settings: Mapping[str, object]) -> None:
-    """Begin an output folder."""
-    write_text(folder / SETTINGS, json.dumps(settings, indent=1))
-
-
-def refuse_other_settings(
-    folder: Path,
-    there: Mapping[str, object],
-    here: Mapping[str, object],
-    *,
-    holds: str,
-    flag: str = "--output_folder",
-) -> None:
-    """Raise ConfigError, with what differs, unless an output folder was begun with these settings.
-
-    holds: what lies in the folder, flag: what gave it; both for the message.
-    """
-    changed = [f"{k} was {there.get(k)}, is {here[k]}" for k in here if there.get(k) != here[k]]
-    if changed:
-        raise ConfigError(
-            f"{flag} {folder}: holds {holds} of other settings ({'; '.join(changed)}); "
-            f"use another folder"
-        )
-
-
 def read_rejected(path: Path) -> list[Rejected]:
-    """What `write_rejected` wrote, or nothing. Raises ValueError if it is damaged."""
-    if not path.is_file():
-        return []
-    try:
-        return [Rejected(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a list of rejected files: {error}") from error
+    """What `write_rejected` wrote, or nothing. Raises ConfigError if it is damaged."""
+    return read_records(path, Rejected, "a list of rejected files")
 
 
 def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:

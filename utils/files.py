@@ -27,6 +27,13 @@ def replaced_atomically(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half written in a folder and its sub-folders."""
+    for path in folder.rglob(".*.part*"):
+        if re.fullmatch(r"\..+\.\d+\.part(\.[^.]*)?", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a text file, UTF-8, in one step."""
     with replaced_atomically(path) as part:

@@ -15,8 +15,8 @@ from tests.conftest import build_wan
 from tests.runs import refusal
 from trainer.config import load
 from trainer.run import resolve
-from utils.data.dataset import manifest_path
 from utils.data.shards import ShardWriter
+from utils.records import MANIFEST
 
 __all__ = ["no_weights"]
 
@@ -75,8 +75,8 @@ def test_unfinished_ode_pairs_are_refused(
     pairs: Path, configs: dict[str, Path], tmp_path: Path
 ) -> None:
     path = shutil.copytree(pairs, tmp_path / "pairs")
-    manifest = json.loads(manifest_path(path).read_text(encoding="utf-8"))
-    manifest_path(path).write_text(json.dumps(manifest | {"count": 20}), encoding="utf-8")
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    (path / MANIFEST).write_text(json.dumps(manifest | {"count": 20}), encoding="utf-8")
     assert refusal(configs["ode"], tmp_path, f"data.path={path}") == (
         f"data.path: {path} holds 16 of 20 ODE pairs; run scripts/generate_ode_pairs.py again to "
         "finish it"
@@ -89,7 +89,7 @@ def test_ode_pairs_that_are_not_what_their_manifest_says_are_refused(
     path = tmp_path / "pairs"
     with ShardWriter(path / "shard_00000") as writer:
         writer.append(["a"] * 16, trajectories=torch.zeros(16, 3, 16, 5, 4, 4))
-    shutil.copy(manifest_path(pairs), path)
+    shutil.copy((pairs / MANIFEST), path)
     assert refusal(configs["ode"], tmp_path, f"data.path={path}") == (
         f"data.path: trajectories in {path} are [3, 16, 5, 4, 4], not [5, 16, 5, 4, 4]"
     )
@@ -97,7 +97,7 @@ def test_ode_pairs_that_are_not_what_their_manifest_says_are_refused(
 
 def test_a_damaged_manifest_is_named(pairs: Path, configs: dict[str, Path], tmp_path: Path) -> None:
     path = shutil.copytree(pairs, tmp_path / "pairs")
-    manifest_path(path).write_text('{"count": 16}', encoding="utf-8")
+    (path / MANIFEST).write_text('{"count": 16}', encoding="utf-8")
     message = refusal(configs["ode"], tmp_path, f"data.path={path}")
     assert message.startswith(f"{path}/manifest.json: not a manifest of ODE pairs: ")
 

@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from tests.ranks import run_on_ranks
-from utils.claims import Rejected, claim_folder, read_rejected, rejection, write_rejected
+from utils.claims import Claim, Rejected, read_rejected, rejection, write_rejected
+from utils.config import ConfigError
 from utils.distributed import Session, distributed_session
+from utils.errors import UserError
 
 ALONE = Session(0, 1, torch.device("cpu"))
 
 
 def claim(folder: Path, settings: dict[str, object]) -> None:
-    claim_folder(folder, settings, ALONE, holds="latents", flag="--out")
+    Claim(folder, settings, holds="latents", flag="--out", results="*.pt").take(ALONE)
 
 
 def test_a_folder_is_claimed_once_and_found_again(tmp_path: Path) -> None:
@@ -29,19 +31,76 @@ def test_a_folder_is_claimed_once_and_found_again(tmp_path: Path) -> None:
     )
 
 
+def test_settings_that_came_and_went_are_told(tmp_path: Path) -> None:
+    claim(tmp_path, {"steps": 4, "shift": 5.0, "none": None})
+    with pytest.raises(ConfigError) as caught:
+        claim(tmp_path, {"steps": 4, "solver": "euler"})
+    assert str(caught.value) == (
+        f"--out {tmp_path}: holds latents of other settings (solver was absent, is euler; "
+        "shift was 5.0, is absent); use another folder"
+    )
+
+
+def test_results_without_settings_are_someone_elses(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").touch()
+    with pytest.raises(ConfigError) as caught:
+        claim(tmp_path, {})
+    assert str(caught.value) == (
+        f"--out {tmp_path}: holds latents of unknown origin (it has no settings.json); use another "
+        "folder"
+    )
+    assert not (tmp_path / "settings.json").exists()
+
+
+def test_a_claim_may_lie_in_another_file(tmp_path: Path) -> None:
+    for count in (3, 3):
+        Claim(tmp_path, {"count": count}, holds="pairs", file="manifest.json").take(ALONE)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    with pytest.raises(ConfigError, match=r"--output_folder .* pairs .* \(count was 3, is 4\)"):
+        Claim(tmp_path, {"count": 4}, holds="pairs", file="manifest.json").take(ALONE)
+
+
+def told(folder: Path) -> str:
+    """What one rank finds or is told of a folder that the main rank alone looks at."""
+    with distributed_session(timeout_s=60.0) as session:
+        try:
+            Claim(folder, {"fps": session.rank}, holds="latents").take(session)
+        except UserError as error:
+            return str(error)
+    return (folder / "settings.json").read_text()
+
+
+@pytest.mark.slow
+def test_every_rank_finds_the_main_ranks_claim_or_is_told_why_not(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert run_on_ranks(2, told, tmp_path / "a") == ['{\n "fps": 0\n}'] * 2
+    claim(tmp_path / "b", {"fps": 8})
+    one, other = run_on_ranks(2, told, tmp_path / "b")
+    assert one == other
+    assert "(fps was 8, is 0)" in one
+
+
 def test_what_a_killed_call_left_half_written_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    for name in (".a.pt.12.part.pt", "a.pt", ".hidden", "sub/.b.json.7.part.json", "sub/part.pt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    claim(tmp_path, {})
+    for name in (
+        ".a.pt.12.part.pt", "a.pt", ".hidden", ".my.part.pt", "sub/.b.json.7.part.json",
+        "sub/part.pt", "sub/.b.7.part/c.pt",
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).touch()
     claim(tmp_path, {})
     left = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
-    assert left == [".hidden", "a.pt", "settings.json", "sub/part.pt"]
+    assert left == [
+        ".hidden", ".my.part.pt", "a.pt", "settings.json", "sub/.b.7.part/c.pt", "sub/part.pt",
+    ]  # fmt: skip
 
 
 def test_damaged_settings_are_named(tmp_path: Path) -> None:
-    (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(ValueError, match=r"settings.json: damaged: .*; use another folder"):
-        claim(tmp_path, {})
+    for text in ("{", "[]", "\xff"):
+        (tmp_path / "settings.json").write_text(text, encoding="latin-1")
+        expected = r"settings.json: not the settings of latents: .*; use another folder"
+        with pytest.raises(ConfigError, match=expected):
+            claim(tmp_path, {})
 
 
 def test_rejected_files_are_read_as_they_were_written(tmp_path: Path) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from utils.claims import REPORT, SETTINGS
 from utils.data.prompts import read_prompt_folder, read_prompts
 from utils.data.shards import ShardReader, shard_paths
 from utils.errors import NotFoundError, UserError
+from utils.records import MANIFEST
 from utils.seeding import generator
 
 
@@ -30,9 +30,9 @@ class RawItem:
     image: Tensor | None = None  # [3, height, width], uint8, the first frame
 
     @property
-    def shapes(self) -> Shapes:
+    def shapes(self) -> RecordShapes:
         """Those of its parts."""
-        return Shapes(
+        return RecordShapes(
             None if self.latents is None else tuple(self.latents.shape),
             None if self.trajectory is None else tuple(self.trajectory.shape),
             None if self.image is None else (self.image.shape[1], self.image.shape[2]),
@@ -40,7 +40,7 @@ class RawItem:
 
 
 @dataclass(frozen=True)
-class Shapes:
+class RecordShapes:
     """How large the parts of a record are; None = it has no such part."""
 
     latents: tuple[int, ...] | None = None  # [C, F, H, W]
@@ -61,7 +61,9 @@ class Shapes:
 class Dataset(Protocol):
     """Random access to records, and which of them may share a batch."""
 
-    buckets: Mapping[Shapes, Sequence[int]]  # the records of each shape; all have the same parts
+    buckets: Mapping[
+        RecordShapes, Sequence[int]
+    ]  # the records of each shape; all have the same parts
 
     def __len__(self) -> int: ...
 
@@ -76,7 +78,7 @@ class Prompts:
 
     def __init__(self, prompts: list[str]) -> None:
         self.prompts = prompts
-        self.buckets: Mapping[Shapes, Sequence[int]] = {Shapes(): range(len(prompts))}
+        self.buckets: Mapping[RecordShapes, Sequence[int]] = {RecordShapes(): range(len(prompts))}
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -94,13 +96,13 @@ class LatentShards:
 
     def __init__(self, folder: Path) -> None:
         self._reader = ShardReader(folder)
-        buckets: dict[Shapes, list[int]] = {}
+        buckets: dict[RecordShapes, list[int]] = {}
         first = 0
         for shard in self._reader.shards:
-            shapes = Shapes(shard.latent_shape, shard.trajectory_shape, shard.image_shape)
+            shapes = RecordShapes(shard.latent_shape, shard.trajectory_shape, shard.image_shape)
             buckets.setdefault(shapes, []).extend(range(first, first + shard.rows))
             first += shard.rows
-        self.buckets: Mapping[Shapes, Sequence[int]] = buckets
+        self.buckets: Mapping[RecordShapes, Sequence[int]] = buckets
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -123,6 +125,8 @@ class LatentShards:
 class TrajectoryManifest:
     """How the ODE pairs of a folder were made; also what tells a run that continues from others."""
 
+    DESCRIBES: ClassVar[str] = "ODE pairs"
+
     count: int  # pairs when it is finished
     denoising_step_list: list[int]  # the states that are kept, noise first; the end comes last
     timestep_shift: float
@@ -134,22 +138,6 @@ class TrajectoryManifest:
     negative_prompt: str
     mixed_precision: bool
     weights: str  # where the teacher came from
-
-
-def manifest_path(folder: Path) -> Path:
-    """Where a folder of ODE pairs says how it was made."""
-    return folder / "manifest.json"
-
-
-def read_manifest(folder: Path) -> TrajectoryManifest | None:
-    """The manifest of a folder of ODE pairs, or None. Raises ValueError if it is damaged."""
-    path = manifest_path(folder)
-    if not path.is_file():
-        return None
-    try:
-        return TrajectoryManifest(**json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a manifest of ODE pairs: {error}") from error
 
 
 def open_dataset(path: Path) -> Dataset:
@@ -167,7 +155,7 @@ def open_dataset(path: Path) -> Dataset:
                 f"the same command again"
             )
         return LatentShards(path)
-    if manifest_path(path).is_file():
+    if (path / MANIFEST).is_file():
         raise NotFoundError(
             f"{path}: has a manifest of ODE pairs but no pair yet; run "
             f"scripts/generate_ode_pairs.py again"
@@ -214,9 +202,9 @@ class DataOrder:
 def _shuffled_slots(batches: Sequence[int], rng: torch.Generator) -> list[tuple[int, int]]:
     """An epoch's batches: the bucket of each, and how many of that bucket come before it."""
     buckets = [bucket for bucket, count in enumerate(batches) for _ in range(count)]
-    seen = [0] * len(batches)
+    before = [0] * len(batches)
     slots = []
     for i in torch.randperm(len(buckets), generator=rng).tolist():
-        slots.append((buckets[i], seen[buckets[i]]))
-        seen[buckets[i]] += 1
+        slots.append((buckets[i], before[buckets[i]]))
+        before[buckets[i]] += 1
     return slots

@@ -9,10 +9,10 @@ end are left out. L: text_len, D: text_dim.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import lmdb
 import numpy as np
@@ -23,7 +23,7 @@ from utils.config import ConfigError
 from utils.data.lmdb_files import begun, open_to_read, open_to_write, put
 from utils.data.shards import shard_paths
 from utils.errors import NotFoundError, UserError
-from utils.files import write_text
+from utils.records import DamagedError, read_manifest
 
 FORMAT = 1  # of what is said above, and of how prompts are cleaned before they are encoded
 SHARDS = 64  # so many processes can write to one store; changing it would hide what is stored
@@ -35,6 +35,8 @@ SHOWN = 60  # characters of a prompt in a message
 class EmbeddingManifest:
     """What a store's states depend on, besides the prompts."""
 
+    DESCRIBES: ClassVar[str] = "text embeddings"
+
     text_len: int
     text_dim: int
     dtype: str  # a name of torch's: float32, bfloat16
@@ -42,31 +44,12 @@ class EmbeddingManifest:
     tokenizer: str  # a hash of its files
     format: int = FORMAT
 
-
-def manifest_path(folder: Path) -> Path:
-    """Where a store says how it was made."""
-    return folder / "manifest.json"
-
-
-def read_manifest(folder: Path) -> EmbeddingManifest | None:
-    """A store's manifest, or None where there is no store. Raises ValueError if it is damaged."""
-    path = manifest_path(folder)
-    if not path.is_file():
-        return None
-    try:
-        manifest = EmbeddingManifest(**json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a manifest of text embeddings: {error}") from error
-    if manifest.format != FORMAT:
-        raise UserError(
-            f"{path}: of format {manifest.format}, this version reads {FORMAT}; make a new store"
-        )
-    return manifest
-
-
-def write_manifest(folder: Path, manifest: EmbeddingManifest) -> None:
-    """Begin a store."""
-    write_text(manifest_path(folder), json.dumps(asdict(manifest), indent=1))
+    def __post_init__(self) -> None:
+        """Refuse what this version cannot read."""
+        if self.format != FORMAT:
+            raise DamagedError(
+                f"of format {self.format}, this version reads {FORMAT}; make a new store"
+            )
 
 
 class EmbeddingReader:
@@ -74,7 +57,7 @@ class EmbeddingReader:
 
     def __init__(self, folder: Path) -> None:
         """Raises FileNotFoundError without a store, ValueError if part of it is damaged."""
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, EmbeddingManifest)
         if manifest is None:
             raise NotFoundError(
                 f"{folder}: holds no text embeddings; make them with {_command(folder)}"

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from utils.claims import check_settings, write_settings
+from utils.claims import Claim
 from utils.config import ConfigError
 from utils.distributed import Session
 from utils.files import write_text
 from utils.hashes import sha256_of
+from utils.records import MANIFEST, DamagedError, from_json, read_mapping
 from utils.weights import INDEX_SUFFIX
 
-FILE = "manifest.json"
 ROOT = Path(__file__).resolve().parent.parent.parent
 # What samples, encoders and files depend on.
 PACKAGES = (
@@ -93,18 +93,6 @@ def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str | None]:
     return versions
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """A folder's manifest; empty where there is none. Raises ConfigError if it is damaged."""
-    path = folder / FILE
-    if not path.is_file():
-        return {}
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        return {**manifest, "clips": [ClipRecord(**clip) for clip in manifest["clips"]]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: not a manifest of clips: {error}") from error
-
-
 def claim_folder(
     folder: Path,
     settings: Mapping[str, Any],
@@ -119,33 +107,34 @@ def claim_folder(
     ranks found different weights.
     """
     found = sorted(set(session.gather(str(weights))))
-    fault = "" if len(found) == 1 else f"a run goes on saving: ranks found {found}; begin again"
-    if session.is_main and not fault:
-        try:
-            _claim(folder, settings, weights, clips, session.device)
-        except (OSError, ValueError) as error:
-            fault = str(error)
-    fault = session.from_main(fault)
-    if fault:
-        raise ConfigError(fault)
+    if len(found) > 1:
+        raise ConfigError(f"a run goes on saving: ranks found {found}; begin again")
+    claim = Claim(folder, settings, holds="clips")
+    session.on_main(lambda: _begin(claim, weights, clips, session.device))
 
 
 def finish_manifest(folder: Path) -> None:
     """Note in the manifest that all its clips are there, if they are."""
-    manifest = read_manifest(folder)
+    manifest = _read(folder)
     complete = all((folder / clip.file).is_file() for clip in manifest["clips"])
     _write(folder, {**manifest, "complete": complete})
 
 
-def _claim(
-    folder: Path,
-    settings: Mapping[str, Any],
-    weights: Path,
-    clips: Sequence[ClipRecord],
-    device: torch.device,
-) -> None:
-    check_settings(folder, settings, holds="clips")
-    before = read_manifest(folder)
+def _read(folder: Path) -> dict[str, Any]:
+    """A folder's manifest; empty where there is none. Raises ConfigError if it is damaged."""
+    path, what = folder / MANIFEST, "a manifest of clips"
+    if not path.is_file():
+        return {}
+    manifest = read_mapping(path, what)
+    try:
+        return {**manifest, "clips": [from_json(c, ClipRecord) for c in manifest["clips"]]}
+    except (DamagedError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: not {what}: {error}") from error
+
+
+def _begin(claim: Claim, weights: Path, clips: Sequence[ClipRecord], device: torch.device) -> None:
+    claim.check()
+    folder, before = claim.folder, _read(claim.folder)
     every = _continued(folder, before.get("clips", ()), clips)
     digests = sha256_of(weight_files(weights))
     if before.get("weights_sha256", digests) != digests:
@@ -156,15 +145,15 @@ def _claim(
     made_by, here = before.get("made_by", []), environment(device)
     if here not in made_by and not all((folder / clip.file).is_file() for clip in clips):
         made_by = [*made_by, here]
-    write_settings(folder, settings)
-    shared = {"complete": False, **settings, "weights_sha256": digests}
+    claim.begin()
+    shared = {"complete": False, **claim.settings, "weights_sha256": digests}
     _write(folder, {**shared, "made_by": made_by, "clips": every})
 
 
 def _write(folder: Path, manifest: Mapping[str, Any]) -> None:
     lines = [asdict(clip) for clip in manifest["clips"]]
     text = json.dumps({**manifest, "clips": lines}, indent=1, ensure_ascii=False)
-    write_text(folder / FILE, text + "\n")
+    write_text(folder / MANIFEST, text + "\n")
 
 
 def _continued(
@@ -189,6 +178,6 @@ def _continued(
 
 def _difference(old: ClipRecord | None, new: ClipRecord) -> str:
     if old is None:
-        return f"{FILE} does not know it"
+        return f"{MANIFEST} does not know it"
     was, is_ = asdict(old), asdict(new)
     return "; ".join(f"{k} was {was[k]!r:.80}, is {is_[k]!r:.80}" for k in was if was[k] != is_[k])

@@ -11,14 +11,13 @@ import torch
 
 from utils.data.dataset import (
     DataOrder,
-    Shapes,
+    RecordShapes,
     TrajectoryManifest,
-    manifest_path,
     open_dataset,
-    read_manifest,
 )
 from utils.data.prompts import read_prompt_file, read_prompt_folder
 from utils.data.shards import ShardWriter
+from utils.records import MANIFEST, read_manifest
 
 
 def test_a_prompt_file_holds_one_prompt_per_line(tmp_path: Path) -> None:
@@ -32,7 +31,7 @@ def test_prompts_alone_carry_no_latents(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_text("a cat\n")
     data = open_dataset(path)
-    assert list(data.buckets) == [Shapes()]
+    assert list(data.buckets) == [RecordShapes()]
     assert data[0].latents is None
 
 
@@ -110,7 +109,7 @@ def test_shards_give_captions_with_latents(tiny_root: Path) -> None:
     data = open_dataset(tiny_root / "data" / "tiny" / "latents")
     item = data[63]
     assert len(data) == 64
-    assert data.buckets == {Shapes((16, 5, 4, 4), image=(32, 32)): list(range(64))}
+    assert data.buckets == {RecordShapes((16, 5, 4, 4), image=(32, 32)): list(range(64))}
     assert item.latents is not None
     assert item.latents.dtype == torch.float32
     assert item.prompt.startswith("a ")
@@ -121,7 +120,7 @@ def test_shards_of_ode_pairs_give_captions_with_trajectories(tiny_root: Path) ->
     data = open_dataset(tiny_root / "data" / "tiny" / "ode_pairs")
     item = data[15]
     assert len(data) == 16
-    assert list(data.buckets) == [Shapes(trajectory=(5, 16, 5, 4, 4))]
+    assert list(data.buckets) == [RecordShapes(trajectory=(5, 16, 5, 4, 4))]
     assert item.latents is None
     assert item.trajectory is not None
     assert item.trajectory.dtype == torch.float32
@@ -132,20 +131,20 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
     written = TrajectoryManifest(
         7, [1000, 500], 5.0, [16, 5, 4, 4], 48, 2.0, 0, "digest", "", False, "run"
     )
-    manifest_path(tmp_path).write_text(json.dumps(asdict(written)), encoding="utf-8")
-    assert read_manifest(tmp_path) == written
+    (tmp_path / MANIFEST).write_text(json.dumps(asdict(written)), encoding="utf-8")
+    assert read_manifest(tmp_path, TrajectoryManifest) == written
 
 
 def test_a_folder_of_other_data_has_no_manifest(tiny_root: Path) -> None:
-    assert read_manifest(tiny_root / "data" / "tiny" / "latents") is None
-    assert read_manifest(tiny_root / "data" / "tiny" / "prompts.txt") is None
+    assert read_manifest(tiny_root / "data" / "tiny" / "latents", TrajectoryManifest) is None
+    assert read_manifest(tiny_root / "data" / "tiny" / "prompts.txt", TrajectoryManifest) is None
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"count": 3}', '{"weather": "fine"}'])
 def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
-    manifest_path(tmp_path).write_text(text, encoding="utf-8")
+    (tmp_path / MANIFEST).write_text(text, encoding="utf-8")
     with pytest.raises(ValueError) as caught:
-        read_manifest(tmp_path)
+        read_manifest(tmp_path, TrajectoryManifest)
     expected = f"{tmp_path}/manifest.json: not a manifest of ODE pairs: "
     assert str(caught.value).startswith(expected)
 
@@ -222,8 +221,8 @@ def test_shards_of_several_shapes_make_buckets(tmp_path: Path) -> None:
             writer.append([name] * count, latents, images=images)
     data = open_dataset(tmp_path)
     assert data.buckets == {
-        Shapes((16, 2, 4, 4), image=(32, 32)): [0, 1, 2, 5],
-        Shapes((16, 3, 4, 4), image=(32, 32)): [3, 4],
+        RecordShapes((16, 2, 4, 4), image=(32, 32)): [0, 1, 2, 5],
+        RecordShapes((16, 3, 4, 4), image=(32, 32)): [3, 4],
     }
     item = data[3]
     assert (item.prompt, data.prompt(3)) == ("b", "b")
@@ -250,12 +249,12 @@ def test_shards_of_a_stopped_script_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shapes", "video"),
     [
-        (Shapes(), (16, 5, 4, 4)),
-        (Shapes(image=(32, 48)), (16, 5, 4, 6)),
-        (Shapes((16, 3, 2, 2), image=(16, 16)), (16, 3, 2, 2)),
+        (RecordShapes(), (16, 5, 4, 4)),
+        (RecordShapes(image=(32, 48)), (16, 5, 4, 6)),
+        (RecordShapes((16, 3, 2, 2), image=(16, 16)), (16, 3, 2, 2)),
     ],
 )
 def test_a_record_tells_the_shape_of_its_video(
-    shapes: Shapes, video: tuple[int, int, int, int]
+    shapes: RecordShapes, video: tuple[int, int, int, int]
 ) -> None:
     assert shapes.video([16, 5, 4, 4]) == video

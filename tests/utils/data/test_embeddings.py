@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import resource
+from dataclasses import asdict
 from pathlib import Path
 
 import lmdb
@@ -23,10 +24,8 @@ from utils.data.embeddings import (
     EmbeddingWriter,
     by_shard,
     check_embeddings,
-    manifest_path,
-    read_manifest,
-    write_manifest,
 )
+from utils.records import MANIFEST, read_manifest
 
 LENGTH, WIDTH = 5, 6  # [L, D] of the made-up states
 DTYPES = [torch.float32, torch.bfloat16]
@@ -39,6 +38,11 @@ PROMPTS = [
     " spaces  kept ",
 ]
 LONG = " ".join(f"word{i} red circle" for i in range(1000))  # 3 000 words
+
+
+def write_manifest(folder: Path, manifest: EmbeddingManifest) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).write_text(json.dumps(asdict(manifest)), encoding="utf-8")
 
 
 def states(prompt: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -247,7 +251,7 @@ def test_a_check_names_what_else_differs(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_store_is_not_found(tmp_path: Path) -> None:
-    assert read_manifest(tmp_path) is None
+    assert read_manifest(tmp_path, EmbeddingManifest) is None
     with pytest.raises(FileNotFoundError, match=r"no text embeddings; make them with scripts/pre"):
         EmbeddingReader(tmp_path)
 
@@ -299,13 +303,13 @@ def test_a_shard_that_was_killed_before_it_began_counts_for_nothing(tmp_path: Pa
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"text_len": 5}', '{"unknown": 1}'])
 def test_a_damaged_manifest_is_refused(text: str, tmp_path: Path) -> None:
-    manifest_path(tmp_path).write_text(text, encoding="utf-8")
+    (tmp_path / MANIFEST).write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"manifest.json: not a manifest of text embeddings"):
         EmbeddingReader(tmp_path)
 
 
 def test_a_store_of_another_format_is_refused(tmp_path: Path) -> None:
-    path = manifest_path(small(tmp_path))
+    path = small(tmp_path) / MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 0}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"of format 0, this version reads 1; make a new store"):
         EmbeddingReader(tmp_path)
