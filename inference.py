@@ -46,7 +46,7 @@ from utils.media.given_frames import (
     read_fitted,
 )
 from utils.media.manifest import ClipRecord, claim_folder, finish_manifest
-from utils.media.video import contact_sheet, read_clip, save_mp4, save_png
+from utils.media.video import contact_sheet, read_video, save_mp4, save_png
 
 log = logging.getLogger(__name__)
 
@@ -256,7 +256,7 @@ def run(
     session.barrier()
     if session.is_main:
         shown = jobs[:SHEET_CLIPS]
-        clips = [read_clip(job.file) for job in shown]
+        clips = [read_video(job.file) for job in shown]
         sheet = contact_sheet(clips, [job.item.title for job in shown])
         save_png(sheet, args.output_folder / "contact_sheet.png")
         finish_manifest(args.output_folder)

@@ -142,7 +142,7 @@ def settings(args: argparse.Namespace, model: Model, dtype: torch.dtype) -> dict
     }
 
 
-def claim(args: argparse.Namespace, model: ModelFolder, dtype: torch.dtype) -> Claim:
+def claim(args: argparse.Namespace, model: Model, dtype: torch.dtype) -> Claim:
     """What makes a folder that of these latents."""
     made_with, flag = settings(args, model, dtype), "--output_latent_folder"
     return Claim(args.output_latent_folder, made_with, holds="latents", flag=flag)

@@ -39,7 +39,7 @@ from utils.claims import (
 )
 from utils.cli import USER_ERRORS, command_parser, fail, start_logging, stopped
 from utils.config import ConfigError
-from utils.data.captioned_clips import Clip, clip_files, pair_videos, read_clips
+from utils.data.captioned_clips import Clip, clip_files, pair_videos, read_encoded_clips
 from utils.data.shards import ShardWriter
 from utils.distributed import Session, distributed_session
 from utils.errors import UserError
@@ -111,7 +111,7 @@ def survey(folder: Path, *, progress: bool) -> Iterator[Item | Rejected]:
     for path in tqdm(clip_files(folder), desc="survey", disable=not progress):
         file = path.relative_to(folder).as_posix()
         try:
-            clips = read_clips(path)
+            clips = read_encoded_clips(path)
         except (OSError, ValueError) as error:
             yield rejection(file, path, error)
             continue
@@ -196,7 +196,7 @@ def load(item: Item, args: argparse.Namespace, work: Plan) -> tuple[Tensor, Tens
 
     Raises ValueError or OSError if they are of no use.
     """
-    clip = read_clips(args.data_path / item.file)[item.number]
+    clip = read_encoded_clips(args.data_path / item.file)[item.number]
     latents = clip.latents.to(torch.float16)
     if not bool(latents.isfinite().all()):
         raise UserError("its latents are not finite")

@@ -25,7 +25,7 @@ from tests.folders import vae_state
 from tests.ranks import run_on_ranks
 from tests.videos import make_long_video, make_sound, make_split_video, make_video, tear
 from utils.data import captioned_clips as clips_module
-from utils.data.captioned_clips import Clip, clip_files, read_clips
+from utils.data.captioned_clips import Clip, clip_files, read_encoded_clips
 from utils.media.images import fit
 from utils.media.video import read_frames
 from utils.tiny_world.codec import FILE_NAME, PatchCodec
@@ -80,7 +80,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def one_clip(folder: Path) -> Clip:
     (path,) = clip_files(folder)
-    (clip,) = read_clips(path)
+    (clip,) = read_encoded_clips(path)
     return clip
 
 
@@ -96,7 +96,7 @@ def test_each_clip_has_a_file_with_its_prompt_place_and_first_frame(made: Path) 
     names = [path.relative_to(made).as_posix() for path in clip_files(made)]
     good = [name for name in VIDEOS if name != "sub/e"]
     assert sorted(names) == sorted(f"{name}-{n}.pt" for name in good for n in (0, 1))
-    (clip,) = read_clips(made / "sub" / "c-1.pt")
+    (clip,) = read_encoded_clips(made / "sub" / "c-1.pt")
     assert (clip.prompt, clip.video, clip.fps, clip.start_s) == ("prompt 2", "sub/c", 8.0, 17 / 8)
     assert (clip.latents.shape, clip.latents.dtype) == ((16, 5, 4, 4), torch.float16)
     assert clip.first_frame is not None
@@ -116,7 +116,7 @@ def test_latents_are_those_of_the_frames_one_window_after_the_other(
     for window in (0, 1):
         part = frames[:, 17 * window : 17 * (window + 1)]
         expected = codec.encode_to_latent(part[None].float() / 127.5 - 1.0)[0].half()
-        (clip,) = read_clips(made / f"a-{window}.pt")
+        (clip,) = read_encoded_clips(made / f"a-{window}.pt")
         assert torch.equal(clip.latents, expected)
         assert clip.first_frame is not None
         assert torch.equal(clip.first_frame, part[:, 0])
@@ -153,7 +153,10 @@ def test_a_video_goes_to_the_bucket_of_nearest_shape(tiny_root: Path, tmp_path: 
     line = words(tiny_root, tmp_path / "v", tmp_path / "out")
     line += ["--buckets", "32x64", "64x32", "48x48"]
     assert compute_vae_latent.main(line) == 0
-    found = {read_clips(p)[0].prompt: read_clips(p)[0] for p in clip_files(tmp_path / "out")}
+    found = {
+        read_encoded_clips(p)[0].prompt: read_encoded_clips(p)[0]
+        for p in clip_files(tmp_path / "out")
+    }
     shapes = {name: tuple(clip.latents.shape[-2:]) for name, clip in found.items()}
     assert shapes == {"wide": (4, 8), "tall": (8, 4), "square": (6, 6)}
 

@@ -14,7 +14,7 @@ from scripts.make_tiny_world import NAME
 from tests.commands import own_logging
 from tests.test_documented_commands import documented, script_of
 from tests.videos import make_video
-from utils.data.captioned_clips import read_clips
+from utils.data.captioned_clips import read_encoded_clips
 from utils.data.shards import ShardReader, shard_paths
 
 __all__ = ["own_logging"]
@@ -67,7 +67,7 @@ def test_the_commands_of_the_page_run_one_after_the_other(folder: Path) -> None:
     assert len(ShardReader(folder / "shards")) == 3
     assert ShardReader(folder / "foreign_shards").image_shape(0) == (32, 64)
     assert len(list((folder / "latents_of_all_sizes").glob("*.pt"))) == 6
-    (clip,) = read_clips(folder / "latents_of_all_sizes" / "dog-1.pt")
+    (clip,) = read_encoded_clips(folder / "latents_of_all_sizes" / "dog-1.pt")
     assert clip.latents.shape == (16, 2, 8, 4)
 
 

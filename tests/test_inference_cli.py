@@ -226,7 +226,7 @@ def streaming(tmp_path_factory: pytest.TempPathFactory, tiny_root: Path) -> Stud
 def only_clip(folder: Path) -> Tensor:
     """The one clip of a folder, [3, P, H, W] in [0, 1], its pixels as they were made."""
     (path,) = folder.glob("*.mp4")
-    return torch.nn.functional.avg_pool2d(inference.read_clip(path), 8)
+    return torch.nn.functional.avg_pool2d(inference.read_video(path), 8)
 
 
 def image_file(folder: Path, size: tuple[int, int] = (32, 32)) -> Path:

@@ -214,7 +214,7 @@ def test_a_causal_text_model_begins_its_clips_with_the_images(
     )
     assert inference.main([*line, "causal.given_first_frame=true"]) == 0
     (path,) = (tmp_path / "clips").glob("*.mp4")
-    clip = inference.read_clip(path)
+    clip = inference.read_video(path)
     factor = clip.shape[2] // size[0]
     assert clip.shape[2:] == (factor * size[0], factor * size[1])
     first = clip[:, 0]

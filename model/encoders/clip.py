@@ -84,7 +84,7 @@ def load_clip(path: Path, dtype: torch.dtype) -> Any:
     """
     from transformers import CLIPVisionModel  # slow to import
 
-    config, state = read_clip(path)
+    config, state = read_image_encoder(path)
     # What is read are the states before the last layer, so it is neither kept nor computed.
     config.num_hidden_layers -= 1
     last = f"encoder.layers.{config.num_hidden_layers}."
@@ -102,7 +102,7 @@ def load_clip(path: Path, dtype: torch.dtype) -> Any:
     return encoder.requires_grad_(False).eval()
 
 
-def read_clip(path: Path) -> tuple[Any, dict[str, Tensor]]:
+def read_image_encoder(path: Path) -> tuple[Any, dict[str, Tensor]]:
     """The CLIPVisionConfig and the weights of an encoder, all layers, under transformers' names.
 
     path: as for `load_clip`. Raises WeightsError.

@@ -108,7 +108,7 @@ def clip_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_clips(path: Path) -> list[Clip]:
+def read_encoded_clips(path: Path) -> list[Clip]:
     """The clips of one file, whose tensors are read when they are used.
 
     A file of `save_clip` holds one. Files of another system map prompts to latents [1, F, 16, h, w]

@@ -142,7 +142,7 @@ def read_frames(
         raise UserError(f"{path}: {fault or 'holds no frame'} ({count} frames could be read)")
 
 
-def read_clip(path: Path) -> Tensor:
+def read_video(path: Path) -> Tensor:
     """A whole video as [3, P, H, W] in [0, 1]. Raises what `read_frames` raises."""
     return torch.stack(list(read_frames(path)), dim=1).float() / 255.0
 

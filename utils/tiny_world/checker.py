@@ -72,7 +72,7 @@ class Reading:
         return torch.stack(columns, dim=1)
 
 
-def read_clips(pixels: Tensor) -> Reading:
+def read_attributes(pixels: Tensor) -> Reading:
     """Read B clips [B, 3, P, S, S] in [0, 1]."""
     if pixels.shape[1:] != (3, FRAMES, SIDE, SIDE):
         raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from utils.seeding import generator
-from utils.tiny_world.checker import Reading, read_clips
+from utils.tiny_world.checker import Reading, read_attributes
 from utils.tiny_world.world import ATTRIBUTES, Caption, draw_captions, draw_scenes, render
 
 REFERENCE_CLIPS = 1024
@@ -41,7 +41,7 @@ class Reference:
     @classmethod
     def of(cls, clips: Tensor, latents: Tensor) -> Reference:
         """Statistics of real clips [N, 3, P, S, S] in [0, 1] and their latents [N, C, F, H, W]."""
-        features = read_clips(clips).features().double()
+        features = read_attributes(clips).features().double()
         rows = latents.flatten(1).double()
         mean = rows.mean(dim=0)
         _, vectors = torch.linalg.eigh(torch.cov(rows.T))
@@ -93,7 +93,7 @@ def quality(
 
     Shares lie in [0, 1]; `<name>_stderr` is the standard error over clips.
     """
-    reading = read_clips(clips)
+    reading = read_attributes(clips)
     matches = reading.matches(captions)
     adherent, valid = matches.all(dim=1), reading.valid()
     figures = {name: _share(matches[:, i]) for i, name in enumerate(ATTRIBUTES)}

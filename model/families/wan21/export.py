@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.encoders.clip import MEAN, STD, read_clip
+from model.encoders.clip import MEAN, STD, read_image_encoder
 from model.encoders.clip import to_official as official_clip
 from model.encoders.umt5 import TIED, open_umt5
 from model.encoders.umt5 import to_official as official_umt5
@@ -147,10 +147,10 @@ def _read_umt5(path: Path) -> tuple[Any, dict[str, Tensor]]:
     return _state(*open_umt5(path), what="a UMT5 encoder")
 
 
-def _read_clip(path: Path) -> tuple[Any, dict[str, Tensor]]:
+def _read_image_encoder(path: Path) -> tuple[Any, dict[str, Tensor]]:
     from transformers import CLIPVisionModel  # slow to import
 
-    config, state = read_clip(path)
+    config, state = read_image_encoder(path)
     with torch.device("meta"):
         return CLIPVisionModel(config), {CLIP_PREFIX + name: v for name, v in state.items()}
 
@@ -166,7 +166,7 @@ def _official_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 VAE = Part(VAE_FILE, VAE_FOLDER, MODEL_STEM, _read_vae, _official_vae)
 UMT5 = Part(TEXT_ENCODER, "text_encoder", TRANSFORMERS_STEM, _read_umt5, official_umt5)
-CLIP = Part(IMAGE_ENCODER, "image_encoder", TRANSFORMERS_STEM, _read_clip, official_clip)
+CLIP = Part(IMAGE_ENCODER, "image_encoder", TRANSFORMERS_STEM, _read_image_encoder, official_clip)
 
 
 def _write_part(part: Part, source: Path, target: Path, export: Export) -> None:

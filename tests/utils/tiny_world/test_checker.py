@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.media.video import to_unit
-from utils.tiny_world.checker import CONTRAST_RANGE, MIN_PSNR_DB, Reading, read_clips
+from utils.tiny_world.checker import CONTRAST_RANGE, MIN_PSNR_DB, Reading, read_attributes
 from utils.tiny_world.codec import FILE_NAME, PatchCodec
 from utils.tiny_world.world import (
     ATTRIBUTES,
@@ -50,14 +50,16 @@ def clips(scenes: Scenes) -> Tensor:
 
 @pytest.fixture(scope="module")
 def reading(clips: Tensor) -> Reading:
-    return read_clips(clips)
+    return read_attributes(clips)
 
 
 @pytest.fixture(scope="module")
 def reading_through_codec(clips: Tensor, tiny_root: Path) -> Reading:
     path = tiny_root / "wan_models" / "Wan2.1-T2V-Tiny" / FILE_NAME
     codec = PatchCodec.load(path)
-    return read_clips(to_unit(codec.decode_to_pixel(codec.encode_to_latent(2.0 * clips - 1.0))))
+    return read_attributes(
+        to_unit(codec.decode_to_pixel(codec.encode_to_latent(2.0 * clips - 1.0)))
+    )
 
 
 def one(caption: Caption, seed: int = 0) -> Tensor:
@@ -98,12 +100,12 @@ def test_clips_through_the_codec_are_re_rendered_well(reading_through_codec: Rea
 @pytest.mark.parametrize("attribute", ATTRIBUTES)
 def test_one_wrong_attribute_is_detected_and_no_other(attribute: str) -> None:
     wanted = replace(RED_BAR, **{attribute: OTHER[attribute]})
-    matches = read_clips(one(RED_BAR)).matches([wanted])[0]
+    matches = read_attributes(one(RED_BAR)).matches([wanted])[0]
     assert matches.tolist() == [name != attribute for name in ATTRIBUTES]
 
 
 def test_a_grey_clip_holds_no_shape_and_is_invalid() -> None:
-    reading = read_clips(torch.full((1, 3, 17, 32, 32), 0.5))
+    reading = read_attributes(torch.full((1, 3, 17, 32, 32), 0.5))
     assert not reading.present
     assert not reading.valid()
     assert not reading.matches([RED_BAR]).any()
@@ -112,20 +114,20 @@ def test_a_grey_clip_holds_no_shape_and_is_invalid() -> None:
 def test_a_floor_without_a_shape_is_invalid() -> None:
     floor = draw_scenes(SOME[:4], torch.Generator().manual_seed(0)).floor
     empty = compose(torch.zeros(4, FRAMES, SIDE, SIDE), torch.zeros(4, 3), floor)
-    reading = read_clips(empty.clamp(0.0, 1.0))
+    reading = read_attributes(empty.clamp(0.0, 1.0))
     assert reading.psnr.min() > MIN_PSNR_DB
     assert not reading.valid().any()
 
 
 def test_noise_is_invalid() -> None:
     noise = torch.rand(4, 3, 17, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert not read_clips(noise).valid().any()
+    assert not read_attributes(noise).valid().any()
 
 
 def with_floor(floor: Callable[[Tensor], Tensor]) -> Reading:
     """The reading of eight clips whose floors [8, G, CELLS, CELLS] were changed by `floor`."""
     scenes = draw_scenes(SOME[:8], torch.Generator().manual_seed(0))
-    return read_clips(render(replace(scenes, floor=floor(scenes.floor))))
+    return read_attributes(render(replace(scenes, floor=floor(scenes.floor))))
 
 
 def flattened(floor: Tensor) -> Tensor:
@@ -161,34 +163,34 @@ def test_a_floor_without_contrast_leaves_the_caption_readable() -> None:
 def test_a_shape_that_jumps_back_is_invalid() -> None:
     clip = one(replace(RED_BAR, speed="quickly"))
     shuffled = clip[:, :, torch.randperm(17, generator=torch.Generator().manual_seed(0))]
-    assert not read_clips(shuffled).valid()
+    assert not read_attributes(shuffled).valid()
 
 
 def test_a_clip_run_backwards_moves_the_other_way() -> None:
-    reading = read_clips(one(RED_BAR).flip(2))
+    reading = read_attributes(one(RED_BAR).flip(2))
     assert reading.matches([replace(RED_BAR, direction="right")]).all()
 
 
 def test_a_reading_does_not_depend_on_its_batch(clips: Tensor) -> None:
-    together, alone = read_clips(clips[:8]), read_clips(clips[3:4])
+    together, alone = read_attributes(clips[:8]), read_attributes(clips[3:4])
     assert torch.equal(together.attributes[3], alone.attributes[0])
     assert torch.allclose(together.features()[3], alone.features()[0], atol=1e-5)
 
 
 def test_the_free_start_is_the_one_across_the_motion() -> None:
     horizontal, vertical = one(RED_BAR), one(replace(RED_BAR, direction="up"))
-    reading = read_clips(torch.cat([horizontal, vertical]))
+    reading = read_attributes(torch.cat([horizontal, vertical]))
     assert reading.orthogonal_start().tolist() == [reading.start[0, 1], reading.start[1, 0]]
 
 
 @pytest.mark.parametrize("colour", COLOURS)
 def test_brightness_alone_does_not_change_the_colour_that_is_read(colour: str) -> None:
     caption = Caption(colour, "circle", "left", "slowly", "light")
-    reading = read_clips(0.85 * one(caption))
+    reading = read_attributes(0.85 * one(caption))
     assert reading.attributes[0, 0] == list(COLOURS).index(colour)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 16, 32, 32), (1, 3, 17, 64, 64), (3, 17, 32, 32)])
 def test_clips_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"clips must be \[B, 3, 17, 32, 32\], got"):
-        read_clips(torch.zeros(shape))
+        read_attributes(torch.zeros(shape))
