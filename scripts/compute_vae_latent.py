@@ -45,7 +45,7 @@ from utils.media.video import frame_rate, read_frames
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_S = 86400.0  # a process may be done long before the others
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,6 +76,10 @@ def parser() -> argparse.ArgumentParser:
         help="slower videos, whose frames would repeat, are rejected; default: half of --fps",
     )  # fmt: skip
     result.add_argument("--clips_per_video", type=int, default=1, help="consecutive, at most")
+    result.add_argument(
+        "--dtype", choices=list(DTYPES), default="float32",
+        help="that the VAE computes in; Wan2.1's own code takes float32",
+    )  # fmt: skip
     return result
 
 
@@ -128,7 +132,7 @@ def find_vae(args: argparse.Namespace) -> Model:
     return model
 
 
-def settings(args: argparse.Namespace, model: Model, dtype: torch.dtype) -> dict[str, object]:
+def settings(args: argparse.Namespace, model: Model) -> dict[str, object]:
     """All that latents depend on, beside the videos."""
     return {
         "sizes": [f"{height}x{width}" for height, width in args.buckets],
@@ -138,13 +142,13 @@ def settings(args: argparse.Namespace, model: Model, dtype: torch.dtype) -> dict
         "min_source_fps": args.min_source_fps,
         "clips_per_video": args.clips_per_video,
         "vae": content_hash(model.parts["codec"]),
-        "precision": str(dtype).removeprefix("torch."),
+        "precision": args.dtype,
     }
 
 
-def claim(args: argparse.Namespace, model: Model, dtype: torch.dtype) -> Claim:
+def claim(args: argparse.Namespace, model: Model) -> Claim:
     """What makes a folder that of these latents."""
-    made_with, flag = settings(args, model, dtype), "--output_latent_folder"
+    made_with, flag = settings(args, model), "--output_latent_folder"
     return Claim(args.output_latent_folder, made_with, holds="latents", flag=flag)
 
 
@@ -259,18 +263,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         videos, rejected = pair_videos(args.input_video_folder, args.prompt_folder)
     except USER_ERRORS as error:
         return fail(error)
-    with distributed_session(timeout_s=TIMEOUT_S) as session:
+    with distributed_session() as session:
         start_logging(main_rank=session.is_main)
-        dtype = torch.bfloat16 if session.device.type == "cuda" else torch.float32
         folder = args.output_latent_folder
         try:
-            claim(args, model, dtype).take(session)
-            vae = model.load_codec(session.device, dtype)
+            claim(args, model).take(session)
+            vae = model.load_codec(session.device, DTYPES[args.dtype])
         except USER_ERRORS as error:
             return fail(error)
         try:
-            found = session.gather(run(videos, vae, args, session))
-            rejected = sorted([*rejected, *(entry for some in found for entry in some)])
+            with session.uneven_work():
+                useless = run(videos, vae, args, session)
+            for some in session.gather(useless):
+                rejected += some
+            rejected.sort()
             if session.is_main:
                 write_rejected(folder / "rejected.json", rejected)
         except OSError as error:

@@ -51,7 +51,6 @@ log = logging.getLogger(__name__)
 
 WAN_STRIDE = 8  # of Wan2.1's autoencoder
 REJECTED = "rejected.json"  # beside a shard's data: what its process could not take
-TIMEOUT_S = 86400.0  # a process may be done long before the others
 
 
 def parser() -> argparse.ArgumentParser:
@@ -273,7 +272,7 @@ def claim(args: argparse.Namespace, work: Plan) -> Claim:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make all shards; returns the exit status."""
     args = parser().parse_args(arguments)
-    with distributed_session(timeout_s=TIMEOUT_S) as session:
+    with distributed_session() as session:
         start_logging(main_rank=session.is_main)
         try:
             work = plan(args, progress=session.is_main)
@@ -283,8 +282,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return stopped(log)
         try:
-            run(args, work, session)
-            session.barrier()
+            with session.uneven_work():
+                run(args, work, session)
             if session.is_main:
                 summary = report(args, work)
                 text = json.dumps(summary, indent=1, ensure_ascii=False)

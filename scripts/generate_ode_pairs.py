@@ -214,12 +214,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except USER_ERRORS as error:
             return fail(error)
         try:
-            run(args, config, records, load_generator(config, source, session.device), session)
+            generator = load_generator(config, source, session.device)
+            with session.uneven_work():
+                run(args, config, records, generator, session)
         except USER_ERRORS as error:
             return fail(error)
         except KeyboardInterrupt:
             return stopped(log)
-        log.info("this process's share of %d pairs is in %s", records.count, args.output_folder)
+        log.info("%d pairs are in %s", records.count, args.output_folder)
     return 0
 
 

@@ -159,7 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return fail(error)
         if encoder is not None:
             try:
-                run(missing, folder, encoder, session)
+                with session.uneven_work():
+                    run(missing, folder, encoder, session)
             except USER_ERRORS as error:
                 return fail(error)
             except KeyboardInterrupt:

@@ -122,18 +122,21 @@ def test_latents_are_those_of_the_frames_one_window_after_the_other(
         assert torch.equal(clip.first_frame, part[:, 0])
 
 
-def test_wans_own_autoencoder_gives_what_it_gives_for_the_whole_clip(
-    tiny_root: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("more", "dtype"), [((), torch.float32), (("--dtype", "bfloat16"), torch.bfloat16)]
+)
+def test_wans_own_autoencoder_gives_what_it_gives_for_the_whole_clip_in_fp32_unless_asked(
+    more: tuple[str, ...], dtype: torch.dtype, tiny_root: Path, tmp_path: Path
 ) -> None:
     path = make_video(captioned(tmp_path / "v" / "a.mp4"), frames=9)
     model = tmp_path / "models" / "Wan2.1-T2V-14B"
     model.mkdir(parents=True)
     torch.save(vae_state(), model / "Wan2.1_VAE.pth")
     line = words(tiny_root, tmp_path / "v", tmp_path / "out", "--num_frames", "9")
-    more = ["--model_root", str(tmp_path / "models"), "--model_name", model.name]
-    assert compute_vae_latent.main([*line, *more]) == 0
+    line += ["--model_root", str(tmp_path / "models"), "--model_name", model.name, *more]
+    assert compute_vae_latent.main(line) == 0
     frames = torch.stack(list(read_frames(path)), dim=1)[None]
-    vae = open_model(model).load_codec(torch.device("cpu"), torch.float32)
+    vae = open_model(model).load_codec(torch.device("cpu"), dtype)
     expected = vae.encode_to_latent(frames.float() / 127.5 - 1.0)[0].half()
     assert torch.equal(one_clip(tmp_path / "out").latents, expected)
 
@@ -425,6 +428,19 @@ def test_a_folder_of_other_settings_is_refused_and_left_alone(
         "folder"
     )
     assert content(made) == before
+
+
+def test_a_folder_that_was_begun_in_bf16_is_told_and_continued_in_bf16(
+    tiny_root: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = words(tiny_root, videos, tmp_path / "half", "--clips_per_video", "2")
+    assert compute_vae_latent.main([*line, "--dtype", "bfloat16"]) == 0
+    assert refusal(compute_vae_latent.main, line, capsys) == (
+        f"--output_latent_folder {tmp_path}/half: holds latents of other settings (precision was "
+        "bfloat16, is float32); use another folder"
+    )
+    (tmp_path / "half" / "a-0.pt").unlink()
+    assert compute_vae_latent.main([*line, "--dtype", "bfloat16"]) == 0
 
 
 def test_latents_of_another_vae_are_refused(

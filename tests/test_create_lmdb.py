@@ -363,19 +363,21 @@ def test_a_killed_process_is_continued_to_the_same_records(tmp_path: Path) -> No
     )  # fmt: skip
 
 
-def create_alone_on_rank_one(data: str, output: str) -> tuple[int, str]:
-    """What the second of two ranks says, the first being none of its concern."""
-    with patch.object(create_lmdb_14b_shards.Session, "barrier"):
-        return main_and_stderr(create_lmdb_14b_shards.main, line(Path(data), Path(output)))
+def create_and_say(data: str, output: str) -> tuple[int, str]:
+    return main_and_stderr(create_lmdb_14b_shards.main, line(Path(data), Path(output)))
 
 
 @pytest.mark.slow
-def test_a_rank_says_what_it_alone_has_met(data: Path, tmp_path: Path) -> None:
+def test_a_rank_says_what_it_alone_has_met_and_the_others_which_rank_it_was(
+    data: Path, tmp_path: Path
+) -> None:
     assert create(data, tmp_path) == 0
     tear(tmp_path / "shard_16x5x4x4_00001" / "data.mdb")
-    first, second = run_on_ranks(2, create_alone_on_rank_one, str(data), str(tmp_path))
-    assert (first[0], second[0]) == (0, 2)
-    assert "shard_16x5x4x4_00001: cut off" in second[1]
+    first, second = run_on_ranks(2, create_and_say, str(data), str(tmp_path))
+    assert (first[0], second[0]) == (2, 2)
+    assert f"error: {tmp_path}/shard_16x5x4x4_00001: cut off" in second[1]
+    assert "error: rank 1 stopped: " in first[1]
+    assert "shard_16x5x4x4_00001: cut off" in first[1]
 
 
 def test_a_folder_whose_clips_changed_is_refused(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,10 +17,11 @@ import torch
 from model.flow import shift
 from scripts import generate_ode_pairs
 from tests.commands import no_weights, own_logging, refusal
-from tests.ranks import run_on_ranks
+from tests.ranks import RankFailedError, run_on_ranks
 from tests.runs import rows, run, write_config
 from trainer.config import load
 from trainer.serving import check_source, load_generator
+from utils import claims
 from utils.data.dataset import TrajectoryManifest
 from utils.data.shards import ShardReader, shard_paths
 from utils.records import read_manifest
@@ -143,6 +147,66 @@ def test_two_processes_make_what_one_makes_byte_for_byte(
 ) -> None:
     assert run_on_ranks(2, generate, world.words(tmp_path / "two")) == [0, 0]
     assert content(tmp_path / "two") == content(pairs)
+
+
+TIMEOUT_S = 3.0
+
+
+def generate_slowly_on_rank_one(line: list[str]) -> tuple[int, int]:
+    """The exit status, and how many pairs there were when this rank was done."""
+    make = generate_ode_pairs.make
+
+    def slow(*arguments: Any) -> torch.Tensor:
+        if os.environ["RANK"] == "1":
+            time.sleep(1.5 * TIMEOUT_S)
+        return make(*arguments)
+
+    with patch.object(generate_ode_pairs, "make", slow):
+        status = generate(line)
+    return status, len(ShardReader(Path(line[line.index("--output_folder") + 1])))
+
+
+@pytest.mark.slow
+def test_a_process_that_is_done_waits_for_the_others_beyond_the_timeout(
+    world: World, tmp_path: Path
+) -> None:
+    line = world.words(tmp_path / "pairs", f"timeout_s={TIMEOUT_S}")
+    assert run_on_ranks(2, generate_slowly_on_rank_one, line) == [(0, PAIRS)] * 2
+
+
+def generate_with_rank_zero_killed(line: list[str], seconds: float) -> int:
+    """The command; the main rank dies that long after it has begun to write the manifest."""
+
+    def killed(*_: object) -> None:
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with patch.object(claims, "write_text", killed):
+        return generate(line)
+
+
+@pytest.mark.slow
+def test_no_process_makes_a_pair_before_the_manifest_is_on_the_disk(
+    world: World, pairs: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pairs"
+    with pytest.raises(RankFailedError, match="rank 0: died with exit status -9"):
+        run_on_ranks(2, generate_with_rank_zero_killed, world.words(folder), 5.0)
+    assert shard_paths(folder) == []
+    assert generate(world.words(folder)) == 0
+    assert content(folder) == content(pairs)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_pairs_without_a_manifest_are_not_continued(
+    world: World, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(pairs, tmp_path / "pairs")
+    (folder / "manifest.json").unlink()
+    assert refusal(generate_ode_pairs.main, world.words(folder), capsys) == (
+        f"--output_folder {folder}: holds pairs of unknown origin (it has no manifest.json); use "
+        "another folder"
+    )
 
 
 @pytest.mark.parametrize("batches", [0, 1, 2, 4])

@@ -14,7 +14,8 @@ from utils.errors import UserError
 
 # What a rank's key in the store holds: a count that grows while it works, and then one of these.
 DONE, STOPPED = "done", "stopped: "
-INTERVAL_S = 5.0  # between two signs of life, and between two looks at those of the others
+INTERVAL_S = 5.0  # between two signs of life, and at most between two looks at those of others
+FIRST_PAUSE_S = 0.05  # before the second look; each later pause is twice as long
 
 
 class LostRankError(UserError):
@@ -39,7 +40,8 @@ def working(
     try:
         yield
     except BaseException as error:
-        end = STOPPED + f"{type(error).__name__}: {error}".partition("\n")[0]
+        words = f"{type(error).__name__}: {error}".partition("\n")[0]
+        end = STOPPED + words.removesuffix(": ")
         raise
     finally:
         over.set()
@@ -66,7 +68,7 @@ def _show_life(store: dist.Store, rank: int, interval_s: float, over: threading.
 
 def _wait(store: dist.Store, world_size: int, timeout_s: float, interval_s: float) -> None:
     """Return when all ranks are done."""
-    keys = [_key(rank) for rank in range(world_size)]
+    keys, pause_s = [_key(rank) for rank in range(world_size)], FIRST_PAUSE_S
     last, since = [""] * world_size, [time.monotonic()] * world_size
     while last != [DONE] * world_size:
         try:
@@ -86,4 +88,5 @@ def _wait(store: dist.Store, world_size: int, timeout_s: float, interval_s: floa
                     f"run the same command again to continue"
                 )
         if last != [DONE] * world_size:
-            time.sleep(interval_s)
+            time.sleep(pause_s)
+            pause_s = min(2.0 * pause_s, interval_s)
