@@ -26,7 +26,14 @@ from trainer.base import Trainer
 from trainer.build import RunOptions, build_trainer
 from trainer.config import load
 from utils import start
-from utils.cli import USER_ERRORS, command_parser, fail, start_logging
+from utils.cli import (
+    USER_ERRORS,
+    check_at_least,
+    command_parser,
+    fail,
+    interruptible,
+    start_logging,
+)
 from utils.distributed import Session, distributed_session
 
 PARTS = (
@@ -84,11 +91,13 @@ def report(trainer: Trainer, session: Session, count: int) -> str:
     return "\n".join(lines)
 
 
+@interruptible
 def main(arguments: Sequence[str] | None = None) -> int:
     """Benchmark one configuration."""
     args = parser().parse_intermixed_args(arguments)
     start_logging()
     try:
+        check_at_least(args, timed_steps=1)
         config = load(args.config_path, [*args.overrides, "validation.every=0"])
     except USER_ERRORS as error:
         return fail(error)

@@ -34,7 +34,8 @@ from model.wan import block
 from model.wan.config import PRESETS
 from pipeline.causal import CausalConfig, SelfForcingTrainingPipeline
 from utils import start
-from utils.cli import command_parser
+from utils.cli import USER_ERRORS, check_at_least, command_parser, fail, interruptible
+from utils.config import ConfigError
 from utils.parallel import recompute_blocks
 from utils.seeding import step_rng
 
@@ -64,6 +65,35 @@ def join_and_keep(
     return attention(q, keys(), values())
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raise ConfigError for shapes that make no clip."""
+    check_at_least(args, num_frame_per_block=1)
+    channels, frames, height, width = args.latent_shape
+    sizes = PRESETS[args.preset]
+    _, patch_h, patch_w = sizes.patch_size
+    if (
+        channels != sizes.out_dim
+        or min(args.latent_shape) < 1
+        or height % patch_h
+        or width % patch_w
+    ):
+        raise ConfigError(
+            f"--latent_shape: must be {sizes.out_dim} channels, frames, a height and a width in "
+            f"multiples of {patch_h} and {patch_w}, got {args.latent_shape}"
+        )
+    for problem in causal_config(args).problems(frames):
+        raise ConfigError(problem)
+
+
+def causal_config(args: argparse.Namespace) -> CausalConfig:
+    """The rollout that is timed."""
+    return CausalConfig(
+        num_frame_per_block=args.num_frame_per_block,
+        independent_first_frame=args.latent_shape[1] % args.num_frame_per_block == 1,
+        last_step_only=True,
+    )
+
+
 def measure(args: argparse.Namespace) -> dict[str, float]:
     """Seconds and MiB of one variant, in this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -74,11 +104,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         recompute_blocks(network.model.blocks)
     if args.variant == "joined kept":
         setattr(block, "attend_past", join_and_keep)  # noqa: B010
-    causal = CausalConfig(
-        num_frame_per_block=args.num_frame_per_block,
-        independent_first_frame=args.latent_shape[1] % args.num_frame_per_block == 1,
-        last_step_only=True,
-    )
+    causal = causal_config(args)
     if args.variant == "straight_through":
         causal = replace(causal, kv_gradient="straight_through")
     rollout = SelfForcingTrainingPipeline(SIGMAS, causal)
@@ -101,6 +127,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     return {"seconds": seconds[-1], "mib": peak}
 
 
+@interruptible
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -108,13 +135,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.variant is not None:
         print(json.dumps(measure(args)))
         return 0
+    try:
+        check(args)
+    except USER_ERRORS as error:
+        return fail(error)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{where}, {torch.get_num_threads()} threads, {args.preset}, {args.latent_shape}\n")
     print("| cache | s / rollout, forward and backward | peak MiB above the weights |")
     print("| --- | --- | --- |")
     for variant in VARIANTS:
         child = [sys.executable, __file__, *words, "--variant", variant]
-        found = json.loads(subprocess.run(child, capture_output=True, check=True).stdout)
+        done = subprocess.run(child, stdout=subprocess.PIPE, check=False)
+        if done.returncode:
+            return done.returncode
+        found = json.loads(done.stdout)
         print(f"| {variant} | {found['seconds']:.2f} | {found['mib']:.0f} |", flush=True)
     return 0
 

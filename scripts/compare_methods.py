@@ -27,13 +27,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scripts.evaluate import ROWS, fingerprint, markdown, sample
+from scripts.evaluate import LEAST_CLIPS, ROWS, fingerprint, markdown, sample
 from scripts.report import STYLE, inline
 from trainer.config import Config, load
 from trainer.serving import Request, VideoGenerator, check_source, load_generator
 from utils import start
 from utils.claims import Claim
-from utils.cli import USER_ERRORS, command_parser, fail, start_logging
+from utils.cli import (
+    USER_ERRORS,
+    check_at_least,
+    command_parser,
+    fail,
+    interruptible,
+    start_logging,
+)
 from utils.config import ConfigError
 from utils.files import write_text
 from utils.media.video import contact_sheet, save_mp4, save_png
@@ -280,11 +287,12 @@ def seconds_to_first(model: VideoGenerator, captions: Sequence[object]) -> float
     return total / len(captions)
 
 
-def measure(comparison: Comparison, names: Sequence[str]) -> list[dict[str, Any]]:
-    """All rows; each is written as soon as it is known, and known ones are not measured again."""
-    args = comparison.args
+def measure(
+    comparison: Comparison, names: Sequence[str], known: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """All rows; each is written as soon as it is there, and those `known` are not made again."""
+    args, known = comparison.args, list(known)
     path = args.output_folder / "rows.json"
-    known = read_rows(path, ROWS)
     _, teacher = load_row(comparison, "teacher")
     exam = Exam.draw(args.clips, args.seed, teacher.vae)
     sheets = {"real": exam.clips[:SHOWN]}
@@ -367,6 +375,7 @@ def page(folder: Path, table: str) -> str:
 """
 
 
+@interruptible
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, measure, write, print the table."""
     args = parser().parse_args(arguments)
@@ -376,7 +385,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unknown = sorted(set(args.methods) - METHODS.keys())
         if unknown:
             raise ConfigError(f"--methods: {unknown} unknown, choose of {', '.join(METHODS)}")
+        check_at_least(args, clips=LEAST_CLIPS, pairs=1, steps=1)
         args.output_folder.mkdir(parents=True, exist_ok=True)
+        known = read_rows(args.output_folder / "rows.json", ROWS)  # before hours of training
         check_source(
             load(comparison.config_path("teacher"), comparison.overrides("teacher")),
             comparison.logdir("teacher"),
@@ -385,12 +396,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stages = needed(args.methods)
         train(comparison, stages)
         teachers = [name for name in TEACHERS if name == "teacher" or name in stages]
-        rows = measure(comparison, [*teachers, *args.methods])
+        rows = measure(comparison, [*teachers, *args.methods], known)
+        table = markdown(rows, COLUMNS)
+        write_text(args.output_folder / "table.md", table)
+        write_text(args.output_folder / "methods.html", page(args.output_folder, table))
     except USER_ERRORS as error:
         return fail(error)
-    table = markdown(rows, COLUMNS)
-    write_text(args.output_folder / "table.md", table)
-    write_text(args.output_folder / "methods.html", page(args.output_folder, table))
     print(table)
     return 0
 

@@ -34,17 +34,25 @@ from model.families.base import Model
 from model.families.registry import find_model
 from model.types import LatentSpec
 from utils.claims import Claim, Rejected, rejection, write_rejected
-from utils.cli import USER_ERRORS, command_parser, fail, start_logging, stopped
+from utils.cli import (
+    USER_ERRORS,
+    check_at_least,
+    command_parser,
+    fail,
+    interruptible,
+    start_logging,
+)
 from utils.config import ConfigError
 from utils.data.captioned_clips import CaptionedVideo, Clip, pair_videos, save_clip
 from utils.distributed import Session, distributed_session
 from utils.errors import NotFoundError, UserError
 from utils.hashes import content_hash
 from utils.media.images import fit, to_signed
-from utils.media.video import frame_rate, read_frames
+from utils.media.video import check_fps, frame_rate, read_frames
 
 log = logging.getLogger(__name__)
 
+MAX_SIDE = 8192  # pixels; no model that this project knows reads a fourth of it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -103,9 +111,11 @@ def complete(args: argparse.Namespace, latent: LatentSpec) -> argparse.Namespace
     problems = []
     step, stride = latent.pixel_step, latent.temporal_stride
     for height, width in whole.buckets:
-        if min(height, width) < 1 or height % step[0] or width % step[1]:
+        if not _divides(height, step[0]) or not _divides(width, step[1]):
             words = f"{step[0]}" if step[0] == step[1] else f"{step[0]} and {step[1]}"
-            problems.append(f"{height} x {width}: both sides must be multiples of {words}")
+            problems.append(
+                f"{height} x {width}: both sides must be multiples of {words} up to {MAX_SIDE}"
+            )
     if whole.num_frames < 1 or (whole.num_frames - 1) % stride:
         problems.append(
             f"--num_frames: must be 1 + {stride} k, as {1 + 20 * stride}, got {whole.num_frames}"
@@ -114,13 +124,17 @@ def complete(args: argparse.Namespace, latent: LatentSpec) -> argparse.Namespace
         problems.append(
             f"--min_num_frames: must lie between 1 and --num_frames, got {whole.min_num_frames}"
         )
-    if not (math.isfinite(whole.fps) and whole.fps > 0):
-        problems.append(f"--fps: must be above 0, got {whole.fps}")
-    if whole.clips_per_video < 1:
-        problems.append(f"--clips_per_video: must be at least 1, got {whole.clips_per_video}")
     if problems:
         raise ConfigError("\n".join(problems))
+    check_at_least(whole, clips_per_video=1)
+    check_fps(whole.fps)
+    if whole.min_source_fps != 0.0:  # = any video will do
+        check_fps(whole.min_source_fps, "--min_source_fps")
     return whole
+
+
+def _divides(side: int, step: int) -> bool:
+    return side in range(step, MAX_SIDE + 1, step)
 
 
 def find_vae(args: argparse.Namespace) -> Model:
@@ -254,6 +268,7 @@ def run(
     return rejected
 
 
+@interruptible
 def main(arguments: Sequence[str] | None = None) -> int:
     """Encode all videos; returns the exit status."""
     args = parser().parse_args(arguments)
@@ -279,10 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rejected.sort()
             if session.is_main:
                 write_rejected(folder / "rejected.json", rejected)
-        except OSError as error:
+        except USER_ERRORS as error:
             return fail(error)
-        except KeyboardInterrupt:
-            return stopped(log)
         if session.is_main:
             used = sum(outputs(video, args)[0].is_file() for video in videos)
             log.info("%d videos are encoded in %s", used, folder)

@@ -37,9 +37,21 @@ from utils.claims import (
     rejection,
     write_rejected,
 )
-from utils.cli import USER_ERRORS, command_parser, fail, start_logging, stopped
-from utils.config import ConfigError
-from utils.data.captioned_clips import Clip, clip_files, pair_videos, read_encoded_clips
+from utils.cli import (
+    USER_ERRORS,
+    check_at_least,
+    command_parser,
+    fail,
+    interruptible,
+    start_logging,
+)
+from utils.data.captioned_clips import (
+    CaptionedVideo,
+    Clip,
+    clip_files,
+    pair_videos,
+    read_encoded_clips,
+)
 from utils.data.shards import ShardWriter
 from utils.distributed import Session, distributed_session
 from utils.errors import UserError
@@ -73,8 +85,15 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--lmdb_path", type=Path, required=True)
     result.add_argument("--num_shards", type=int, default=16, help="of each shape, at most")
     result.add_argument("--min_prompt_chars", type=int, default=0, help="reject shorter prompts")
+    result.add_argument(
+        "--drop_duplicates", action="store_true",
+        help="of several videos with one prompt take the first alone",
+    )  # fmt: skip
     result.add_argument("--no_images", action="store_true", help="store no first frames")
     return result
+
+
+Videos = Mapping[str, Sequence[CaptionedVideo]]  # by prompt
 
 
 @dataclass(frozen=True)
@@ -95,8 +114,8 @@ class Plan:
 
     shards: Mapping[str, Sequence[Item]]
     rejected: Sequence[Rejected]
-    duplicates: Sequence[Rejected]
-    videos: Mapping[str, Path]  # by prompt, for items without a first frame
+    duplicates: Sequence[Rejected]  # clips of another video with a prompt that came before
+    videos: Videos  # for items without a first frame
     images: bool
 
     @property
@@ -122,28 +141,24 @@ def survey(folder: Path, *, progress: bool) -> Iterator[Item | Rejected]:
 
 def plan(args: argparse.Namespace, *, progress: bool) -> Plan:
     """Sort out what is taken. Raises FileNotFoundError or ConfigError if nothing can be."""
-    for flag, least in (("num_shards", 1), ("min_prompt_chars", 0), ("spatial_stride", 1)):
-        if getattr(args, flag) < least:
-            raise ConfigError(f"--{flag}: must be at least {least}, got {getattr(args, flag)}")
-    videos: dict[str, Path] = {}
-    if args.video_path is not None and not args.no_images:
-        pairs, _ = pair_videos(args.video_path, args.prompt_path or args.video_path)
-        videos = {pair.prompt: pair.path for pair in reversed(pairs)}
+    check_at_least(args, num_shards=1, min_prompt_chars=0, spatial_stride=1)
+    videos = find_videos(args)
     found = list(survey(args.data_path, progress=progress))
     items = [entry for entry in found if isinstance(entry, Item)]
     rejected = [entry for entry in found if isinstance(entry, Rejected)]
     images = not args.no_images and (bool(videos) or any(item.has_frame for item in items))
     duplicates, kept = [], []
-    sources: dict[str, Item] = {}
+    first_of: dict[str, Item] = {}  # by prompt
     for item in items:
         fault = _fault(item, args.min_prompt_chars, videos if images else None)
-        first = sources.get(item.prompt)
         if fault is not None:
             rejected.append(Rejected(item.file, fault))
-        elif first is not None and first.source != item.source:
+            continue
+        first = first_of.setdefault(item.prompt, item)
+        again = first.source != item.source
+        if again:
             duplicates.append(Rejected(item.file, f"has the prompt of {first.file}"))
-        else:
-            sources[item.prompt] = item
+        if not (again and args.drop_duplicates):
             kept.append(item)
     if not kept:
         first_fault = "; ".join(f"{entry.file}: {entry.reason}" for entry in rejected[:1])
@@ -151,14 +166,40 @@ def plan(args: argparse.Namespace, *, progress: bool) -> Plan:
     return Plan(_shards(kept, args.num_shards), rejected, duplicates, videos, images)
 
 
-def _fault(item: Item, min_chars: int, videos: Mapping[str, Path] | None) -> str | None:
-    """Why an item cannot be taken. videos: by prompt; None = no first frame is wanted."""
+def find_videos(args: argparse.Namespace) -> dict[str, list[CaptionedVideo]]:
+    """The videos that first frames may be taken from, by prompt."""
+    videos: dict[str, list[CaptionedVideo]] = {}
+    if args.video_path is not None and not args.no_images:
+        pairs, _ = pair_videos(args.video_path, args.prompt_path or args.video_path)
+        for pair in pairs:
+            same = videos.setdefault(pair.prompt, [])
+            if not (same and args.drop_duplicates):
+                same.append(pair)
+    return videos
+
+
+def candidates(item: Item, videos: Videos) -> Sequence[CaptionedVideo]:
+    """The videos that an item may be from: those of its prompt, of its name if one has it."""
+    found = videos.get(item.prompt, ())
+    return [video for video in found if video.name == item.source] or found
+
+
+def _fault(item: Item, min_chars: int, videos: Videos | None) -> str | None:
+    """Why an item cannot be taken. videos: None = no first frame is wanted."""
     if not item.prompt:
         return "an empty prompt"
     if len(item.prompt) < min_chars:
         return f"a prompt of {len(item.prompt)} characters, shorter than {min_chars}"
-    if videos is not None and not item.has_frame and item.prompt not in videos:
+    if videos is None or item.has_frame:
+        return None
+    found = candidates(item, videos)
+    if not found:
         return "has no first frame, and no video has its prompt; see --video_path, --no_images"
+    if len(found) > 1:
+        return (
+            f"has no first frame, and {found[0].name} and {found[1].name} both have its prompt, so "
+            f"that nobody knows which it is from; see --no_images"
+        )
     return None
 
 
@@ -207,7 +248,8 @@ def first_frame(clip: Clip, item: Item, work: Plan, stride: int) -> Tensor:
     if clip.first_frame is not None:
         return clip.first_frame
     height, width = item.shape[-2:]
-    with contextlib.closing(read_frames(work.videos[item.prompt], limit=1)) as frames:
+    (video,) = candidates(item, work.videos)
+    with contextlib.closing(read_frames(video.path, limit=1)) as frames:
         return fit(next(frames), (stride * height, stride * width))
 
 
@@ -255,6 +297,7 @@ def report(args: argparse.Namespace, work: Plan) -> dict[str, object]:
         "records": work.count - len(late),
         "images": work.images,
         "duplicates": len(work.duplicates),
+        "duplicates_dropped": args.drop_duplicates,
         "rejected": len(rejected),
         "duplicate_files": [asdict(entry) for entry in work.duplicates],
         "rejected_files": [asdict(entry) for entry in rejected],
@@ -269,6 +312,7 @@ def claim(args: argparse.Namespace, work: Plan) -> Claim:
     )  # fmt: skip
 
 
+@interruptible
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make all shards; returns the exit status."""
     args = parser().parse_args(arguments)
@@ -279,8 +323,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             claim(args, work).take(session)
         except USER_ERRORS as error:
             return fail(error)
-        except KeyboardInterrupt:
-            return stopped(log)
         try:
             with session.uneven_work():
                 run(args, work, session)
@@ -290,12 +332,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 write_text(args.lmdb_path / REPORT, text + "\n")
         except USER_ERRORS as error:
             return fail(error)
-        except KeyboardInterrupt:
-            return stopped(log)
         if session.is_main:
             log.info(
-                "%s: %d records, %d duplicates and %d rejected, see report.json",
-                args.lmdb_path, summary["records"], summary["duplicates"], summary["rejected"],
+                "%s: %d records; %d with the prompt of another video were %s, %d files were "
+                "rejected, see report.json",
+                args.lmdb_path, summary["records"], summary["duplicates"],
+                "dropped" if args.drop_duplicates else "kept", summary["rejected"],
             )  # fmt: skip
     return 0
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -34,7 +35,15 @@ from pipeline.teacher import SamplingConfig
 from trainer.config import Config, causal_config, load, sigmas
 from trainer.serving import Request, VideoGenerator, check_source, load_generator
 from utils import start
-from utils.cli import USER_ERRORS, command_parser, fail, start_logging
+from utils.cli import (
+    USER_ERRORS,
+    check_at_least,
+    command_parser,
+    fail,
+    interruptible,
+    start_logging,
+)
+from utils.config import ConfigError
 from utils.files import write_text
 from utils.media.video import contact_sheet, save_mp4, save_png, to_unit
 from utils.plots import plot_run
@@ -43,6 +52,7 @@ from utils.tiny_world.metrics import Exam
 from utils.tiny_world.world import FPS, Caption
 
 BATCH = 64
+LEAST_CLIPS = 2  # one has no spread
 ROWS = "rows that were measured; remove it to measure them again"  # what rows.json holds
 SOLVER2_SHIFT = 1.0  # of teacher_solver2; of 1, 1.5, 2 and 3 the best in 4 steps: a fair rival
 SHOWN = 6  # captions on the contact sheet and in the report
@@ -75,6 +85,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--solver2_shift", type=float, default=SOLVER2_SHIFT)
     result.add_argument("overrides", nargs="*", metavar="key=value", help="for both configs")
     return result
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ConfigError for numbers that measure nothing."""
+    check_at_least(args, clips=LEAST_CLIPS)
+    if not (math.isfinite(args.solver2_shift) and args.solver2_shift > 0.0):
+        raise ConfigError(f"--solver2_shift: must be above 0, got {args.solver2_shift}")
 
 
 def table_rows(config: Config) -> list[Row]:
@@ -151,9 +168,13 @@ def load_models(args: argparse.Namespace, configs: dict[str, Config]) -> dict[st
 
 
 def measure(
-    args: argparse.Namespace, configs: dict[str, Config], models: dict[str, VideoGenerator]
+    args: argparse.Namespace,
+    configs: dict[str, Config],
+    models: dict[str, VideoGenerator],
+    known: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """All rows; each is written as soon as it is known, beside those of earlier calls."""
+    """All rows; each is written as soon as it is there, beside those `known` of earlier calls."""
+    known = list(known)
     exam = Exam.draw(args.clips, args.seed, models["teacher"].vae)
     captions, images = exam.captions, models["teacher"].encoder.reads_images
     first = exam.first if images else None
@@ -161,7 +182,6 @@ def measure(
         sample(model, captions[:1], args.seed, None if first is None else first[:1])
 
     path = args.output_folder / "rows.json"
-    known = read_rows(path, ROWS)
     prints = {role: fingerprint(model) for role, model in models.items()}
     ceiling = exam.judge_real()
     if images:
@@ -246,26 +266,28 @@ def markdown(rows: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -
     return "\n".join(lines) + "\n"
 
 
+@interruptible
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write, print the table."""
     args = parser().parse_intermixed_args(arguments)
     start_logging()
     try:
+        check_arguments(args)
         configs = {
             "teacher": load(args.teacher_config, args.overrides),
             "student": load(args.student_config, args.overrides),
         }
         args.output_folder.mkdir(parents=True, exist_ok=True)
-        models = load_models(args, configs)
+        known = read_rows(args.output_folder / "rows.json", ROWS)
+        rows = measure(args, configs, load_models(args, configs), known)
+        table = markdown(rows)
+        write_text(args.output_folder / "table.md", table)
+        for role in configs:
+            metrics = getattr(args, f"{role}_path") / "metrics.jsonl"
+            if metrics.is_file():
+                plot_run(metrics, args.output_folder / f"{role}_run.png", title=f"{role} run")
     except USER_ERRORS as error:
         return fail(error)
-    rows = measure(args, configs, models)
-    table = markdown(rows)
-    write_text(args.output_folder / "table.md", table)
-    for role in configs:
-        metrics = getattr(args, f"{role}_path") / "metrics.jsonl"
-        if metrics.is_file():
-            plot_run(metrics, args.output_folder / f"{role}_run.png", title=f"{role} run")
     print(table)
     return 0
 

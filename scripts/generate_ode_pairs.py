@@ -32,7 +32,14 @@ from trainer.serving import Source, VideoGenerator, check_source, load_generator
 from trainer.starts import pixel_size
 from utils import start
 from utils.claims import Claim
-from utils.cli import USER_ERRORS, command_parser, fail, start_logging, stopped
+from utils.cli import (
+    USER_ERRORS,
+    check_at_least,
+    command_parser,
+    fail,
+    interruptible,
+    start_logging,
+)
 from utils.config import ConfigError
 from utils.data.dataset import Dataset, TrajectoryManifest, open_dataset
 from utils.data.shards import ShardWriter
@@ -100,10 +107,7 @@ def plan(
     args: argparse.Namespace, config: Config, source: Source
 ) -> tuple[Records, TrajectoryManifest]:
     """The caption of each pair, and the manifest. Raises ConfigError for what cannot be."""
-    for flag in ("num_pairs", "batch_size", "steps"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{flag}: must be at least 1, got {value}")
+    check_at_least(args, num_pairs=1, batch_size=1, steps=1)
     if config.generator_type != "bidirectional":
         raise ConfigError("generator_type: ODE pairs come from a bidirectional teacher")
     steps = args.steps
@@ -193,6 +197,7 @@ def make(
     return torch.stack([x for step, x in enumerate(states) if step in kept], dim=1)
 
 
+@interruptible
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make all pairs; returns the exit status."""
     args = parser().parse_intermixed_args(arguments)
@@ -219,8 +224,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run(args, config, records, generator, session)
         except USER_ERRORS as error:
             return fail(error)
-        except KeyboardInterrupt:
-            return stopped(log)
         log.info("%d pairs are in %s", records.count, args.output_folder)
     return 0
 

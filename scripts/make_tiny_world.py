@@ -30,8 +30,7 @@ from model.families.registry import open_model
 from model.families.wan21.folder import CONFIG, IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER
 from model.wan.config import PRESETS, write_wan_config
 from utils import start
-from utils.cli import USER_ERRORS, command_parser, fail
-from utils.config import ConfigError
+from utils.cli import USER_ERRORS, check_at_least, command_parser, fail, interruptible
 from utils.data.shards import ShardWriter
 from utils.seeding import derive_seed, generator
 from utils.tiny_world.codec import FILE_NAME, PatchCodec
@@ -161,12 +160,12 @@ def make_data(folder: Path, codec: PatchCodec, count: int) -> None:
         part.rename(shard)
 
 
+@interruptible
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make the world; a second call finds it and returns at once."""
     args = parser().parse_args(arguments)
     try:
-        if args.clips < 1:
-            raise ConfigError(f"--clips: must be at least 1, got {args.clips}")
+        check_at_least(args, clips=1)
         codec = make_folder(args.model_root / NAME)
         make_folder(args.model_root / IMAGE_NAME, IMAGE_NAME)
         make_data(args.data_path, codec, args.clips)

@@ -31,7 +31,7 @@ from trainer.config import Config, compute_dtype, generator_model, load
 from trainer.inputs import needed_prompts
 from utils import start
 from utils.claims import Claim
-from utils.cli import USER_ERRORS, command_parser, fail, start_logging, stopped
+from utils.cli import USER_ERRORS, command_parser, fail, interruptible, start_logging
 from utils.data.dataset import open_dataset
 from utils.data.embeddings import (
     EmbeddingManifest,
@@ -129,6 +129,7 @@ def report(
     )  # fmt: skip
 
 
+@interruptible
 def main(arguments: Sequence[str] | None = None) -> int:
     """Store what is missing; returns the exit status."""
     args = parser().parse_intermixed_args(arguments)
@@ -163,8 +164,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     run(missing, folder, encoder, session)
             except USER_ERRORS as error:
                 return fail(error)
-            except KeyboardInterrupt:
-                return stopped(log)
         if session.is_main:
             report(needed, missing, folder, encoder)
     return 0

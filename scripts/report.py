@@ -20,10 +20,12 @@ if __name__ == "__main__":  # a checkout's packages, and no torch before the fir
 
 import torch
 
+from scripts.evaluate import ROWS
 from utils import start
-from utils.cli import USER_ERRORS, command_parser, fail
+from utils.cli import USER_ERRORS, command_parser, fail, interruptible
 from utils.config import ConfigError
 from utils.files import write_text
+from utils.records import read_json_lines, read_mapping, read_rows
 
 ROW_KEYS = (
     "sampler", "steps", "cfg_scale", "network_evaluations", "adherence", "validity", "both",
@@ -38,6 +40,7 @@ TITLES = {
     "frechet_features": "FD features", "frechet_latents": "FD latents",
     "seconds_per_clip": "s / clip",
 }  # fmt: skip
+NEEDED = ("sampler", "adherence", "both", "clips")  # of any row
 PERCENT = ("adherence", "validity", "both", "both_stderr")
 # Frozen before the first figures of this world were quoted; shares of clips.
 TARGETS = {"teacher_adherence": 0.9, "teacher_both": 0.8, "few_step_both": 0.2, "ratio": 0.9}
@@ -57,11 +60,21 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def read_json(path: Path) -> Any:
-    """Read one JSON file. Raises ConfigError if the stage that writes it did not run."""
+def made(path: Path) -> Path:
+    """A file that is there. Raises ConfigError if the stage that writes it did not run."""
     if not path.is_file():
         raise ConfigError(f"{path}: missing; let scripts/quickstart.sh finish first")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return path
+
+
+def read_measured(path: Path) -> list[dict[str, Any]]:
+    """The rows of an evaluation. Raises ConfigError if they are not there, or damaged."""
+    rows = read_rows(made(path), ROWS)
+    for row in rows:
+        lacking = [name for name in NEEDED if name not in row]
+        if lacking:
+            raise ConfigError(f"{path}: not {ROWS}: a row lacks {', '.join(lacking)}")
+    return rows
 
 
 def find(rows: Sequence[dict[str, Any]], sampler: str, steps: int) -> dict[str, Any]:
@@ -77,16 +90,13 @@ def find(rows: Sequence[dict[str, Any]], sampler: str, steps: int) -> dict[str, 
 
 def summarise(folder: Path) -> dict[str, Any]:
     """All figures of a run, and whether they reach the targets."""
-    rows = read_json(folder / "evaluation" / "rows.json")
+    rows = read_measured(folder / "evaluation" / "rows.json")
     teacher, few = find(rows, "teacher_euler", 50), find(rows, "teacher_euler", 4)
     student = find(rows, "student", 4)
     ratio = student["both"] / teacher["both"] if teacher["both"] else 0.0
     stages: dict[str, float] = {}
-    timings = folder / "timings.jsonl"
-    if timings.is_file():
-        for line in timings.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            stages[entry["stage"]] = stages.get(entry["stage"], 0.0) + entry["seconds"]
+    for entry in read_json_lines(folder / "timings.jsonl", "timings of stages"):
+        stages[entry["stage"]] = stages.get(entry["stage"], 0.0) + entry["seconds"]
     return {
         "rows": [{key: row[key] for key in ROW_KEYS if key in row} for row in rows],
         "ratio_student_teacher": ratio,
@@ -129,7 +139,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def clips(folder: Path) -> str:
     """The same captions by each sampler, as videos side by side."""
-    index = read_json(folder / "index.json")
+    index = read_mapping(made(folder / "index.json"), "an index of clips")
     head = "".join(f"<th>{html.escape(name)}</th>" for name in index["samplers"])
     lines = []
     for i, caption in enumerate(index["captions"]):
@@ -196,6 +206,7 @@ position. Judged in closed form by utils/tiny_world/checker.py.</p>
 """
 
 
+@interruptible
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write both files and print the headline."""
     args = parser().parse_args(arguments)

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils import start
-from utils.cli import USER_ERRORS, command_parser, fail
+from utils.cli import USER_ERRORS, check_at_least, command_parser, fail, interruptible
 from utils.data.dataset import open_dataset
 from utils.data.shards import Shard, check_kinds, shard_paths
 from utils.files import write_text
@@ -135,11 +135,13 @@ def check_prompts(path: Path) -> Findings:
     return found
 
 
+@interruptible
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check a dataset; returns the exit status."""
     args = parser().parse_args(arguments)
     paths = shard_paths(args.data_path)
     try:
+        check_at_least(args, listed=0)
         found = check_shards(paths) if paths else check_prompts(args.data_path)
         if args.json is not None:
             report = {"summary": dict(found.table()), "damaged": found.damaged}

@@ -274,8 +274,20 @@ def test_the_rejected_are_tried_again(tiny_root: Path, tmp_path: Path) -> None:
     ("more", "message"),
     [
         (("--num_frames", "16"), "--num_frames: must be 1 + 4 k, as 81, got 16"),
-        (("--height", "40"), "40 x 32: both sides must be multiples of 16"),
-        (("--fps", "0"), "--fps: must be above 0, got 0.0"),
+        (("--height", "40"), "40 x 32: both sides must be multiples of 16 up to 8192"),
+        (("--width", "8208"), "32 x 8208: both sides must be multiples of 16 up to 8192"),
+        *(
+            (
+                (f"--{flag}", value),
+                f"--{flag}: must lie between 0.1 and 1000 frames per second, got {value}",
+            )
+            for flag in ("fps", "min_source_fps")
+            for value in ("inf", "nan", "1e-09", "-1", "1001")
+        ),
+        (
+            ("--fps", "0"),
+            "--fps: must lie between 0.1 and 1000 frames per second, got 0",
+        ),
         (("--clips_per_video", "0"), "--clips_per_video: must be at least 1, got 0"),
         (
             ("--min_num_frames", "21"),
@@ -393,7 +405,7 @@ def test_a_full_disk_ends_the_call_and_rejects_no_video(
     with patch.object(compute_vae_latent, "save_clip", side_effect=full):
         assert compute_vae_latent.main(line) == 2
     captured = capsys.readouterr().err
-    assert "error: [Errno 28] No space left on device" in captured
+    assert "error: no space left on device; make room, then run the same command " in captured
     assert "rejected" not in captured
     assert compute_vae_latent.main(line) == 0
     assert content(tmp_path) == content(made)

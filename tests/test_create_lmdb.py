@@ -167,12 +167,19 @@ def test_images_may_be_left_out(data: Path, tmp_path: Path) -> None:
 # ---- what is not taken
 
 
-def test_prompts_that_come_again_are_counted_but_not_stored(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("more", "prompts"), [((), ["x", "x", "y", "y"]), (("--drop_duplicates",), ["x", "y"])]
+)
+def test_prompts_that_come_again_are_counted_and_kept_unless_they_are_to_be_dropped(
+    more: tuple[str, ...], prompts: list[str], tmp_path: Path
+) -> None:
     for number, prompt in enumerate(["x", "y", "x ", "y"]):
         save_clip(tmp_path / "d" / f"{number}.pt", clip(number, prompt))
-    assert create(tmp_path / "d", tmp_path / "out") == 0
-    assert sorted(prompt for _, prompt, *_ in records(tmp_path / "out")) == ["x", "y"]
-    assert report(tmp_path / "out")["duplicate_files"] == [
+    assert create(tmp_path / "d", tmp_path / "out", *more) == 0
+    assert sorted(prompt for _, prompt, *_ in records(tmp_path / "out")) == prompts
+    found = report(tmp_path / "out")
+    assert (found["records"], found["duplicates_dropped"]) == (len(prompts), len(prompts) == 2)
+    assert found["duplicate_files"] == [
         {"file": "2.pt", "reason": "has the prompt of 0.pt"},
         {"file": "3.pt", "reason": "has the prompt of 1.pt"},
     ]
@@ -300,6 +307,39 @@ def test_first_frames_come_from_the_video_with_the_same_prompt(foreign: Path) ->
     reasons = rejected(foreign / "out")
     assert reasons["00000001.pt"].startswith("has no first frame, and no video has its prompt")
     assert "v2.mp4: an empty file" in reasons["00000002.pt"]
+
+
+def two_videos_of_one_prompt(folder: Path) -> list[str]:
+    """Clips of prompt 0 without a first frame, and videos of it; the flags that name these."""
+    torch.save({"prompt 0": latents(3, 1, 5, 16, 4, 4).float()}, folder / "d" / "00000003.pt")
+    (folder / "texts" / "v2.txt").write_text("prompt 0\n")
+    return ["--video_path", str(folder / "videos"), "--prompt_path", str(folder / "texts")]
+
+
+def test_a_clip_that_may_be_from_either_of_two_videos_is_rejected(foreign: Path) -> None:
+    more = two_videos_of_one_prompt(foreign)
+    save_clip(foreign / "d" / "own.pt", Clip("prompt 0", latents(4), None, "v2"))
+    assert create(foreign / "d", foreign / "out", *more) == 0
+    fault = (
+        "has no first frame, and v0 and v2 both have its prompt, so that nobody knows which it is "
+        "from; see --no_images"
+    )
+    reasons = rejected(foreign / "out")
+    assert (reasons["00000000.pt"], reasons["00000003.pt"]) == (fault, fault)
+    reader = ShardReader(foreign / "out")
+    (own,) = (i for i in range(len(reader)) if reader.prompt(i) == "prompt 0")
+    assert torch.equal(reader.latents(own), latents(4).float())
+    expected = fit(next(read_frames(foreign / "videos" / "v2.mp4")), (32, 32))
+    assert torch.equal(reader.image(own), expected)
+
+
+def test_without_duplicates_the_first_video_of_a_prompt_is_taken(foreign: Path) -> None:
+    more = two_videos_of_one_prompt(foreign)
+    assert create(foreign / "d", foreign / "out", *more, "--drop_duplicates") == 0
+    reader = ShardReader(foreign / "out")
+    (own,) = (i for i in range(len(reader)) if reader.prompt(i) == "prompt 0")
+    expected = fit(next(read_frames(foreign / "videos" / "v0.mp4")), (32, 32))
+    assert torch.equal(reader.image(own), expected)
 
 
 # ---- however they were made

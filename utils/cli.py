@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import sys
+from collections.abc import Callable, Sequence
 
+from utils.config import ConfigError
 from utils.distributed import Launch
 from utils.errors import UserError, words
 from utils.version import VERSION
 
+STOPPED = "stopped; run the same command again to continue"
 # What `fail` looks at. It tells what a user can mend, and raises the rest again.
 USER_ERRORS = (UserError, OSError, RuntimeError)
 
@@ -56,5 +60,30 @@ def fail(error: Exception) -> int:
 
 def stopped(log: logging.Logger) -> int:
     """Say how to go on after Ctrl-C; returns the exit status 130."""
-    log.warning("stopped; run the same command again to continue")
+    log.warning(STOPPED)
     return 130
+
+
+def interruptible(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """A command that Ctrl-C ends with one line and the exit status 130, wherever it is."""
+
+    @functools.wraps(main)
+    def command(arguments: Sequence[str] | None = None) -> int:
+        try:
+            return main(arguments)
+        except KeyboardInterrupt:
+            print(STOPPED, file=sys.stderr)
+            return 130
+
+    return command
+
+
+def check_at_least(args: argparse.Namespace, **least: int) -> None:
+    """Raise ConfigError with a line for each argument that is less than it may be; None is not."""
+    problems = [
+        f"--{name}: must be at least {bound}, got {getattr(args, name)}"
+        for name, bound in least.items()
+        if getattr(args, name) is not None and getattr(args, name) < bound
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))

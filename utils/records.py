@@ -42,6 +42,18 @@ def read_rows(path: Path, what: str) -> list[dict[str, Any]]:
     return rows
 
 
+def read_json_lines(path: Path, what: str) -> list[dict[str, Any]]:
+    """The mapping on each line of a file, or none without it. Raises as `read_mapping` does."""
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{path}: not {what}: line {number}: {error}") from error
+    return rows
+
+
 def read_records(path: Path, kind: type[R], what: str) -> list[R]:
     """The dataclasses that a JSON file lists, or none without one. Raises as `read_rows` does."""
     try:

@@ -19,6 +19,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from utils.config import ConfigError
 from utils.errors import NotFoundError, UserError
 from utils.files import replaced_atomically
 
@@ -26,7 +27,17 @@ MIN_SIDE = 256  # smaller clips are enlarged by a whole factor, or players blur 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
 # A video is a file, never a list that names others; nothing is fetched on its behalf.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif"  # whatever a file's suffix says
+FPS_RANGE = (0.1, 1000.0)  # frames per second of any video that is meant to be looked at
 FFMPEG = ("-nostdin", "-hide_banner", "-protocol_whitelist", "file")
+
+
+def check_fps(fps: float, flag: str = "--fps") -> None:
+    """Raise ConfigError unless videos can be read and written at such a rate."""
+    least, most = FPS_RANGE
+    if not least <= fps <= most:  # nor is NaN
+        raise ConfigError(
+            f"{flag}: must lie between {least:g} and {most:g} frames per second, got {fps:g}"
+        )
 
 
 def to_unit(pixels: Tensor) -> Tensor:
