@@ -308,7 +308,7 @@ def claim(args: argparse.Namespace, work: Plan) -> Claim:
     """What makes a folder that of these shards."""
     return Claim(
         args.lmdb_path, settings(args, work), holds="shards", flag="--lmdb_path",
-        results="*/data.mdb",
+        results="**/data.mdb",
     )  # fmt: skip
 
 

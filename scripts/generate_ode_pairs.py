@@ -142,7 +142,7 @@ def plan(
 
 def claim(folder: Path, manifest: TrajectoryManifest) -> Claim:
     """What makes a folder that of these pairs."""
-    return Claim(folder, asdict(manifest), holds="pairs", file=MANIFEST, results="*/data.mdb")
+    return Claim(folder, asdict(manifest), holds="pairs", file=MANIFEST, results="**/data.mdb")
 
 
 def run(

@@ -89,7 +89,7 @@ def claim(folder: Path, manifest: EmbeddingManifest) -> Claim:
     """What makes a folder a store of such states."""
     return Claim(
         folder, asdict(manifest), holds="text embeddings", flag="--output_path", file=MANIFEST,
-        results="*/data.mdb",
+        results="**/data.mdb",
     )  # fmt: skip
 
 

@@ -74,9 +74,10 @@ class Claim:
             )
 
     def begin(self) -> None:
-        """Write the settings, and remove what killed calls left half written."""
+        """Write the settings if there are none; remove what killed calls left half written."""
         remove_leftovers(self.folder)
-        write_text(self.folder / self.file, json.dumps(self.settings, indent=1))
+        if not (self.folder / self.file).is_file():
+            write_text(self.folder / self.file, json.dumps(self.settings, indent=1))
 
 
 @dataclass(frozen=True, order=True)
