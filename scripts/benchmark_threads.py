@@ -29,7 +29,7 @@ from model.wan.config import PRESETS
 from model.wan.transformer import WanTransformer, initial_value
 from model.wan_wrapper import WanDiffusionWrapper
 from utils import start
-from utils.cli import USER_ERRORS, command_parser, fail
+from utils.cli import USER_ERRORS, command_parser, fail, interruptible
 from utils.config import ConfigError
 from utils.seeding import generator
 from utils.shipped import ROOT
@@ -102,6 +102,7 @@ def measure(args: argparse.Namespace, settings: dict[str, str], count: int) -> f
     return float(done.stdout)
 
 
+@interruptible
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure all cells, print the table."""
     args = parser().parse_args(arguments)

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scripts.evaluate import LEAST_CLIPS, ROWS, fingerprint, markdown, sample
-from scripts.report import STYLE, inline
+from scripts.evaluate import LEAST_CLIPS, fingerprint, markdown, sample
+from scripts.report import ROWS, STYLE, inline
 from trainer.config import Config, load
 from trainer.serving import Request, VideoGenerator, check_source, load_generator
 from utils import start

@@ -32,6 +32,7 @@ from model.types import Keyframes
 from pipeline.build import SAMPLERS, Sampling
 from pipeline.protocol import InferencePipeline
 from pipeline.teacher import SamplingConfig
+from scripts.report import ROWS
 from trainer.config import Config, causal_config, load, sigmas
 from trainer.serving import Request, VideoGenerator, check_source, load_generator
 from utils import start
@@ -53,7 +54,6 @@ from utils.tiny_world.world import FPS, Caption
 
 BATCH = 64
 LEAST_CLIPS = 2  # one has no spread
-ROWS = "rows that were measured; remove it to measure them again"  # what rows.json holds
 SOLVER2_SHIFT = 1.0  # of teacher_solver2; of 1, 1.5, 2 and 3 the best in 4 steps: a fair rival
 SHOWN = 6  # captions on the contact sheet and in the report
 # A column without any figure is left out.

@@ -20,7 +20,6 @@ if __name__ == "__main__":  # a checkout's packages, and no torch before the fir
 
 import torch
 
-from scripts.evaluate import ROWS
 from utils import start
 from utils.cli import USER_ERRORS, command_parser, fail, interruptible
 from utils.config import ConfigError
@@ -40,6 +39,7 @@ TITLES = {
     "frechet_features": "FD features", "frechet_latents": "FD latents",
     "seconds_per_clip": "s / clip",
 }  # fmt: skip
+ROWS = "rows that were measured; remove it to measure them again"  # what rows.json holds
 NEEDED = ("sampler", "adherence", "both", "clips")  # of any row
 PERCENT = ("adherence", "validity", "both", "both_stderr")
 # Frozen before the first figures of this world were quoted; shares of clips.

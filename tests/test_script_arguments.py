@@ -11,6 +11,7 @@ import pytest
 from scripts import (
     benchmark,
     benchmark_rollout,
+    benchmark_threads,
     compare_methods,
     compute_vae_latent,
     create_lmdb_14b_shards,
@@ -33,6 +34,7 @@ PAIRS = ("--config_path", "a", "--checkpoint_path", "b", "--caption_path", "c")
 MINIMAL: dict[ModuleType, tuple[str, ...]] = {
     benchmark: ("--config_path", "a.yaml"),
     benchmark_rollout: (),
+    benchmark_threads: (),
     compare_methods: ("--output_folder", "out"),
     compute_vae_latent: ("--input_video_folder", "v", "--output_latent_folder", "out"),
     create_lmdb_14b_shards: ("--data_path", "d", "--lmdb_path", "out"),
@@ -46,6 +48,7 @@ MINIMAL: dict[ModuleType, tuple[str, ...]] = {
 FIRST_CALL = {  # what each calls early, once its arguments are read
     benchmark: "load",
     benchmark_rollout: "check",
+    benchmark_threads: "measure",
     compare_methods: "check_at_least",
     compute_vae_latent: "complete",
     create_lmdb_14b_shards: "plan",
