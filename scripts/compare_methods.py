@@ -7,7 +7,6 @@ too. Writes rows.json, table.md, methods.html, methods.png and the log directori
 from __future__ import annotations
 
 import argparse
-import html
 import json
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scripts.evaluate import LEAST_CLIPS, fingerprint, markdown, sample
-from scripts.report import ROWS, STYLE, inline
+from scripts.report import ROWS, methods_page
 from trainer.config import Config, load
 from trainer.serving import Request, VideoGenerator, check_source, load_generator
 from utils import start
@@ -346,35 +345,6 @@ def show(folder: Path, sheets: dict[str, Tensor], captions: Sequence[str]) -> No
     write_text(folder / "clips" / "index.json", json.dumps(names, indent=1))
 
 
-def page(folder: Path, table: str) -> str:
-    """The table and all clips, as one HTML file."""
-    index = json.loads((folder / "clips" / "index.json").read_text(encoding="utf-8"))
-    head = "".join(f"<th>{html.escape(caption)}</th>" for caption in index["captions"])
-    lines = []
-    for number, name in enumerate(index["methods"]):
-        files = [folder / "clips" / f"{number}-{i}.mp4" for i in range(len(index["captions"]))]
-        cells = "".join(
-            f'<td><video autoplay loop muted playsinline src="{inline(file, "video/mp4")}">'
-            "</video></td>"
-            for file in files
-        )
-        lines.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell.strip())}</td>" for cell in row) + "</tr>"
-        for line in table.splitlines()
-        if "---" not in line and (row := line.strip("|").split("|"))
-    )
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>Fewstep methods</title><style>{STYLE}</style>
-<h1>One teacher, every method</h1>
-<div class="scroll"><table>{body}</table></div>
-<h2>Side by side</h2>
-<div class="scroll"><table class="clips"><tr><th></th>{head}</tr>{"".join(lines)}</table></div>
-</html>
-"""
-
-
 @interruptible
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, measure, write, print the table."""
@@ -399,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = measure(comparison, [*teachers, *args.methods], known)
         table = markdown(rows, COLUMNS)
         write_text(args.output_folder / "table.md", table)
-        write_text(args.output_folder / "methods.html", page(args.output_folder, table))
+        write_text(args.output_folder / "methods.html", methods_page(args.output_folder, table))
     except USER_ERRORS as error:
         return fail(error)
     print(table)

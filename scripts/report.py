@@ -206,6 +206,35 @@ position. Judged in closed form by utils/tiny_world/checker.py.</p>
 """
 
 
+def methods_page(folder: Path, table: str) -> str:
+    """What compare_methods.py found, its table and all clips, as one HTML file."""
+    index = json.loads((folder / "clips" / "index.json").read_text(encoding="utf-8"))
+    head = "".join(f"<th>{html.escape(caption)}</th>" for caption in index["captions"])
+    lines = []
+    for number, name in enumerate(index["methods"]):
+        files = [folder / "clips" / f"{number}-{i}.mp4" for i in range(len(index["captions"]))]
+        cells = "".join(
+            f'<td><video autoplay loop muted playsinline src="{inline(file, "video/mp4")}">'
+            "</video></td>"
+            for file in files
+        )
+        lines.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell.strip())}</td>" for cell in row) + "</tr>"
+        for line in table.splitlines()
+        if "---" not in line and (row := line.strip("|").split("|"))
+    )
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>Fewstep methods</title><style>{STYLE}</style>
+<h1>One teacher, every method</h1>
+<div class="scroll"><table>{body}</table></div>
+<h2>Side by side</h2>
+<div class="scroll"><table class="clips"><tr><th></th>{head}</tr>{"".join(lines)}</table></div>
+</html>
+"""
+
+
 @interruptible
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write both files and print the headline."""
