@@ -415,7 +415,7 @@ def test_a_rank_says_what_it_alone_has_met_and_the_others_which_rank_it_was(
     tear(tmp_path / "shard_16x5x4x4_00001" / "data.mdb")
     first, second = run_on_ranks(2, create_and_say, str(data), str(tmp_path))
     assert (first[0], second[0]) == (2, 2)
-    assert f"error: {tmp_path}/shard_16x5x4x4_00001: cut off" in second[1]
+    assert f"error: rank 1: {tmp_path}/shard_16x5x4x4_00001: cut off" in second[1]
     assert "error: rank 1 stopped: " in first[1]
     assert "shard_16x5x4x4_00001: cut off" in first[1]
 
