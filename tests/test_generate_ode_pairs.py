@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import shutil
@@ -230,10 +231,10 @@ def test_an_interrupted_call_ends_with_130_and_goes_on_to_the_same_bytes(
 def test_a_full_disk_is_told_in_a_line(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    full = OSError("a full disk")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with patch.object(generate_ode_pairs.ShardWriter, "append", side_effect=full):
         assert generate(world.words(tmp_path)) == 2
-    assert "error: a full disk" in capsys.readouterr().err
+    assert "error: no space left on device; make room" in capsys.readouterr().err
 
 
 def test_another_seed_makes_other_pairs(world: World, pairs: Path, tmp_path: Path) -> None:

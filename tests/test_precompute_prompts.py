@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -224,10 +225,10 @@ def test_an_interrupted_call_ends_with_130_and_goes_on_to_the_same_states(
 def test_a_full_disk_is_told_in_a_line(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    full = OSError("a full disk")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with patch.object(precompute_prompts.EmbeddingWriter, "put", side_effect=full):
         assert precompute(world.words(tmp_path)) == 2
-    assert "error: a full disk" in capsys.readouterr().err
+    assert "error: no space left on device; make room" in capsys.readouterr().err
 
 
 def killed_while_it_writes(line: list[str], writes: int) -> int:

@@ -15,6 +15,10 @@ FIRST_MAP_BYTES = 64 * 2**20
 SPARE_FILES = 512  # for all that is no LMDB
 
 
+class UnwritableError(UserError, OSError):
+    """An LMDB that the disk does not take; LMDB's words tell why."""
+
+
 def begun(path: Path) -> bool:
     """Whether anything was written; a process that is killed at once leaves an empty file."""
     file = path / "data.mdb"
@@ -80,5 +84,5 @@ def _put(env: lmdb.Environment, records: Mapping[bytes, bytes]) -> bool:
     return True
 
 
-def _unwritten(path: str, error: lmdb.Error) -> OSError:
-    return OSError(f"{path}: cannot be written: {error}; is the disk full?")
+def _unwritten(path: str, error: lmdb.Error) -> UnwritableError:
+    return UnwritableError(f"{path}: cannot be written: {error}; is the disk full?")

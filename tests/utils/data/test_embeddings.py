@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model.conditioning import ConditioningEncoder
 from model.families.registry import open_model
+from utils.cli import fail
 from utils.config import ConfigError
 from utils.data import embeddings as module
 from utils.data.embeddings import (
@@ -281,10 +282,13 @@ def test_a_full_disk_is_told_and_costs_no_prompt(tmp_path: Path) -> None:
     with EmbeddingWriter(tmp_path / "shard_00") as writer:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, limits[1]))  # of any file, in bytes
         try:
-            with pytest.raises(OSError, match=r"shard_00: cannot be written: .*is the disk full\?"):
+            with pytest.raises(
+                OSError, match=r"shard_00: cannot be written: .*is the disk full\?"
+            ) as caught:
                 writer.put({"a": torch.ones(2**10, 2**8)})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert fail(caught.value) == 2  # a line, and no traceback
     small(tmp_path)
     with EmbeddingReader(tmp_path) as reader:
         assert sorted(reader.prompts()) == sorted(PROMPTS)
