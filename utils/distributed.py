@@ -16,9 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from utils.errors import UserError, words
+from utils.liveness import working
 
 T = TypeVar("T")
 
+TIMEOUT_S = 1800.0
 TOLD_S = 5.0  # how long a failing rank waits for the main rank to fail with the same words
 _LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
 
@@ -30,6 +32,8 @@ class Session:
     rank: int
     world_size: int
     device: torch.device
+    store: dist.Store | None = None  # shared by all ranks; None = there is one rank
+    timeout_s: float = TIMEOUT_S  # how long a rank may keep the others waiting
 
     @property
     def is_main(self) -> bool:
@@ -69,6 +73,21 @@ class Session:
             raise failure
         if told:
             raise UserError(told)
+
+    @contextlib.contextmanager
+    def uneven_work(self) -> Iterator[None]:
+        """Around what takes each rank its own time: at its end all wait for the slowest.
+
+        However long that takes, unlike a barrier, which ends the job after `timeout_s`. Collective
+        at both ends; within, no collectives. Those that wait get a LostRankError that names the
+        rank when another raises, or shows no life for `timeout_s`.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        assert self.store is not None, "several ranks share a store"
+        with working(self.store, self.rank, self.world_size, self.timeout_s, self.barrier):
+            yield
 
     def from_main(self, value: str) -> str:
         """The main rank's `value`, on every rank. Collective."""
@@ -142,7 +161,7 @@ def _failure(rank: int | str) -> str:
 
 
 @contextlib.contextmanager
-def distributed_session(*, timeout_s: float = 1800.0) -> Iterator[Session]:
+def distributed_session(*, timeout_s: float = TIMEOUT_S) -> Iterator[Session]:
     """Open the process group that torchrun describes, or a group of one, and close it at the end.
 
     A rank that waits longer than `timeout_s` for another raises instead of hanging.
@@ -154,14 +173,21 @@ def distributed_session(*, timeout_s: float = 1800.0) -> Iterator[Session]:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    store: dist.Store
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
     else:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+        store, rank, world_size = dist.HashStore(), 0, 1
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
     try:
-        yield Session(dist.get_rank(), dist.get_world_size(), device)
+        yield Session(rank, world_size, device, dist.PrefixStore("session", store), timeout_s)
     finally:
         dist.destroy_process_group()
         # gloo's threads have yet to drop the last collective's tensors, which takes the GIL; asked
