@@ -238,7 +238,7 @@ def vbench(world: World, output: Path, *more: str) -> dict[str, int]:
     """How many clips of each prompt are planned."""
     line = world.words(output, "--vbench", *more)
     args = inference.parser().parse_intermixed_args(line)
-    jobs = inference.plan(args, inference.load(world.config))
+    jobs = inference.prepare(args).jobs
     assert all(job.file.parent == output / "videos" for job in jobs)
     count: dict[str, int] = {}
     for job in jobs:

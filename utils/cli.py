@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from typing import NoReturn
 
 from utils.distributed import Launch
 from utils.errors import UserError, words
@@ -58,3 +59,11 @@ def stopped(log: logging.Logger) -> int:
     """Say how to go on after Ctrl-C; returns the exit status 130."""
     log.warning("stopped; run the same command again to continue")
     return 130
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A command line whose errors are one line each, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the words and where help is; exit status 2."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
