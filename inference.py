@@ -24,9 +24,10 @@ if __name__ == "__main__":  # before torch is imported
 import torch
 
 from pipeline.generator import VideoGenerator
-from pipeline.options import Number, RequestError, add_flags, from_words, parse
+from pipeline.options import RequestError, add_flags, from_words, parse
 from pipeline.protocol import OnProgress
 from pipeline.request import (
+    FPS,
     Capabilities,
     ImageFile,
     Request,
@@ -62,7 +63,6 @@ SHEET_CLIPS = 12  # on the contact sheet
 VBENCH_FOLDER = "videos"  # the tool takes every file beside a clip for one
 
 
-FPS = Number(0.1, 240.0)
 # Fields of a request that all clips of a call share; the flag of each is named alike.
 SHARED = ("seed", "negative_prompt", "size", "frames", "steps", "cfg_scale")
 

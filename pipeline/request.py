@@ -30,6 +30,7 @@ from utils.media.given_frames import Size, read_fitted
 
 MAX_PROMPT = 2000  # characters
 MAX_SEED = 2**53 - 1  # beyond it, whole numbers in a browser are not exact
+FPS = Number(0.1, 240.0)  # frames per second of a file, which players know
 R = TypeVar("R", bound="Request")
 
 
