@@ -35,7 +35,7 @@ from pipeline.protocol import Progress
 from pipeline.request import FPS, Capabilities, Request, joint_problems, read_request
 from trainer.config import Config, generator_model, load
 from trainer.serving import capabilities, check_source, load_generator
-from utils.cli import USER_ERRORS, CommandParser, fail, start_logging
+from utils.cli import USER_ERRORS, CommandParser, fail, path_word, start_logging
 from utils.config import ConfigError
 from utils.data.prompts import read_prompt_file
 from utils.media.video import save_mp4
@@ -61,11 +61,11 @@ def parser() -> argparse.ArgumentParser:
     """The command line of demo.py."""
     result = CommandParser(description=__doc__)
     result.add_argument(
-        "--config_path", type=Path, default=Path("configs/self_forcing_dmd.yaml"),
+        "--config_path", type=path_word, default=Path("configs/self_forcing_dmd.yaml"),
         help="the run's YAML file (default: %(default)s)",
     )  # fmt: skip
     result.add_argument(
-        "--checkpoint_path", type=Path, default=Path("checkpoints/self_forcing_dmd.pt"),
+        "--checkpoint_path", type=path_word, default=Path("checkpoints/self_forcing_dmd.pt"),
         help="a run, or weights (default: %(default)s)",
     )  # fmt: skip
     result.add_argument(
@@ -208,6 +208,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         FPS.parse(args.fps)
     except ValueError as error:
         raise ConfigError(f"--fps: {error}") from error
+    if not args.host:
+        raise ConfigError("--host: must be an address; 0.0.0.0 = open to the network")
 
 
 def check_model(model: Capabilities, path: Path) -> None:

@@ -39,7 +39,7 @@ from trainer.bars import Bars
 from trainer.config import Config, causal_config, generator_model, load
 from trainer.serving import Source, capabilities, check_source, load_generator
 from trainer.starts import check_images, footage, read_start
-from utils.cli import USER_ERRORS, CommandParser, fail, start_logging, stopped
+from utils.cli import USER_ERRORS, CommandParser, fail, path_word, start_logging, stopped
 from utils.config import ConfigError
 from utils.data.dataset import open_dataset
 from utils.data.prompts import (
@@ -93,16 +93,20 @@ def parser() -> argparse.ArgumentParser:
     """The command line of inference.py."""
     result = CommandParser(description=__doc__)
     add = result.add_argument
-    add("--config_path", type=Path, required=True, help="the run's YAML file")
+    add("--config_path", type=path_word, required=True, help="the run's YAML file")
     add(
-        "--checkpoint_path", type=Path, required=True,
+        "--checkpoint_path", type=path_word, required=True,
         help="log directory, training checkpoint, weight file or model folder",
     )  # fmt: skip
     add(
-        "--data_path", type=Path, required=True,
+        "--data_path", type=path_word, required=True,
         help="one prompt per line, a table (.json, .jsonl, .csv, .tsv), or a folder of .txt files",
     )  # fmt: skip
-    add("--extended_prompt_path", type=Path, help="line by line, or file by file, for --data_path")
+    add(
+        "--extended_prompt_path",
+        type=path_word,
+        help="line by line, or file by file, for --data_path",
+    )
     add(
         "--i2v", action="store_true",
         help="clips begin with images: --data_path is a folder of images, each with its .txt",
@@ -111,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
         "--image_size", choices=("configured", "aspect"), default="configured",
         help="of clips that begin with images: as configured, or of that area with their aspect",
     )  # fmt: skip
-    add("--output_folder", type=Path, required=True)
+    add("--output_folder", type=path_word, required=True)
     add("--use_ema", action="store_true", help="the averaged weights")
     add("--num_samples", type=int, default=None, help="clips per prompt (1; --vbench: 5 or 25)")
     add_flags(result, Request, SHARED)
@@ -119,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
     add("--vbench", action="store_true", help="names and numbers of clips as VBench wants them")
     add("--num_output_frames", type=int, default=None, help="length in latent frames")
     add(
-        "--initial_path", type=Path,
+        "--initial_path", type=path_word,
         help="an image or a video that every clip begins with (causal models)",
     )  # fmt: skip
     add("--batch_size", type=int, default=1, help="clips at a time on each process")
@@ -174,8 +178,10 @@ def named(args: argparse.Namespace) -> Callable[[str], str]:
     def name_of(name: str) -> str:
         if name in ("first_image", "last_image"):
             return "--i2v"
-        if name == "frames" and args.frames is None:
-            return "latent_shape" if args.num_output_frames is None else "--num_output_frames"
+        if name == "frames" and args.num_output_frames is not None:
+            return "--num_output_frames"
+        if name in ("frames", "size") and getattr(args, name) is None:
+            return "latent_shape" if args.frames is None else "--frames"
         return {"initial": "--initial_path"}.get(name, f"--{name}")
 
     return name_of

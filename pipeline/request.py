@@ -259,7 +259,8 @@ def joint_problems(
         yield f"{name_of('initial')}: {found}"
     found = footprint_problem(request, model)
     if found:
-        blamed = "size" if request.frames is None and request.size is not None else "frames"
+        usual = request.size in (None, model.size)
+        blamed = "frames" if usual or request.frames is not None else "size"
         yield f"{name_of(blamed)}: {found}"
 
 

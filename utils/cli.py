@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from utils.distributed import Launch
@@ -59,6 +60,13 @@ def stopped(log: logging.Logger) -> int:
     """Say how to go on after Ctrl-C; returns the exit status 130."""
     log.warning("stopped; run the same command again to continue")
     return 130
+
+
+def path_word(word: str) -> Path:
+    """A word of the command line as a path. An empty one, as of an unset variable, is none."""
+    if not word:
+        raise argparse.ArgumentTypeError("must be a path, got an empty word")
+    return Path(word)
 
 
 class CommandParser(argparse.ArgumentParser):
