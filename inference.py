@@ -151,25 +151,15 @@ def prepare(args: argparse.Namespace) -> Plan:
 def read_shared(args: argparse.Namespace, model: Capabilities) -> Request:
     """What the flags ask of every clip. Raises RequestError with all that is wrong."""
     values, found = parse(Request, {"prompt": "-", **from_words(Request, args)}, model, named(args))
-    if args.num_output_frames is not None:
+    if (count := args.num_output_frames) is not None:
         if args.frames is not None:
             found.append("--frames: with --num_output_frames there are two lengths; give one")
-        elif not model.makes(args.num_output_frames):
-            found.append(length_problem(args.num_output_frames, model))
-        values["frames"] = model.latent.pixel_frames(args.num_output_frames)
+        elif fault := model.length_problem(count):
+            found.append(f"--num_output_frames {count}: causal.num_frame_per_block: {fault}")
+        values["frames"] = model.latent.pixel_frames(count)
     if found:
         raise RequestError(found)
     return Request(**values)
-
-
-def length_problem(frames: int, model: Capabilities) -> str:
-    """Why blocks do not make so many latent frames."""
-    try:
-        if model.layout is not None:
-            model.layout.blocks(frames)
-    except ValueError as error:
-        return f"--num_output_frames {frames}: causal.num_frame_per_block: {error}"
-    raise AssertionError(f"{frames} latent frames can be made")
 
 
 def named(args: argparse.Namespace) -> Callable[[str], str]:

@@ -100,20 +100,18 @@ class Capabilities:
         """The number of pixel frames next to `frames` that it can make."""
         middle = 1 + max(0, round((frames - 1) / self.latent.temporal_stride))
         reach = 1 + (0 if self.layout is None else self.layout.num_frame_per_block)
-        near = sorted(range(max(1, middle - reach), middle + reach + 1), key=self._far(middle))
-        return self.latent.pixel_frames(next(n for n in near if self.makes(n)))
+        near = range(max(1, middle - reach), middle + reach + 1)
+        made = [self.latent.pixel_frames(n) for n in near if self.length_problem(n) is None]
+        return min(made, key=lambda count: abs(count - frames))
 
-    def makes(self, latent_frames: int) -> bool:
-        """Whether blocks come out even; of a model that makes whole clips, always."""
+    def length_problem(self, latent_frames: int) -> str | None:
+        """Why blocks do not come out even; None if they do, or the model makes whole clips."""
         try:
             if self.layout is not None:
                 self.layout.blocks(latent_frames)
-        except ValueError:
-            return False
-        return True
-
-    def _far(self, middle: int) -> Callable[[int], int]:
-        return lambda count: abs(count - middle)
+        except ValueError as error:
+            return str(error)
+        return None
 
 
 def _steps_refused(model: Capabilities) -> str | None:
@@ -141,7 +139,8 @@ def _size_problem(size: Size, model: Capabilities) -> str | None:
 
 def _frames_problem(frames: int, model: Capabilities) -> str | None:
     stride, layout = model.latent.temporal_stride, model.layout
-    if (frames - 1) % stride == 0 and model.makes(model.latent.latent_frames(frames)):
+    whole = (frames - 1) % stride == 0
+    if whole and model.length_problem(model.latent.latent_frames(frames)) is None:
         return None
     blocks = ""
     if layout is not None:
