@@ -231,7 +231,7 @@ def serve(args: argparse.Namespace) -> None:
     source = check_source(config, args.checkpoint_path, use_ema=args.use_ema)
     check_model(capabilities(source.run, device), source.model.path)
     address = listen(args.host, args.port)
-    generator = load_generator(config, source, device)
+    generator = load_generator(source, device)
     about, work = describe(config, generator), partial(make_clip, generator, args.fps)
     with TemporaryDirectory("-demo") as folder, closing(JobQueue(work, Path(folder))) as queue:
         app, fd = create_app(queue, about, generator.capabilities), address.fileno()

@@ -321,7 +321,7 @@ def run(args: argparse.Namespace, plan: Plan, session: Session) -> None:
     ]
     with session.uneven_work():
         if mine:
-            model = load_generator(plan.config, plan.source, session.device)
+            model = load_generator(plan.source, session.device)
             count = model.network_evaluations(plan.shared)
             log.info("%d network evaluations per clip", count)
             with Bars(sum(map(len, mine)), shown=session.is_main) as bars:

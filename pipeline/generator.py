@@ -93,9 +93,9 @@ class VideoGenerator:
         latents = self.latents(requests, on_progress=on_progress)
         total = latents.shape[0] * latents.shape[2]
         rows: list[Tensor] = []
-        for row in latents.split(1):
+        for row in torch.split(latents, 1):
             decoder, parts = self.vae.stream_decoder(), []
-            for frame in row.split(1, dim=2):
+            for frame in torch.split(row, 1, dim=2):
                 parts.append(to_unit(decoder.decode(frame))[0].cpu())
                 if on_progress is not None:
                     done = len(rows) * latents.shape[2] + len(parts)

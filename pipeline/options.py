@@ -79,21 +79,18 @@ class Whole(Kind):
     """A whole number."""
 
     least: int
-    most: int | None = None
+    most: int
 
     def parse(self, value: object) -> int:
         """See Kind."""
-        right = type(value) is int and self.least <= value  # True is an int, too
-        if not right or (self.most is not None and value > self.most):  # type: ignore[operator]
-            limit = f"{self.least} or more" if self.most is None else f"{self.least} to {self.most}"
-            joint = "," if self.most is None else " from"
-            raise ValueError(f"must be a whole number{joint} {limit}, got {shown(value)}")
-        return int(value)  # type: ignore[call-overload]
+        if type(value) is not int or not self.least <= value <= self.most:  # True is an int, too
+            limits = f"from {self.least} to {self.most}"
+            raise ValueError(f"must be a whole number {limits}, got {shown(value)}")
+        return value
 
     def schema(self) -> Json:
         """See Kind."""
-        most = {} if self.most is None else {"maximum": self.most}
-        return {"type": "integer", "minimum": self.least, **most}
+        return {"type": "integer", "minimum": self.least, "maximum": self.most}
 
     def word(self, text: str) -> object:
         """See Kind."""
@@ -109,11 +106,11 @@ class Number(Kind):
 
     def parse(self, value: object) -> float:
         """See Kind."""
-        if type(value) not in (int, float) or not self.least <= value <= self.most:  # type: ignore[operator]
-            raise ValueError(
-                f"must be a number from {self.least:g} to {self.most:g}, got {shown(value)}"
-            )
-        return float(value)  # type: ignore[arg-type]
+        if type(value) is int or type(value) is float:
+            if self.least <= value <= self.most:
+                return float(value)
+        limits = f"from {self.least:g} to {self.most:g}"
+        raise ValueError(f"must be a number {limits}, got {shown(value)}")
 
     def schema(self) -> Json:
         """See Kind."""

@@ -267,7 +267,7 @@ def load_row(comparison: Comparison, name: str) -> tuple[Config, VideoGenerator]
     """A trained model behind its own pipeline."""
     config = load(comparison.config_path(name), comparison.overrides(name))
     source = check_source(config, comparison.logdir(name), use_ema=True)
-    return config, load_generator(config, source, torch.device("cpu"))
+    return config, load_generator(source, torch.device("cpu"))
 
 
 def seconds_to_first(model: VideoGenerator, captions: Sequence[object]) -> float:

@@ -152,7 +152,7 @@ def load_models(args: argparse.Namespace, configs: dict[str, Config]) -> dict[st
         role: check_source(config, paths[role], use_ema=True) for role, config in configs.items()
     }
     device = torch.device("cpu")
-    return {role: load_generator(configs[role], sources[role], device) for role in configs}
+    return {role: load_generator(sources[role], device) for role in configs}
 
 
 def measure(

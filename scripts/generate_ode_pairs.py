@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except USER_ERRORS as error:
             return fail(error)
         try:
-            run(args, config, records, load_generator(config, source, session.device), session)
+            run(args, config, records, load_generator(source, session.device), session)
         except USER_ERRORS as error:
             return fail(error)
         except KeyboardInterrupt:

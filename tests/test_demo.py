@@ -323,7 +323,7 @@ def test_the_page_fetches_nothing_from_outside(tried: Demo) -> None:
 def test_equal_requests_to_a_real_model_give_equal_files(tiny_root: Path, tmp_path: Path) -> None:
     config = load(CONFIG, [f"model_root={tiny_root / 'wan_models'}"])
     folder = tiny_root / "wan_models" / "Wan2.1-T2V-Tiny"
-    model = load_generator(config, check_source(config, folder, use_ema=False), torch.device("cpu"))
+    model = load_generator(check_source(config, folder, use_ema=False), torch.device("cpu"))
     with closing(JobQueue(partial(make_clip, model, 8.0), tmp_path)) as queue:
         client = create_app(queue, ABOUT, model.capabilities).test_client()
         tried = Demo(Miniature(), queue, client, tmp_path)
@@ -340,7 +340,7 @@ def test_a_many_step_model_takes_what_a_request_asks_for(tiny_root: Path, tmp_pa
         f"model_root={tiny_root / 'wan_models'}", "sampling.steps=2",
     ])  # fmt: skip
     folder = tiny_root / "wan_models" / "Wan2.1-T2V-Tiny"
-    model = load_generator(config, check_source(config, folder, use_ema=False), torch.device("cpu"))
+    model = load_generator(check_source(config, folder, use_ema=False), torch.device("cpu"))
     wanted = {
         "prompt": "a red circle", "negative_prompt": "a green bar", "size": [48, 32], "frames": 9,
         "steps": 3, "cfg_scale": 4.0,

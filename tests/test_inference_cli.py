@@ -167,7 +167,7 @@ def latents(student: Student, weights: Path, *, use_ema: bool = False) -> Tensor
     """What inference samples for one request, before decoding rounds it to bytes."""
     cpu = torch.device("cpu")
     config = load(student.config)
-    model = load_generator(config, check_source(config, weights, use_ema=use_ema), cpu)
+    model = load_generator(check_source(config, weights, use_ema=use_ema), cpu)
     return model.latents([Request(PROMPTS[0], seed=0)])
 
 

@@ -33,7 +33,7 @@ def made_by(folder: ModelFolder, images: list[Tensor | None], scratch: Path) -> 
     path.write_text(CONFIG.format(model=folder.path), encoding="utf-8")
     config = load(path)
     source = check_source(config, folder.path, use_ema=False)
-    generator = load_generator(config, source, torch.device("cpu"))
+    generator = load_generator(source, torch.device("cpu"))
     first, last = ([None if x is None else Pixels(x[i][:, None]) for i in range(2)] for x in images)
     requests = [
         replace(request, first_image=first[i], last_image=last[i])

@@ -69,7 +69,7 @@ def capabilities(run: Run, device: torch.device) -> Capabilities:
     )
 
 
-def load_generator(config: Config, source: Source, device: torch.device) -> VideoGenerator:
+def load_generator(source: Source, device: torch.device) -> VideoGenerator:
     """Load what `check_source` found, for inference."""
     run, dtype = source.run, _dtype(source.run, device)
     place = Placement(device, storage=dtype, compute=dtype)

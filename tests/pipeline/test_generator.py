@@ -31,7 +31,7 @@ def loaded(folder: Path, root: Path, name: str, *overrides: str) -> VideoGenerat
     """A miniature of random weights behind the pipeline of a method."""
     config = load(write_config(folder, root, name), overrides)
     source = check_source(config, root / "wan_models" / "Wan2.1-T2V-Tiny", use_ema=False)
-    return load_generator(config, source, torch.device("cpu"))
+    return load_generator(source, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ batch_size: 1
     )
     config = load(path)
     source = check_source(config, release.path, use_ema=False)
-    model = load_generator(config, source, torch.device("cpu"))
+    model = load_generator(source, torch.device("cpu"))
     requests = [Request("a red dog", 3), Request("a blue cat", 4)]
     latents = model.latents(requests)
     at_once = torch.cat([to_unit(model.vae.decode_to_pixel(row)) for row in latents.split(1)])
