@@ -106,9 +106,9 @@ class Number(Kind):
 
     def parse(self, value: object) -> float:
         """See Kind."""
-        if type(value) is int or type(value) is float:
-            if self.least <= value <= self.most:
-                return float(value)
+        number = value if type(value) is int or type(value) is float else math.nan
+        if self.least <= number <= self.most:
+            return float(number)
         limits = f"from {self.least:g} to {self.most:g}"
         raise ValueError(f"must be a number {limits}, got {shown(value)}")
 
