@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the imports below take time
-
 import argparse
 import re
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -35,7 +31,7 @@ from pipeline.protocol import Progress
 from pipeline.request import FPS, Capabilities, Request, joint_problems, read_request
 from trainer.config import Config, generator_model, load
 from trainer.serving import capabilities, check_source, load_generator
-from utils.cli import USER_ERRORS, CommandParser, fail, path_word, start_logging
+from utils.cli import USER_ERRORS, command_parser, fail, path_word, start_logging
 from utils.config import ConfigError
 from utils.data.prompts import read_prompt_file
 from utils.media.video import save_mp4
@@ -59,7 +55,7 @@ class About:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of demo.py."""
-    result = CommandParser(description=__doc__)
+    result = command_parser(__doc__)
     result.add_argument(
         "--config_path", type=path_word, default=Path("configs/self_forcing_dmd.yaml"),
         help="the run's YAML file (default: %(default)s)",
@@ -191,7 +187,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def describe(config: Config, generator: VideoGenerator) -> About:
     """What the page tells of a loaded model. Examples are the run's validation prompts, if any."""
-    file = Path(config.validation.prompts or "")
+    file = shipped.find(Path(config.validation.prompts or ""))
     frames, model = config.latent_shape[1], generator.capabilities
     return About(
         model=Path(generator_model(config)).name,
@@ -242,8 +238,6 @@ def serve(args: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Load a model and serve the page until Ctrl-C or SIGTERM; returns the exit status."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # for the imports; see the top
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     args = parser().parse_intermixed_args(arguments)
     start_logging()
     signal.signal(signal.SIGTERM, signal.default_int_handler)

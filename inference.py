@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the imports below take time
-
 import argparse
 import json
 import logging
@@ -39,7 +34,7 @@ from trainer.bars import Bars
 from trainer.config import Config, causal_config, generator_model, load
 from trainer.serving import Source, capabilities, check_source, load_generator
 from trainer.starts import check_images, footage, read_start
-from utils.cli import USER_ERRORS, CommandParser, fail, path_word, start_logging, stopped
+from utils.cli import USER_ERRORS, command_parser, fail, path_word, start_logging, stopped
 from utils.config import ConfigError
 from utils.data.dataset import open_dataset
 from utils.data.prompts import (
@@ -91,7 +86,7 @@ class Plan:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of inference.py."""
-    result = CommandParser(description=__doc__)
+    result = command_parser(__doc__)
     add = result.add_argument
     add("--config_path", type=path_word, required=True, help="the run's YAML file")
     add(
@@ -366,8 +361,6 @@ def tell_fits(jobs: Sequence[Job], start: Given | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make all clips; returns the exit status."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # for the imports; see the top
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     args = parser().parse_intermixed_args(arguments)
     start_logging()
     try:

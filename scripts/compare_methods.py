@@ -33,6 +33,7 @@ from scripts.evaluate import fingerprint, markdown, sample
 from scripts.report import STYLE, inline
 from trainer.config import Config, load
 from trainer.serving import check_source, load_generator
+from utils import start
 from utils.claims import refuse_other_settings
 from utils.cli import USER_ERRORS, command_parser, fail, start_logging
 from utils.config import ConfigError

@@ -34,7 +34,8 @@ from pipeline.request import Pixels, Request
 from pipeline.teacher import SamplingConfig
 from trainer.config import Config, causal_config, load, sigmas
 from trainer.serving import check_source, load_generator
-from utils.cli import USER_ERRORS, fail, start_logging
+from utils import start
+from utils.cli import USER_ERRORS, command_parser, fail, start_logging
 from utils.files import write_text
 from utils.media.video import contact_sheet, save_mp4, save_png, to_unit
 from utils.plots import plot_run

@@ -31,6 +31,7 @@ from pipeline.generator import VideoGenerator
 from pipeline.teacher import trajectory
 from trainer.config import Config, load
 from trainer.serving import Source, check_source, load_generator
+from utils import start
 from utils.claims import refuse_other_settings
 from utils.cli import USER_ERRORS, command_parser, fail, start_logging, stopped
 from utils.config import ConfigError

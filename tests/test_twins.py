@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.folders.folder import ModelFolder
+from model.families.wan21.folder import ModelFolder
 from pipeline.request import Pixels, Request
 from tests.folders import make_diffusers, make_official
 from trainer.config import load

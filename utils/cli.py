@@ -16,9 +16,17 @@ from utils.version import VERSION
 USER_ERRORS = (UserError, OSError, RuntimeError)
 
 
+class CommandParser(argparse.ArgumentParser):
+    """A command line whose errors are one line each, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the words and where help is; exit status 2."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
 def command_parser(description: str | None) -> argparse.ArgumentParser:
     """A command line to which a command adds its own flags."""
-    result = argparse.ArgumentParser(description=description)
+    result = CommandParser(description=description)
     result.add_argument("--version", action="version", version=f"Fewstep {VERSION}")
     return result
 
@@ -67,11 +75,3 @@ def path_word(word: str) -> Path:
     if not word:
         raise argparse.ArgumentTypeError("must be a path, got an empty word")
     return Path(word)
-
-
-class CommandParser(argparse.ArgumentParser):
-    """A command line whose errors are one line each, like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        """Say what is wrong with the words and where help is; exit status 2."""
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
