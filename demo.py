@@ -25,17 +25,20 @@ from werkzeug.exceptions import BadRequest, HTTPException
 from werkzeug.serving import make_server
 
 import utils.web
+from pipeline.generator import VideoGenerator
+from pipeline.options import RequestError, schema
+from pipeline.protocol import Progress
+from pipeline.request import FPS, Capabilities, Request, joint_problems, read_request
 from trainer.config import Config, generator_model, load
-from trainer.serving import Request, VideoGenerator, check_source, load_generator
-from utils.cli import USER_ERRORS, command_parser, fail, start_logging
+from trainer.serving import capabilities, check_source, load_generator
+from utils.cli import USER_ERRORS, command_parser, fail, path_word, start_logging
 from utils.config import ConfigError
 from utils.data.prompts import read_prompt_file
 from utils.media.video import save_mp4
-from utils.web.jobs import Job, JobQueue, OnStep
+from utils.web.jobs import Job, JobQueue, OnNews
 
 PAGE = Path(utils.web.__file__).parent / "page"
-MAX_PROMPT = 2000  # characters
-MAX_SEED = 2**53 - 1  # beyond it, whole numbers in a browser are not exact
+SENT = 'send application/json such as {"prompt": "a text", "seed": 0}'
 Reply = dict[str, object]  # becomes JSON
 
 
@@ -47,17 +50,18 @@ class About:
     steps: int
     network_evaluations: int  # per clip
     examples: Sequence[str]  # prompts to begin with
+    request: Reply  # JSON Schema of what can be asked for
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of demo.py."""
     result = command_parser(__doc__)
     result.add_argument(
-        "--config_path", type=Path, default=Path("configs/self_forcing_dmd.yaml"),
+        "--config_path", type=path_word, default=Path("configs/self_forcing_dmd.yaml"),
         help="the run's YAML file (default: %(default)s)",
     )  # fmt: skip
     result.add_argument(
-        "--checkpoint_path", type=Path, default=Path("checkpoints/self_forcing_dmd.pt"),
+        "--checkpoint_path", type=path_word, default=Path("checkpoints/self_forcing_dmd.pt"),
         help="a run, or weights (default: %(default)s)",
     )  # fmt: skip
     result.add_argument(
@@ -71,20 +75,42 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def make_clip(generator: VideoGenerator, fps: float, job: Job, path: Path, on_step: OnStep) -> None:
+def make_clip(
+    generator: VideoGenerator, fps: float, wanted: Request, path: Path, on_news: OnNews
+) -> None:
     """Make one job's mp4."""
-    clips = generator.clips([Request(job.prompt, job.seed)], on_step=on_step)
+
+    def tell(progress: Progress) -> None:
+        on_news(progress.stage, progress.done, progress.total)
+
+    clips = generator.clips([wanted], on_progress=tell)
     save_mp4(clips[0], path, fps=fps)
 
 
-def create_app(queue: JobQueue, about: About) -> Flask:
+def progress_of(job: Job[Request], steps: int) -> Reply:
+    """How far a job is: its network's steps, and its present stage. steps: if not known yet."""
+    done = {stage.name: stage for stage in job.stages}
+    now, denoise = (job.stages or (None,))[-1], done.get("denoise")
+    return {
+        "step": denoise.done if denoise else 0,
+        "steps": denoise.total if denoise else steps,
+        "stage": now.name if now else None,
+        "fraction": now.done / now.total if now else 0.0,  # of the stage
+    }
+
+
+def create_app(queue: JobQueue[Request], about: About, model: Capabilities) -> Flask:
     """The page at /, and the API that it talks to below /api."""
     app = Flask(__name__, static_folder=PAGE, static_url_path="/static")
     app.config["MAX_CONTENT_LENGTH"] = 2**16  # bytes
 
-    def news(job: Job) -> Reply:
-        return asdict(job) | {
-            "steps": job.steps or about.steps,
+    def news(job: Job[Request]) -> Reply:
+        return {
+            "prompt": job.payload.prompt,
+            "seed": job.payload.seed,
+            "request": asked_of(job.payload),
+            **{name: getattr(job, name) for name in ("id", "state", "seconds", "error")},
+            **progress_of(job, about.steps),
             "position": queue.ahead(job.id),  # jobs that come first
             "video": url_for("video", job_id=job.id) if job.state == "done" else None,
         }
@@ -100,8 +126,7 @@ def create_app(queue: JobQueue, about: About) -> Flask:
     @app.post("/api/jobs")
     def submit() -> tuple[Reply, int]:
         # Only application/json is read: browsers do not let a foreign page send that.
-        wanted = read_request(request.get_json(silent=True))
-        return news(queue.submit(wanted.prompt, wanted.seed)), 202
+        return news(queue.submit(read_request(read_body(), model))), 202
 
     @app.get("/api/jobs/<job_id>")
     def look(job_id: str) -> Reply:
@@ -114,14 +139,19 @@ def create_app(queue: JobQueue, about: About) -> Flask:
     @app.get("/api/jobs/<job_id>/video")
     def video(job_id: str) -> Response:
         job = queue.find(job_id)
-        words = re.sub(r"[^a-z0-9]+", "-", job.prompt.lower())[:60].strip("-") or "clip"
+        wanted = job.payload
+        words = re.sub(r"[^a-z0-9]+", "-", wanted.prompt.lower())[:60].strip("-") or "clip"
         return send_file(
             queue.result(job_id),
             mimetype="video/mp4",
             as_attachment="download" in request.args,
-            download_name=f"{words}-seed{job.seed}.mp4",
+            download_name=f"{words}-seed{wanted.seed}.mp4",
             max_age=3600,
         )
+
+    @app.errorhandler(RequestError)
+    def refuse(error: RequestError) -> tuple[Reply, int]:
+        return {"error": str(error), "problems": error.problems}, 400
 
     @app.errorhandler(HTTPException)
     def explain(error: HTTPException) -> tuple[Reply, int, list[tuple[str, str]]]:
@@ -131,18 +161,20 @@ def create_app(queue: JobQueue, about: About) -> Flask:
     return app
 
 
-def read_request(body: object) -> Request:
-    """The clip that a request's JSON body asks for. Raises BadRequest."""
-    if not isinstance(body, dict) or set(body) != {"prompt", "seed"}:
-        raise BadRequest('send application/json: {"prompt": a text, "seed": a whole number}')
-    prompt, seed = body["prompt"], body["seed"]
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise BadRequest("prompt: must be a text that is not empty")
-    if len(prompt) > MAX_PROMPT:
-        raise BadRequest(f"prompt: at most {MAX_PROMPT} characters, this one has {len(prompt)}")
-    if type(seed) is not int or not 0 <= seed <= MAX_SEED:  # True is an int, too
-        raise BadRequest(f"seed: must be a whole number from 0 to {MAX_SEED}, got {seed!r:.40}")
-    return Request(prompt.strip(), seed)
+def read_body() -> object:
+    """The JSON of the present HTTP request. Raises BadRequest if it is none."""
+    try:
+        body = request.get_json(silent=True)
+    except RecursionError:  # thousands of nested brackets
+        body = None
+    if not isinstance(body, dict):
+        raise BadRequest(SENT)
+    return body
+
+
+def asked_of(wanted: Request) -> Reply:
+    """The fields that a request sets, as its JSON had them."""
+    return {name: value for name, value in vars(wanted).items() if value is not None}
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -156,13 +188,52 @@ def listen(host: str, port: int) -> socket.socket:
 def describe(config: Config, generator: VideoGenerator) -> About:
     """What the page tells of a loaded model. Examples are the run's validation prompts, if any."""
     file = shipped.find(Path(config.validation.prompts or ""))
-    frames = config.latent_shape[1]
+    frames, model = config.latent_shape[1], generator.capabilities
     return About(
         model=Path(generator_model(config)).name,
         steps=generator.pipeline.steps(frames),
         network_evaluations=generator.pipeline.network_evaluations(frames),
         examples=read_prompt_file(file)[:8] if file.is_file() else [],
+        request=schema(Request, model),
     )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ConfigError for values that mean nothing."""
+    try:
+        FPS.parse(args.fps)
+    except ValueError as error:
+        raise ConfigError(f"--fps: {error}") from error
+    if not args.host:
+        raise ConfigError("--host: must be an address; 0.0.0.0 = open to the network")
+
+
+def check_model(model: Capabilities, path: Path) -> None:
+    """Raise ConfigError unless the model at `path` makes clips of a prompt alone, and can here."""
+    if model.images:
+        raise ConfigError(
+            f"generator.model: {path} makes clips from images, and this page asks for none; use "
+            f"inference.py --i2v"
+        )
+    for problem in joint_problems(Request("-"), model, name_of=lambda _: "latent_shape"):
+        raise ConfigError(problem)
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Check the words, load the model, answer until Ctrl-C."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_arguments(args)
+    config = load(args.config_path, args.overrides)
+    source = check_source(config, args.checkpoint_path, use_ema=args.use_ema)
+    check_model(capabilities(source.run, device), source.model.path)
+    address = listen(args.host, args.port)
+    generator = load_generator(source, device)
+    about, work = describe(config, generator), partial(make_clip, generator, args.fps)
+    with TemporaryDirectory("-demo") as folder, closing(JobQueue(work, Path(folder))) as queue:
+        app, fd = create_app(queue, about, generator.capabilities), address.fileno()
+        server = make_server(args.host, args.port, app, threaded=True, fd=fd)
+        print(f"Fewstep demo: http://{args.host}:{server.port} (Ctrl-C to stop)", flush=True)
+        server.serve_forever()  # returns on Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -170,25 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_intermixed_args(arguments)
     start_logging()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        config = load(args.config_path, args.overrides)
-        source = check_source(config, args.checkpoint_path, use_ema=args.use_ema)
-        if source.folder.images is not None:
-            raise ConfigError(
-                f"generator.model: {source.folder.path} makes clips from images, and this page "
-                f"asks for none; use inference.py --i2v"
-            )
-        if not args.fps > 0:
-            raise ConfigError(f"--fps: must be positive, got {args.fps}")
-        address = listen(args.host, args.port)
-        generator = load_generator(config, source, device)
-        about, work = describe(config, generator), partial(make_clip, generator, args.fps)
-        with TemporaryDirectory("-demo") as folder, closing(JobQueue(work, Path(folder))) as queue:
-            app, fd = create_app(queue, about), address.fileno()
-            server = make_server(args.host, args.port, app, threaded=True, fd=fd)
-            print(f"Fewstep demo: http://{args.host}:{server.port} (Ctrl-C to stop)", flush=True)
-            server.serve_forever()  # returns on Ctrl-C
+        serve(args)
     except USER_ERRORS as error:
         return fail(error)
     except KeyboardInterrupt:

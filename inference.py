@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,24 @@ if __name__ == "__main__":  # before torch is imported
     start.begin()
 
 import torch
-from tqdm import tqdm
 
-from model.families.registry import find_model
-from model.types import Keyframes, LatentSpec
-from trainer.config import Config, causal_config, generator_model, load, problems
-from trainer.serving import Request, Source, VideoGenerator, check_source, load_generator
-from trainer.starts import check_images, pixel_frames, pixel_size, read_start
-from utils.cli import USER_ERRORS, command_parser, fail, start_logging, stopped
+from pipeline.generator import VideoGenerator
+from pipeline.options import RequestError, add_flags, from_words, parse
+from pipeline.protocol import OnProgress
+from pipeline.request import (
+    FPS,
+    Capabilities,
+    ImageFile,
+    Request,
+    footprint_problem,
+    joint_problems,
+)
+from pipeline.teacher import adjusted
+from trainer.bars import Bars
+from trainer.config import Config, causal_config, generator_model, load
+from trainer.serving import Source, capabilities, check_source, load_generator
+from trainer.starts import check_images, footage, read_start
+from utils.cli import USER_ERRORS, command_parser, fail, path_word, start_logging, stopped
 from utils.config import ConfigError
 from utils.data.dataset import open_dataset
 from utils.data.prompts import (
@@ -38,13 +48,7 @@ from utils.data.shards import shard_paths
 from utils.distributed import Session, distributed_session
 from utils.hashes import sha256_of
 from utils.media.clip_names import clip_stems, default_samples
-from utils.media.given_frames import (
-    Given,
-    Size,
-    describe_picture,
-    picture_size,
-    read_fitted,
-)
+from utils.media.given_frames import Given, Size, describe_picture, picture_size
 from utils.media.manifest import ClipRecord, claim_folder, finish_manifest
 from utils.media.video import contact_sheet, read_video, save_mp4, save_png
 
@@ -52,6 +56,10 @@ log = logging.getLogger(__name__)
 
 SHEET_CLIPS = 12  # on the contact sheet
 VBENCH_FOLDER = "videos"  # the tool takes every file beside a clip for one
+
+
+# Fields of a request that all clips of a call share; the flag of each is named alike.
+SHARED = ("seed", "negative_prompt", "size", "frames", "steps", "cfg_scale")
 
 
 @dataclass(frozen=True)
@@ -64,20 +72,36 @@ class Job:
     file: Path
 
 
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A command line, checked: nothing heavy has been read for it."""
+
+    config: Config
+    source: Source
+    model: Capabilities
+    shared: Request  # what all clips have in common; its prompt stands for theirs
+    jobs: list[Job]  # all clips to make, in order
+    start: Given | None  # what they begin with
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line of inference.py."""
     result = command_parser(__doc__)
     add = result.add_argument
-    add("--config_path", type=Path, required=True, help="the run's YAML file")
+    add("--config_path", type=path_word, required=True, help="the run's YAML file")
     add(
-        "--checkpoint_path", type=Path, required=True,
+        "--checkpoint_path", type=path_word, required=True,
         help="log directory, training checkpoint, weight file or model folder",
     )  # fmt: skip
     add(
-        "--data_path", type=Path, required=True,
+        "--data_path", type=path_word, required=True,
         help="one prompt per line, a table (.json, .jsonl, .csv, .tsv), or a folder of .txt files",
     )  # fmt: skip
-    add("--extended_prompt_path", type=Path, help="line by line, or file by file, for --data_path")
+    add(
+        "--extended_prompt_path",
+        type=path_word,
+        help="line by line, or file by file, for --data_path",
+    )
     add(
         "--i2v", action="store_true",
         help="clips begin with images: --data_path is a folder of images, each with its .txt",
@@ -86,15 +110,15 @@ def parser() -> argparse.ArgumentParser:
         "--image_size", choices=("configured", "aspect"), default="configured",
         help="of clips that begin with images: as configured, or of that area with their aspect",
     )  # fmt: skip
-    add("--output_folder", type=Path, required=True)
+    add("--output_folder", type=path_word, required=True)
     add("--use_ema", action="store_true", help="the averaged weights")
     add("--num_samples", type=int, default=None, help="clips per prompt (1; --vbench: 5 or 25)")
-    add("--seed", type=int, default=0)
+    add_flags(result, Request, SHARED)
     add("--save_with_index", action="store_true", help="name files by number")
     add("--vbench", action="store_true", help="names and numbers of clips as VBench wants them")
-    add("--num_output_frames", type=int, default=None, help="latent frames")
+    add("--num_output_frames", type=int, default=None, help="length in latent frames")
     add(
-        "--initial_path", type=Path,
+        "--initial_path", type=path_word,
         help="an image or a video that every clip begins with (causal models)",
     )  # fmt: skip
     add("--batch_size", type=int, default=1, help="clips at a time on each process")
@@ -103,19 +127,80 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def plan(args: argparse.Namespace, config: Config, latent: LatentSpec) -> list[Job]:
-    """All clips to make, in order. Raises ValueError or FileNotFoundError for bad prompts."""
+def prepare(args: argparse.Namespace) -> Plan:
+    """All that a call will do. Raises ConfigError, OSError or ValueError for bad input."""
+    config = load(args.config_path, args.overrides)
     check_arguments(args)
+    source = check_source(config, args.checkpoint_path, use_ema=args.use_ema)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = capabilities(source.run, device)
+    shared = read_shared(args, model)
+    start = read_start(config, model, shared, args.initial_path, images=args.i2v)
+    jobs = list_jobs(args, model, replace(shared, initial=footage(start)))
+    items = [job.item for job in jobs] if args.i2v else None
+    check_images(source.model.path, model, shared, items)
+    check_jobs(args, model, jobs)
+    return Plan(config, source, model, shared, jobs, start)
+
+
+def read_shared(args: argparse.Namespace, model: Capabilities) -> Request:
+    """What the flags ask of every clip. Raises RequestError with all that is wrong."""
+    values, found = parse(Request, {"prompt": "-", **from_words(Request, args)}, model, named(args))
+    if (count := args.num_output_frames) is not None:
+        if args.frames is not None:
+            found.append("--frames: with --num_output_frames there are two lengths; give one")
+        elif fault := model.length_problem(count):
+            found.append(f"--num_output_frames {count}: causal.num_frame_per_block: {fault}")
+        values["frames"] = model.latent.pixel_frames(count)
+    if found:
+        raise RequestError(found)
+    return Request(**values)
+
+
+def named(args: argparse.Namespace) -> Callable[[str], str]:
+    """Fields of a request as this command line has them."""
+
+    def name_of(name: str) -> str:
+        if name in ("first_image", "last_image"):
+            return "--i2v"
+        if name == "frames" and args.num_output_frames is not None:
+            return "--num_output_frames"
+        if name in ("frames", "size") and getattr(args, name) is None:
+            return "latent_shape" if args.frames is None else "--frames"
+        return {"initial": "--initial_path"}.get(name, f"--{name}")
+
+    return name_of
+
+
+def list_jobs(args: argparse.Namespace, model: Capabilities, shared: Request) -> list[Job]:
+    """All clips to make. Raises ValueError or FileNotFoundError for bad prompts."""
     items = read_items(args)
     stems = clip_stems(items, by_index=args.save_with_index, vbench=args.vbench)
     jobs = []
     for stem, item in zip(stems, items, strict=True):
         kind = ("_ema" if args.use_ema else "_regular") if args.save_with_index else ""
-        size = clip_size(args, config, latent, item)
+        size = clip_size(args, model, shared, item)
+        images = [ImageFile(picture) for picture in item.pictures]
+        first, last = (*images, None, None)[:2]
+        wanted = replace(shared, prompt=item.text, size=size, first_image=first, last_image=last)
         for sample in range(args.num_samples or default_samples(item, vbench=args.vbench)):
             file = clip_folder(args) / f"{stem}-{sample}{kind}.mp4"
-            jobs.append(Job(Request(item.text, args.seed, sample), item, size, file))
+            jobs.append(Job(replace(wanted, sample=sample), item, size, file))
     return jobs
+
+
+def check_jobs(args: argparse.Namespace, model: Capabilities, jobs: Sequence[Job]) -> None:
+    """Raise RequestError for what clips ask for that cannot be, each problem once."""
+    name_of = named(args)
+    found = {
+        line: None for job in jobs for line in joint_problems(job.request, model, name_of=name_of)
+    }
+    largest = max(batches(jobs, args.batch_size), key=len)
+    crowd = footprint_problem(largest[0].request, model, clips=len(largest))
+    if crowd and not found:
+        found[f"--batch_size: {crowd}"] = None
+    if found:
+        raise RequestError(found)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -124,8 +209,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise ConfigError(f"--{flag}: must be at least 1, got {value}")
-    if not args.fps > 0:
-        raise ConfigError(f"--fps: must be positive, got {args.fps}")
+    try:
+        FPS.parse(args.fps)
+    except ValueError as error:
+        raise ConfigError(f"--fps: {error}") from error
     if args.vbench and args.save_with_index:
         raise ConfigError("--save_with_index: VBench finds clips by their prompts; drop one flag")
     if args.i2v and args.initial_path is not None:
@@ -156,34 +243,20 @@ def clip_folder(args: argparse.Namespace) -> Path:
 
 
 def clip_size(
-    args: argparse.Namespace, config: Config, latent: LatentSpec, item: PromptItem
+    args: argparse.Namespace, model: Capabilities, shared: Request, item: PromptItem
 ) -> Size:
     """Height and width of a clip. Raises FileNotFoundError or ValueError for a bad image."""
-    size = pixel_size(config, latent)
+    size = shared.size or model.size
     # Read even where their sizes do not count: a bad image is told before a model is loaded.
     shapes = [picture_size(picture) for picture in item.pictures]
     if not shapes or args.image_size == "configured":
         return size
-    return latent.nearest_size(shapes[0], size[0] * size[1])
+    return model.latent.nearest_size(shapes[0], size[0] * size[1])
 
 
-def sized(config: Config, args: argparse.Namespace) -> Config:
-    """The configuration of clips as long as asked. Raises ConfigError if it cannot be."""
-    if args.num_output_frames is None:
-        return config
-    channels, _, height, width = config.latent_shape
-    causal = replace(config.causal, rollout_frames=None)  # of training; a clip may be longer
-    longer = replace(
-        config, latent_shape=[channels, args.num_output_frames, height, width], causal=causal
-    )
-    found = list(problems(longer))
-    if found:
-        raise ConfigError(f"--num_output_frames {args.num_output_frames}: {'; '.join(found)}")
-    return longer
-
-
-def settings_of(args: argparse.Namespace, config: Config, source: Source) -> dict[str, Any]:
+def settings_of(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     """What all clips of a folder share, as JSON has it."""
+    config, model, shared = plan.config, plan.model, plan.shared
     keys = (
         "data_path", "extended_prompt_path", "use_ema", "seed", "save_with_index", "i2v",
         "image_size", "vbench", "num_output_frames", "initial_path", "batch_size", "fps",
@@ -192,19 +265,24 @@ def settings_of(args: argparse.Namespace, config: Config, source: Source) -> dic
     original = args.extended_prompt_path is None
     wanted["protocol"] = "original prompts" if original else "extended prompts"
     wanted["model"] = generator_model(config)
-    wanted["latent_shape"] = config.latent_shape
-    wanted["frames"] = pixel_frames(config, source.folder.latent)
-    wanted["size"] = list(pixel_size(config, source.folder.latent))
+    wanted["seed"] = shared.seed
+    wanted["latent_shape"] = list(shared.shape(model))
+    wanted["frames"] = shared.frames or model.frames
+    wanted["size"] = list(shared.size or model.size)
     wanted["mixed_precision"] = config.mixed_precision
-    wanted["negative_prompt"] = config.data.negative_prompt
-    if config.trainer == "diffusion":
-        wanted["sampling"] = asdict(config.sampling)
+    negative = shared.negative_prompt
+    wanted["negative_prompt"] = config.data.negative_prompt if negative is None else negative
+    if model.sampling is not None:
+        sampling = adjusted(model.sampling, shared.steps, shared.cfg_scale)
+        wanted["sampling"] = asdict(sampling)
     else:  # a few steps without a solver or guidance
         wanted["denoising_step_list"] = config.denoising_step_list
         wanted["timestep_shift"] = config.timestep_shift
     causal = causal_config(config)
+    if causal is not None and shared.frames is not None:
+        causal = replace(causal, rollout_frames=None)  # of training; a clip may be longer
     wanted["causal"] = None if causal is None else asdict(causal)
-    wanted["weights"] = source.weights.path  # a log directory's newest checkpoint moves on
+    wanted["weights"] = plan.source.weights.path  # a log directory's newest checkpoint moves on
     return dict(json.loads(json.dumps(wanted, default=str)))
 
 
@@ -228,32 +306,23 @@ def records(jobs: Sequence[Job], folder: Path) -> list[ClipRecord]:
     ]
 
 
-def run(
-    args: argparse.Namespace,
-    config: Config,
-    source: Source,
-    jobs: list[Job],
-    start: Given | None,
-    session: Session,
-) -> None:
+def run(args: argparse.Namespace, plan: Plan, session: Session) -> None:
     """Make what is missing. Batches are cut before ranks, so a clip's neighbours never change."""
+    jobs = plan.jobs
     mine = [
         batch
         for batch in list(batches(jobs, args.batch_size))[session.rank :: session.world_size]
         if not all(job.file.is_file() for job in batch)
     ]
-    if mine:
-        model = load_generator(config, source, session.device)
-        frames = config.latent_shape[1]
-        log.info("%d network evaluations per clip", model.pipeline.network_evaluations(frames))
-        initial = None
-        if start is not None:
-            initial = model.vae.encode_to_latent(start.frames.to(session.device))
-        with tqdm(total=sum(map(len, mine)), desc="clips", disable=not session.is_main) as bar:
-            for batch in mine:
-                make(batch, model, args.fps, initial)
-                bar.update(len(batch))
-    session.barrier()
+    with session.uneven_work():
+        if mine:
+            model = load_generator(plan.source, session.device)
+            count = model.network_evaluations(plan.shared)
+            log.info("%d network evaluations per clip", count)
+            with Bars(sum(map(len, mine)), shown=session.is_main) as bars:
+                for batch in mine:
+                    make(batch, model, args.fps, bars.inner)
+                    bars.outer(len(batch))
     if session.is_main:
         shown = jobs[:SHEET_CLIPS]
         clips = [read_video(job.file) for job in shown]
@@ -264,39 +333,21 @@ def run(
 
 
 def batches(jobs: Sequence[Job], count: int) -> Iterator[list[Job]]:
-    """Jobs in groups of up to `count`, all of one size."""
-    open_: dict[Size, list[Job]] = {}
+    """Jobs in groups of up to `count` that can be made at a time."""
+    open_: dict[Hashable, list[Job]] = {}
     for job in jobs:
-        batch = open_.setdefault(job.size, [])
+        batch = open_.setdefault(job.request.batch_key, [])
         batch.append(job)
         if len(batch) == count:
-            yield open_.pop(job.size)
+            yield open_.pop(job.request.batch_key)
     yield from open_.values()
 
 
-def make(
-    batch: Sequence[Job], model: VideoGenerator, fps: float, initial: torch.Tensor | None
-) -> None:
-    """Sample one batch and write its files. initial: [1, C, g, H, W], what all clips begin with."""
-    if initial is not None:
-        initial = initial.expand(len(batch), -1, -1, -1, -1)
-    size = batch[0].size
-    clips = model.clips(
-        [job.request for job in batch],
-        keyframes=keyframes(batch, model.device),
-        initial=initial,
-        latent_shape=[*model.latent_shape[:2], *model.latent.latent_size(size)],
-    )
+def make(batch: Sequence[Job], model: VideoGenerator, fps: float, on_progress: OnProgress) -> None:
+    """Sample one batch and write its files."""
+    clips = model.clips([job.request for job in batch], on_progress=on_progress)
     for job, clip in zip(batch, clips, strict=True):
         save_mp4(clip, job.file, fps=fps)
-
-
-def keyframes(batch: Sequence[Job], device: torch.device) -> Keyframes | None:
-    """The images of a batch, or None if its clips begin without."""
-    size = batch[0].size
-    rows = [[read_fitted(picture, size) for picture in job.item.pictures] for job in batch]
-    images = [torch.stack(column).to(device) for column in zip(*rows, strict=True)]
-    return Keyframes(*images) if images else None
 
 
 def tell_fits(jobs: Sequence[Job], start: Given | None) -> None:
@@ -313,27 +364,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_intermixed_args(arguments)
     start_logging()
     try:
-        config = load(args.config_path, args.overrides)
-        latent = find_model(Path(config.model_root), config.model_of("generator")).latent
-        jobs = plan(args, config, latent)
-        config = sized(config, args)
-        start = read_start(config, latent, args.initial_path, images=args.i2v)
-        source = check_source(config, args.checkpoint_path, use_ema=args.use_ema)
-        items = [job.item for job in jobs] if args.i2v else None
-        check_images(config, source.folder, items)
+        plan = prepare(args)
     except USER_ERRORS as error:
         return fail(error)
-    with distributed_session(timeout_s=config.timeout_s) as session:
+    except KeyboardInterrupt:
+        return stopped(log)
+    with distributed_session(timeout_s=plan.config.timeout_s) as session:
         start_logging(main_rank=session.is_main)
         try:
-            settings, clips = settings_of(args, config, source), records(jobs, args.output_folder)
-            claim_folder(args.output_folder, settings, source.weights.path, clips, session)
+            settings, clips = settings_of(args, plan), records(plan.jobs, args.output_folder)
+            claim_folder(args.output_folder, settings, plan.source.weights.path, clips, session)
         except USER_ERRORS as error:
             return fail(error)
         if session.is_main:
-            tell_fits(jobs, start)
+            tell_fits(plan.jobs, plan.start)
         try:
-            run(args, config, source, jobs, start, session)
+            run(args, plan, session)
         except USER_ERRORS as error:  # such as damaged encoders, or a full disk
             return fail(error)
         except KeyboardInterrupt:

@@ -116,10 +116,15 @@ class ConditioningEncoder:
         clip, first_frame = self._images(keyframes, frames)
         return Conditioning(text, clip, first_frame)
 
-    def unconditional(self, conditioning: Conditioning) -> Conditioning:
-        """The same images under the negative prompt."""
-        count = len(conditioning.text)
-        return replace(conditioning, text=self._negative.expand(count, -1, -1))
+    def unconditional(
+        self, conditioning: Conditioning, negative: Sequence[str | None] | None = None
+    ) -> Conditioning:
+        """The same images under the negative prompt, or under one for each sample; None = it."""
+        if negative is None:
+            count = len(conditioning.text)
+            return replace(conditioning, text=self._negative.expand(count, -1, -1))
+        states = [self._negative if text is None else self._state(text) for text in negative]
+        return replace(conditioning, text=torch.stack(states))
 
     def _state(self, prompt: str) -> Tensor:
         if prompt not in self._states:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.types import Batch, Conditioning, Denoiser, Sample
 from pipeline.few_step import OnStep, backward_simulation, few_step
-from pipeline.protocol import refuse_initial
+from pipeline.protocol import refuse_adjusting, refuse_initial
 from utils.seeding import SampleRNG, StepRNG
 
 
@@ -43,6 +43,13 @@ class BidirectionalInferencePipeline:
     def __init__(self, generator: Denoiser, sigmas: Sequence[float]) -> None:
         self.generator = generator
         self.sigmas = list(sigmas)
+
+    def adjusted(
+        self, *, steps: int | None = None, cfg_scale: float | None = None
+    ) -> BidirectionalInferencePipeline:
+        """See pipeline.protocol.InferencePipeline; there is nothing to adjust."""
+        refuse_adjusting(steps, cfg_scale)
+        return self
 
     def steps(self, frames: int) -> int:
         """See pipeline.protocol.InferencePipeline."""

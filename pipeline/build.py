@@ -66,3 +66,4 @@ SAMPLERS: dict[str, Callable[[Denoiser, Sampling], InferencePipeline]] = {
     "few_step": few_step_sampler,
     "many_step": many_step_sampler,
 }
+ADJUSTABLE = {"many_step"}  # samplers whose steps and guidance a request may choose

@@ -22,7 +22,8 @@ from model.guidance import concatenate
 from model.types import Batch, Conditioning, Context, Denoiser, Sample
 from model.wan.cache import KeyValue, KVCache
 from pipeline.few_step import OnStep, backward_simulation, few_step, predict_x0, renoise
-from pipeline.teacher import SamplingConfig, evaluations_per_step, integrate
+from pipeline.protocol import refuse_adjusting
+from pipeline.teacher import SamplingConfig, adjusted, evaluations_per_step, integrate
 from utils.seeding import SampleRNG, StepRNG
 
 # Settings of training rollouts alone.
@@ -298,6 +299,13 @@ class CausalInferencePipeline(BlockwiseInference):
         super().__init__(net, config)
         self.sigmas = list(sigmas)
 
+    def adjusted(
+        self, *, steps: int | None = None, cfg_scale: float | None = None
+    ) -> CausalInferencePipeline:
+        """See pipeline.protocol.InferencePipeline; there is nothing to adjust."""
+        refuse_adjusting(steps, cfg_scale)
+        return self
+
     @property
     def steps_per_block(self) -> int:
         """One per noise level."""
@@ -333,6 +341,13 @@ class CausalDiffusionInferencePipeline(BlockwiseInference):
     def __init__(self, net: Denoiser, sampling: SamplingConfig, config: CausalConfig) -> None:
         super().__init__(net, config)
         self.sampling = sampling
+
+    def adjusted(
+        self, *, steps: int | None = None, cfg_scale: float | None = None
+    ) -> CausalDiffusionInferencePipeline:
+        """See pipeline.protocol.InferencePipeline."""
+        sampling = adjusted(self.sampling, steps, cfg_scale)
+        return CausalDiffusionInferencePipeline(self.net, sampling, self.config)
 
     @property
     def steps_per_block(self) -> int:

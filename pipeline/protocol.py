@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +15,28 @@ from utils.errors import UserError
 from utils.seeding import SampleRNG
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a batch of clips is: so many parts of one stage of its making."""
+
+    stage: Literal["denoise", "decode"]  # network steps, or latent frames to pixels
+    done: int
+    total: int  # of this stage
+
+
+OnProgress = Callable[[Progress], None]
+
+
 class InferencePipeline(Protocol):
     """Turns conditioning into latents."""
+
+    def adjusted(
+        self, *, steps: int | None = None, cfg_scale: float | None = None
+    ) -> InferencePipeline:
+        """The same sampler with other settings; None = as it is. Raises ValueError if it has none.
+
+        steps: of a clip, or of each block of a causal model.
+        """
 
     def steps(self, frames: int) -> int:
         """How often `on_step` is called per batch of clips of `frames` latent frames."""
@@ -64,3 +85,9 @@ def refuse_initial(initial: Tensor | None) -> None:
             "this model makes whole clips and cannot begin with given frames; "
             "use one with generator_type: causal"
         )
+
+
+def refuse_adjusting(steps: int | None, cfg_scale: float | None) -> None:
+    """Raise ValueError if there is something to adjust: for pipelines of distilled generators."""
+    if steps is not None or cfg_scale is not None:
+        raise ValueError("a distilled generator has fixed steps and no guidance")

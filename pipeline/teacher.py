@@ -27,12 +27,27 @@ class SamplingConfig:
     solver: Literal["euler", "unipc"] = "unipc"  # first order, or second (arXiv:2302.04867)
 
 
+def adjusted(config: SamplingConfig, steps: int | None, cfg_scale: float | None) -> SamplingConfig:
+    """Other settings; None = as they are."""
+    return replace(
+        config,
+        steps=config.steps if steps is None else steps,
+        cfg_scale=config.cfg_scale if cfg_scale is None else cfg_scale,
+    )
+
+
 class TeacherInferencePipeline:
     """Integrates the probability-flow ODE from noise to data."""
 
     def __init__(self, net: Denoiser, config: SamplingConfig) -> None:
         self.net = net
         self.config = config
+
+    def adjusted(
+        self, *, steps: int | None = None, cfg_scale: float | None = None
+    ) -> TeacherInferencePipeline:
+        """See pipeline.protocol.InferencePipeline."""
+        return TeacherInferencePipeline(self.net, adjusted(self.config, steps, cfg_scale))
 
     def steps(self, frames: int) -> int:
         """See pipeline.protocol.InferencePipeline."""

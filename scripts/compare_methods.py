@@ -26,10 +26,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pipeline.generator import VideoGenerator
+from pipeline.request import Request
 from scripts.evaluate import LEAST_CLIPS, fingerprint, markdown, sample
 from scripts.report import ROWS, methods_page
 from trainer.config import Config, load
-from trainer.serving import Request, VideoGenerator, check_source, load_generator
+from trainer.serving import check_source, load_generator
 from utils import start
 from utils.claims import Claim
 from utils.cli import (
@@ -273,7 +275,7 @@ def load_row(comparison: Comparison, name: str) -> tuple[Config, VideoGenerator]
     """A trained model behind its own pipeline."""
     config = load(comparison.config_path(name), comparison.overrides(name))
     source = check_source(config, comparison.logdir(name), use_ema=True)
-    return config, load_generator(config, source, torch.device("cpu"))
+    return config, load_generator(source, torch.device("cpu"))
 
 
 def seconds_to_first(model: VideoGenerator, captions: Sequence[object]) -> float:

@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.types import Keyframes
 from pipeline.build import SAMPLERS, Sampling
+from pipeline.generator import VideoGenerator
 from pipeline.protocol import InferencePipeline
+from pipeline.request import Pixels, Request
 from pipeline.teacher import SamplingConfig
 from scripts.report import ROWS
 from trainer.config import Config, causal_config, load, sigmas
-from trainer.serving import Request, VideoGenerator, check_source, load_generator
+from trainer.serving import check_source, load_generator
 from utils import start
 from utils.cli import (
     USER_ERRORS,
@@ -136,17 +137,24 @@ def sample(
 
     first: [N, 3, S, S] in [0, 1], what the clips begin with; None = a text-to-video model.
     """
-    requests = [Request(str(caption), seed, i) for i, caption in enumerate(captions)]
+    images = [None] * len(captions) if first is None else [begin_with(image) for image in first]
+    requests = [
+        Request(str(caption), seed, i, first_image=image)
+        for i, (caption, image) in enumerate(zip(captions, images, strict=True))
+    ]
     clips, latents = [], []
     start = time.perf_counter()
     for begin in range(0, len(requests), BATCH):
-        rows = slice(begin, begin + BATCH)
-        keyframes = None if first is None else Keyframes(2.0 * first[rows] - 1.0)
-        made = source.latents(requests[rows], keyframes=keyframes)
+        made = source.latents(requests[begin : begin + BATCH])
         clips.append(to_unit(source.vae.decode_to_pixel(made)))
         latents.append(made)
     seconds = (time.perf_counter() - start) / len(requests)
     return torch.cat(clips), torch.cat(latents), seconds
+
+
+def begin_with(image: Tensor) -> Pixels:
+    """An image [3, S, S] in [0, 1] as a request has it."""
+    return Pixels((2.0 * image - 1.0)[:, None])
 
 
 def fingerprint(source: VideoGenerator) -> str:
@@ -164,7 +172,7 @@ def load_models(args: argparse.Namespace, configs: dict[str, Config]) -> dict[st
         role: check_source(config, paths[role], use_ema=True) for role, config in configs.items()
     }
     device = torch.device("cpu")
-    return {role: load_generator(configs[role], sources[role], device) for role in configs}
+    return {role: load_generator(sources[role], device) for role in configs}
 
 
 def measure(

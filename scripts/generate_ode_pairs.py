@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.types import Keyframes, LatentSpec
+from model.types import Keyframes
+from pipeline.generator import VideoGenerator
 from pipeline.teacher import trajectory
 from trainer.config import Config, load
-from trainer.serving import Source, VideoGenerator, check_source, load_generator
-from trainer.starts import pixel_size
+from trainer.serving import Source, check_source, load_generator
 from utils import start
 from utils.claims import Claim
 from utils.cli import (
@@ -92,9 +92,8 @@ class Records:
         return torch.stack([image for image in found if image is not None])
 
 
-def check_images(path: Path, dataset: Dataset, config: Config, latent: LatentSpec) -> None:
-    """Raise ConfigError unless each record has an image of the size of the clips."""
-    size = pixel_size(config, latent)
+def check_images(path: Path, dataset: Dataset, size: tuple[int, int]) -> None:
+    """Raise ConfigError unless each record has an image of `size`, that of the clips."""
     others = [shapes.image for shapes in dataset.buckets if shapes.image != size]
     if others:
         raise ConfigError(
@@ -118,9 +117,11 @@ def plan(
             f"choose a number that times step / 1000 is whole, as 48 for 750, 500, 250"
         )
     dataset = open_dataset(args.caption_path)
-    begin_with_images = source.folder.images is not None
+    begin_with_images = source.model.images is not None
     if begin_with_images:
-        check_images(args.caption_path, dataset, config, source.folder.latent)
+        check_images(
+            args.caption_path, dataset, source.model.latent.pixel_size(*config.latent_shape[2:])
+        )
     count = args.num_pairs or len(dataset)
     records = Records(dataset, count, begin_with_images)
     captions = "\n".join(records.prompts(range(count)))
@@ -219,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except USER_ERRORS as error:
             return fail(error)
         try:
-            generator = load_generator(config, source, session.device)
+            generator = load_generator(source, session.device)
             with session.uneven_work():
                 run(args, config, records, generator, session)
         except USER_ERRORS as error:

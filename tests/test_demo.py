@@ -11,9 +11,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -28,15 +28,24 @@ from werkzeug.serving import make_server
 import demo
 import utils.web.jobs
 from demo import PAGE, About, create_app, make_clip
+from model.types import LatentSpec
+from pipeline.generator import VideoGenerator
+from pipeline.options import schema
+from pipeline.protocol import OnProgress, Progress
+from pipeline.request import Capabilities, Request
+from pipeline.teacher import SamplingConfig
 from trainer.config import load
-from trainer.serving import Request, VideoGenerator, check_source, load_generator
+from trainer.serving import check_source, load_generator
 from utils.seeding import generator
 from utils.web.jobs import JobQueue
 
 ROOT = Path(demo.__file__).resolve().parent
 CONFIG = ROOT / "configs" / "tiny" / "dmd.yaml"
 STEPS, FRAMES = 4, 5
-ABOUT = About("Miniature", STEPS, 2 * STEPS, ["a red circle", "a green bar"])
+STUDENT = Capabilities(LatentSpec(16, 4, 8, (2, 2)), (32, 32), 17, STEPS)
+TEACHER = replace(STUDENT, sampling=SamplingConfig(steps=STEPS))
+EXAMPLES = ["a red circle", "a green bar"]
+ABOUT = About("Miniature", STEPS, 2 * STEPS, EXAMPLES, schema(Request, STUDENT))
 BROWSER = shutil.which("chromium")
 
 
@@ -54,14 +63,18 @@ class Miniature:
     def allow(self, steps: int = 1000) -> None:
         self.allowed.release(steps)
 
-    def clips(self, requests: Sequence[Request], *, on_step: Callable[[int, int], None]) -> Tensor:
+    def clips(self, requests: Sequence[Request], *, on_progress: OnProgress) -> Tensor:
         (request,) = requests
         for step in range(1, STEPS + 1):
             self.allowed.acquire()
             self.steps_of[request.prompt] = step
             if request.prompt == "fail":
                 raise RuntimeError("out of memory\nand much more")
-            on_step(step, STEPS)
+            on_progress(Progress("denoise", step, STEPS))
+        on_progress(Progress("decode", 1, 2))
+        if request.prompt == "slow to decode":
+            self.allowed.acquire()
+        on_progress(Progress("decode", 2, 2))
         rng = generator(request.prompt, request.seed)
         return torch.rand(1, 3, FRAMES, 16, 16, generator=rng)
 
@@ -71,7 +84,7 @@ class Demo:
     """A demo on a miniature, and what tests ask of it."""
 
     miniature: Miniature
-    queue: JobQueue
+    queue: JobQueue[Request]
     client: FlaskClient
     folder: Path
 
@@ -100,7 +113,7 @@ def tried(tmp_path: Path) -> Iterator[Demo]:
     miniature = Miniature()
     work = partial(make_clip, cast(VideoGenerator, miniature), 8.0)
     with closing(JobQueue(work, tmp_path)) as queue:
-        client = create_app(queue, ABOUT).test_client()
+        client = create_app(queue, ABOUT, STUDENT).test_client()
         yield Demo(miniature, queue, client, tmp_path)
         miniature.allow()
 
@@ -130,6 +143,7 @@ def test_status_tells_of_the_model(tried: Demo) -> None:
         "steps": STEPS,
         "network_evaluations": 2 * STEPS,
         "examples": ["a red circle", "a green bar"],
+        "request": schema(Request, STUDENT),
         "queue": 0,
     }
 
@@ -140,6 +154,14 @@ def test_progress_is_told_step_by_step(tried: Demo) -> None:
     for step in range(1, STEPS):
         tried.miniature.allow(1)
         tried.until(job_id, state="running", step=step)
+
+
+def test_decoding_is_a_stage_of_its_own_and_leaves_the_steps_as_they_are(tried: Demo) -> None:
+    job_id = tried.submit("slow to decode")
+    tried.miniature.allow(STEPS)
+    tried.until(job_id, stage="decode", fraction=0.5, step=STEPS, steps=STEPS)
+    tried.miniature.allow()
+    tried.until(job_id, state="done", stage="decode", fraction=1.0, step=STEPS)
 
 
 def test_jobs_wait_in_order_of_arrival(tried: Demo) -> None:
@@ -207,8 +229,10 @@ def test_the_oldest_ended_jobs_are_forgotten_with_their_clips(
     [
         (None, "application/json"),
         ([], "application/json"),
-        ({"prompt": "a"}, '"seed"'),
-        ({"prompt": "a", "seed": 0, "sede": 1}, '"seed"'),
+        ("a red circle", "application/json"),
+        ({}, "prompt: is missing; it says what the clip shows"),
+        ({"prompt": "a", "seed": 0, "sede": 1}, "unknown field 'sede' (did you mean 'seed'?)"),
+        ({"prompt": "a", "steps": 8}, "steps: this model makes clips in the 4 steps of its traini"),
         ({"prompt": " \n", "seed": 0}, "prompt: must be a text that is not empty"),
         ({"prompt": 5, "seed": 0}, "prompt: must be a text"),
         ({"prompt": "a" * 2001, "seed": 0}, "prompt: at most 2000 characters, this one has 2001"),
@@ -217,13 +241,37 @@ def test_the_oldest_ended_jobs_are_forgotten_with_their_clips(
         ({"prompt": "a", "seed": 1.0}, "got 1.0"),
         ({"prompt": "a", "seed": True}, "got True"),
         ({"prompt": "a", "seed": "7"}, "got '7'"),
-        ({"prompt": "a", "seed": None}, "got None"),
+        ({"prompt": "a", "frames": 10**5 + 3}, "the nearest is 100001"),
+        ({"prompt": "a", "size": [30, 32]}, "the nearest is 32x32"),
+        ({"prompt": "a\ud800"}, "prompt: has half a character at 1"),
     ],
 )
 def test_a_bad_request_is_told_what_is_wrong(tried: Demo, body: object, reason: str) -> None:
     reply = tried.client.post("/api/jobs", json=body)
     assert reply.status_code == 400
     assert reason in reply.get_json()["error"]
+
+
+def test_all_that_is_wrong_is_told_at_once(tried: Demo) -> None:
+    body = {"prompt": "", "seed": -1, "frames": 2, "cfg_scale": 3, "sample": "x"}
+    reply = tried.client.post("/api/jobs", json=body)
+    problems = reply.get_json()["problems"]
+    assert [line.partition(":")[0] for line in problems] == [
+        "prompt", "seed", "sample", "frames", "cfg_scale",
+    ]  # fmt: skip
+    assert reply.get_json()["error"] == "\n".join(problems)
+
+
+def test_nested_brackets_without_end_are_refused_as_any_other_body(tried: Demo) -> None:
+    body = '{"prompt": ' + "[" * 30000 + "]" * 30000 + "}"
+    reply = tried.client.post("/api/jobs", data=body, content_type="application/json")
+    assert reply.status_code == 400
+
+
+def test_a_prompt_alone_is_enough_and_its_seed_is_0(tried: Demo) -> None:
+    reply = tried.client.post("/api/jobs", json={"prompt": "a red circle"})
+    assert reply.status_code == 202
+    assert (reply.get_json()["prompt"], reply.get_json()["seed"]) == ("a red circle", 0)
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded"])
@@ -275,15 +323,36 @@ def test_the_page_fetches_nothing_from_outside(tried: Demo) -> None:
 def test_equal_requests_to_a_real_model_give_equal_files(tiny_root: Path, tmp_path: Path) -> None:
     config = load(CONFIG, [f"model_root={tiny_root / 'wan_models'}"])
     folder = tiny_root / "wan_models" / "Wan2.1-T2V-Tiny"
-    model = load_generator(config, check_source(config, folder, use_ema=False), torch.device("cpu"))
+    model = load_generator(check_source(config, folder, use_ema=False), torch.device("cpu"))
     with closing(JobQueue(partial(make_clip, model, 8.0), tmp_path)) as queue:
-        tried = Demo(Miniature(), queue, create_app(queue, ABOUT).test_client(), tmp_path)
+        client = create_app(queue, ABOUT, model.capabilities).test_client()
+        tried = Demo(Miniature(), queue, client, tmp_path)
         jobs = [tried.submit("a red circle", seed) for seed in (1, 2, 1)]
         done = [tried.until(job, state="done") for job in jobs]
     first, other, again = ((tmp_path / f"{job}.mp4").read_bytes() for job in jobs)
     assert [job["steps"] for job in done] == [4, 4, 4]
     assert first == again
     assert first != other
+
+
+def test_a_many_step_model_takes_what_a_request_asks_for(tiny_root: Path, tmp_path: Path) -> None:
+    config = load(ROOT / "configs" / "tiny" / "diffusion.yaml", [
+        f"model_root={tiny_root / 'wan_models'}", "sampling.steps=2",
+    ])  # fmt: skip
+    folder = tiny_root / "wan_models" / "Wan2.1-T2V-Tiny"
+    model = load_generator(check_source(config, folder, use_ema=False), torch.device("cpu"))
+    wanted = {
+        "prompt": "a red circle", "negative_prompt": "a green bar", "size": [48, 32], "frames": 9,
+        "steps": 3, "cfg_scale": 4.0,
+    }  # fmt: skip
+    with closing(JobQueue(partial(make_clip, model, 8.0), tmp_path)) as queue:
+        client = create_app(queue, ABOUT, model.capabilities).test_client()
+        tried = Demo(Miniature(), queue, client, tmp_path)
+        job_id = client.post("/api/jobs", json=wanted).get_json()["id"]
+        done = tried.until(job_id, state="done")
+    assert done["request"] == {**wanted, "seed": 0, "sample": 0}
+    assert done["steps"] == 3
+    assert iio.imread(tmp_path / f"{job_id}.mp4").shape == (9, 384, 256, 3)
 
 
 def arguments(tiny_root: Path, *more: str) -> list[str]:
@@ -352,7 +421,7 @@ SIZED = re.compile(r"seed 3 \S+ 4 steps \S+ \d+\.\d s \S+ 256(\xa0|&nbsp;)\S+(\x
 @pytest.mark.skipif(BROWSER is None, reason="no `chromium` on the PATH to show the page in")
 def test_a_link_with_go_makes_its_clip_in_a_browser(tried: Demo, tmp_path: Path) -> None:
     tried.miniature.allow()
-    server = make_server("127.0.0.1", 0, create_app(tried.queue, ABOUT), threaded=True)
+    server = make_server("127.0.0.1", 0, create_app(tried.queue, ABOUT, STUDENT), threaded=True)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:

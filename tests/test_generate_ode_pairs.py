@@ -98,7 +98,7 @@ def test_states_lie_at_the_listed_noise_levels_of_a_guided_euler_path(
 ) -> None:
     config = load(world.config)
     source = check_source(config, world.weights, use_ema=False)
-    model = load_generator(config, source, CPU)
+    model = load_generator(source, CPU)
     text = model.encoder.encode(PROMPTS[:1])
     negative = model.encoder.unconditional(text)
     x = sample_rng(0, "ode pairs", [0], CPU).randn((16, 5, 4, 4))

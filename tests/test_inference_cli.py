@@ -20,13 +20,14 @@ from torch import Tensor
 import convert_checkpoint
 import inference
 from model.wan.config import WanConfig
+from pipeline.request import Request
 from tests.commands import no_weights, own_logging, refusal
 from tests.conftest import build_wan
 from tests.ranks import run_on_ranks
 from tests.runs import read_state, run, step_folder, write_config
 from tests.videos import make_long_video
 from trainer.config import load
-from trainer.serving import Request, check_source, load_generator
+from trainer.serving import check_source, load_generator
 from utils.files import replaced_atomically
 from utils.media.video import save_mp4
 from utils.weights import write_weights
@@ -94,7 +95,7 @@ def infer(line: list[str]) -> tuple[int, list[str]]:
 def planned(student: Student, output: Path, *more: str) -> list[inference.Job]:
     """The jobs of a command line, without making them."""
     args = inference.parser().parse_intermixed_args(student.words(output, *more))
-    return inference.plan(args, load(student.config))
+    return inference.prepare(args).jobs
 
 
 def test_one_playable_clip_per_prompt_is_written_under_its_words(student: Student) -> None:
@@ -166,7 +167,7 @@ def latents(student: Student, weights: Path, *, use_ema: bool = False) -> Tensor
     """What inference samples for one request, before decoding rounds it to bytes."""
     cpu = torch.device("cpu")
     config = load(student.config)
-    model = load_generator(config, check_source(config, weights, use_ema=use_ema), cpu)
+    model = load_generator(check_source(config, weights, use_ema=use_ema), cpu)
     return model.latents([Request(PROMPTS[0], seed=0)])
 
 
@@ -492,7 +493,7 @@ def test_a_prompt_longer_than_the_encoder_reads_is_cut_with_a_warning(
         (("--num_samples", "-1"), "--num_samples: must be at least 1, got -1"),
         (("--batch_size", "0"), "--batch_size: must be at least 1, got 0"),
         (("--num_output_frames", "0"), "--num_output_frames: must be at least 1, got 0"),
-        (("--fps", "0"), "--fps: must be positive, got 0.0"),
+        (("--fps", "0"), "--fps: must be a number from 0.1 to 240, got 0.0"),
         (
             ("--data_path", "nowhere"),
             "nowhere: no such data; give a .txt file with one prompt per line, a folder of .txt "

@@ -151,7 +151,7 @@ def test_clips_may_take_the_aspect_ratio_of_their_images(world: World, tmp_path:
 def test_only_clips_of_one_size_share_a_batch(world: World, tmp_path: Path) -> None:
     line = world.words(tmp_path, "--image_size", "aspect", "--num_samples", "3")
     args = inference.parser().parse_intermixed_args(line)
-    jobs = inference.plan(args, inference.load(world.config))
+    jobs = inference.prepare(args).jobs
     cut = [[job.item.name for job in batch] for batch in inference.batches(jobs, 2)]
     assert cut == [["boat", "boat"], ["boat", "cat"], ["cat", "cat"], ["dog", "dog"], ["dog"]]
 
@@ -163,7 +163,7 @@ def test_extended_prompts_of_pairs_go_by_file_name(world: World, tmp_path: Path)
         path.write_text(f"{CAPTIONS['cat']} {stem}", encoding="utf-8")
     line = world.words(tmp_path, "--extended_prompt_path", str(tmp_path / "longer"))
     args = inference.parser().parse_intermixed_args(line)
-    jobs = inference.plan(args, inference.load(world.config))
+    jobs = inference.prepare(args).jobs
     assert [(job.item.title, job.request.prompt) for job in jobs] == [
         (caption, f"{CAPTIONS['cat']} {stem}") for stem, caption in CAPTIONS.items()
     ]

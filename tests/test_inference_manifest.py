@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import inference
-from scripts.make_tiny_world import NAME
+from scripts.make_tiny_world import IMAGE_NAME, NAME
 from tests.commands import no_weights, own_logging, refusal
 from tests.ranks import run_on_ranks
 from tests.runs import write_config
@@ -238,7 +238,7 @@ def vbench(world: World, output: Path, *more: str) -> dict[str, int]:
     """How many clips of each prompt are planned."""
     line = world.words(output, "--vbench", *more)
     args = inference.parser().parse_intermixed_args(line)
-    jobs = inference.plan(args, inference.load(world.config))
+    jobs = inference.prepare(args).jobs
     assert all(job.file.parent == output / "videos" for job in jobs)
     count: dict[str, int] = {}
     for job in jobs:
@@ -325,5 +325,7 @@ def test_images_that_are_named_by_their_prompts_are_read_for_vbench(
     import numpy as np
 
     iio.imwrite(tmp_path / f"{PROMPTS[0]}.jpg", np.zeros((32, 32, 3), dtype=np.uint8))
-    more = ("--i2v", "--data_path", str(tmp_path))
+    model = world.weights.parent / IMAGE_NAME
+    more = ("--i2v", "--data_path", str(tmp_path), "--checkpoint_path", str(model))
+    more = (*more, f"generator.model={IMAGE_NAME}")
     assert vbench(world, tmp_path / "out", *more) == {PROMPTS[0]: 5}

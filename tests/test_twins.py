@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor
 
 from model.families.wan21.folder import ModelFolder
-from model.types import Keyframes
+from pipeline.request import Pixels, Request
 from tests.folders import make_diffusers, make_official
 from trainer.config import load
-from trainer.serving import Request, check_source, load_generator
+from trainer.serving import check_source, load_generator
 
 REQUESTS = [Request("a red dog runs on the beach", 3), Request("slowly the camera turns", 4)]
 CONFIG = """
@@ -26,17 +27,19 @@ batch_size: 1
 """
 
 
-def made_by(folder: ModelFolder, keyframes: Keyframes | None, scratch: Path) -> tuple[Tensor, ...]:
-    """Latents and clips of REQUESTS."""
+def made_by(folder: ModelFolder, images: list[Tensor | None], scratch: Path) -> tuple[Tensor, ...]:
+    """Latents and clips of REQUESTS; images: [B, 3, H, W], the first and last ones, if any."""
     path = scratch / "config.yaml"
     path.write_text(CONFIG.format(model=folder.path), encoding="utf-8")
     config = load(path)
     source = check_source(config, folder.path, use_ema=False)
-    generator = load_generator(config, source, torch.device("cpu"))
-    return (
-        generator.latents(REQUESTS, keyframes=keyframes),
-        generator.clips(REQUESTS, keyframes=keyframes),
-    )
+    generator = load_generator(source, torch.device("cpu"))
+    first, last = ([None if x is None else Pixels(x[i][:, None]) for i in range(2)] for x in images)
+    requests = [
+        replace(request, first_image=first[i], last_image=last[i])
+        for i, request in enumerate(REQUESTS)
+    ]
+    return generator.latents(requests), generator.clips(requests)
 
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v", "flf2v"])
@@ -46,10 +49,10 @@ def test_the_twin_of_a_release_makes_the_same_latents_and_videos(kind: str, tmp_
     assert official.config == official.path / "config.json"
     assert twin.config == twin.path / "transformer" / "config.json"
     images = torch.rand(2, 2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
-    keyframes = {
-        "t2v": None,
-        "i2v": Keyframes(images[0]),
-        "flf2v": Keyframes(images[0], images[1]),
+    keyframes: list[Tensor | None] = {
+        "t2v": [None, None],
+        "i2v": [images[0], None],
+        "flf2v": [images[0], images[1]],
     }[kind]
     latents, clips = made_by(official, keyframes, tmp_path)
     assert latents.std() > 0.3
@@ -62,5 +65,5 @@ def test_the_twin_of_a_release_makes_the_same_latents_and_videos(kind: str, tmp_
 
 def test_another_seed_of_the_release_makes_other_videos(tmp_path: Path) -> None:
     folders = [make_official(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
-    one, other = (made_by(folder, None, tmp_path)[1] for folder in folders)
+    one, other = (made_by(folder, [None, None], tmp_path)[1] for folder in folders)
     assert (one - other).abs().mean() > 0.05

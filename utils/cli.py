@@ -7,6 +7,8 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from utils.config import ConfigError
 from utils.distributed import Launch
@@ -18,9 +20,17 @@ STOPPED = "stopped; run the same command again to continue"
 USER_ERRORS = (UserError, OSError, RuntimeError)
 
 
+class CommandParser(argparse.ArgumentParser):
+    """A command line whose errors are one line each, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the words and where help is; exit status 2."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
 def command_parser(description: str | None) -> argparse.ArgumentParser:
     """A command line to which a command adds its own flags."""
-    result = argparse.ArgumentParser(description=description)
+    result = CommandParser(description=description)
     result.add_argument("--version", action="version", version=f"Fewstep {VERSION}")
     return result
 
@@ -87,3 +97,10 @@ def check_at_least(args: argparse.Namespace, **least: int) -> None:
     ]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def path_word(word: str) -> Path:
+    """A word of the command line as a path. An empty one, as of an unset variable, is none."""
+    if not word:
+        raise argparse.ArgumentTypeError("must be a path, got an empty word")
+    return Path(word)

@@ -6,6 +6,7 @@ const RETRY_MS = 2000; // while the server is away, or the page is hidden
 const SEGMENTS = 16; // more steps than this make a plain bar
 const CRISP_BELOW = 400; // narrower clips are enlarged, so their pixels are shown as squares
 const STORE = "fewstep-jobs";
+const PLAIN = ["prompt", "seed", "sample"]; // fields with a place of their own, or with none
 const TERMINAL = ["done", "failed", "cancelled"];
 const stillness = matchMedia("(prefers-reduced-motion: reduce)");
 
@@ -16,6 +17,7 @@ const finished = (job) => TERMINAL.includes(job.state);
 
 const jobs = new Map(); // this session's, oldest first
 const cards = new Map(); // job id -> list item
+const fields = new Map(); // name of any other field that this model takes -> { input, schema }
 let shown = null; // id of the job on the stage
 
 // A JSON reply, or an Error whose message may be shown and whose `status` is 0 if nobody answered.
@@ -33,22 +35,28 @@ async function call(path, options = {}) {
 }
 
 function complain(text) {
-  const field = /^seed/.test(text) ? "seed" : /^prompt/.test(text) ? "prompt" : null;
+  const named = text.split("\n").map((line) => line.split(":")[0]);
+  const inputs = { prompt: $("prompt"), seed: $("seed") };
+  for (const [name, { input }] of fields) inputs[name] = input;
   $("problem").textContent = text;
-  for (const id of ["prompt", "seed"]) $(id).setAttribute("aria-invalid", String(id === field));
-  if (field) $(field).focus();
+  for (const [name, input] of Object.entries(inputs)) {
+    input.setAttribute("aria-invalid", String(named.includes(name)));
+  }
+  const first = inputs[named.find((name) => name in inputs)];
+  if (first?.closest("details")) first.closest("details").open = true;
+  first?.focus();
 }
 
-async function submit(prompt, seed) {
+async function submit(wanted) {
   complain("");
   $("generate").disabled = true; // one click, one clip
   try {
     const job = await call("api/jobs", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ prompt, seed }),
+      body: JSON.stringify(wanted),
     });
-    history.replaceState(null, "", `?${new URLSearchParams({ prompt, seed })}`);
+    history.replaceState(null, "", `?${new URLSearchParams(asWords(wanted))}`);
     put(job);
     remember();
     show(job.id);
@@ -107,6 +115,9 @@ function headline(job) {
     return job.position ? `Waiting for ${job.position} other${job.position > 1 ? "s" : ""}` : "Next";
   }
   if (!job.step) return "Starting";
+  if (job.stage === "decode" && job.fraction < 1) {
+    return `Decoding \u00b7 ${Math.round(100 * job.fraction)} %`;
+  }
   if (job.step === job.steps) return "Making the video file";
   return `Step ${job.step} of ${job.steps} \u00b7 ${job.seconds.toFixed(1)} s`;
 }
@@ -214,6 +225,54 @@ function randomSeed() {
   return crypto.getRandomValues(new Uint32Array(1))[0];
 }
 
+// What the form asks for. An empty field is the model's own value, and is not sent.
+function wanted() {
+  const body = { prompt: $("prompt").value, seed: seedValue() };
+  for (const [name, { input, schema }] of fields) {
+    if (input.value !== "") body[name] = fieldValue(input.value, schema);
+  }
+  return body;
+}
+
+// What is not of the field's type goes to the server as it is, which says so.
+function fieldValue(text, { type }) {
+  const size = /^\s*(\d+)\s*[x*\u00d7]\s*(\d+)\s*$/.exec(text);
+  if (type === "array") return size ? [Number(size[1]), Number(size[2])] : text;
+  if (type === "string" || Number.isNaN(Number(text))) return text;
+  return Number(text);
+}
+
+function asWords(body) {
+  const words = Object.entries(body).map(([name, value]) => [name, word(value)]);
+  return Object.fromEntries(words);
+}
+
+function word(value) {
+  return Array.isArray(value) ? value.join("x") : String(value);
+}
+
+// An input for each field that this model takes beside prompt and seed.
+function makeFields({ properties }) {
+  for (const [name, schema] of Object.entries(properties)) {
+    if (PLAIN.includes(name)) continue;
+    const id = `field-${name}`;
+    const label = element("label", { htmlFor: id, textContent: name.replaceAll("_", " ") });
+    const usual = "default" in schema ? word(schema.default) : "";
+    const input = element("input", { id, placeholder: usual, title: schema.description });
+    label.title = schema.description;
+    $("fields").append(label, input);
+    fields.set(name, { input, schema });
+  }
+  $("options").hidden = !fields.size;
+}
+
+function fill(words) {
+  for (const [name, { input }] of fields) {
+    input.value = words[name] ?? "";
+    if (input.value) $("options").open = true;
+  }
+}
+
 // The seed field as a number; what is no number goes to the server as it is, which says so.
 function seedValue() {
   const { valueAsNumber } = $("seed");
@@ -264,7 +323,7 @@ function describe(status) {
 function listen() {
   $("form").addEventListener("submit", (event) => {
     event.preventDefault();
-    submit($("prompt").value, seedValue());
+    submit(wanted());
   });
   $("prompt").addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
@@ -275,7 +334,9 @@ function listen() {
     $("seed").value = randomSeed();
   });
   $("again").addEventListener("click", () => {
-    $("prompt").value = jobs.get(shown).prompt;
+    const { request } = jobs.get(shown);
+    $("prompt").value = request.prompt;
+    fill(asWords(request));
     $("seed").value = randomSeed();
     $("form").requestSubmit();
   });
@@ -299,7 +360,10 @@ async function start() {
   $("prompt").value = link.get("prompt") ?? "";
   $("seed").value = link.get("seed") ?? $("seed").value;
   try {
-    describe(await call("api/status"));
+    const status = await call("api/status");
+    makeFields(status.request);
+    fill(Object.fromEntries(link));
+    describe(status);
     await recall();
   } catch (error) {
     complain(error.message);
