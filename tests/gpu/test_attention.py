@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.wan.attention import attend, attend_blocks
+from model.wan.attention import attend, attend_blocks, device_mask
 from model.wan.masks import FrameMask, block_causal, teacher_forcing
 from tests.devices import CUDA, difference, every_device, working_on
 
@@ -35,9 +35,10 @@ def test_masked_attention_has_values_and_gradients_of_a_loop_over_blocks(
     mask = MASKS[name]
     torch._dynamo.reset()  # past eight compilations it would give up and run the kernel eagerly
     with working_on(device):
+        served = device_mask(mask, per_frame, device)
         found, expected = [], []
         for kernel, results in (
-            (lambda q, k, v: attend(q, k, v, mask=mask), found),
+            (lambda q, k, v: attend(q, k, v, mask=served), found),
             (lambda q, k, v: attend_blocks(q, k, v, mask), expected),
         ):
             x = inputs(mask, per_frame, dtype, device)
@@ -54,9 +55,10 @@ def test_compiled_attention_makes_no_tensor_of_all_pairs() -> None:
     pairs = 2 * 2 * (mask.frames * per_frame) ** 2 * 2  # batch, heads, bytes
     with working_on(CUDA):
         x = inputs(mask, per_frame, torch.bfloat16, CUDA)
+        served = device_mask(mask, per_frame, CUDA)
         for _ in range(2):  # compiled in the first
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            attend(*x, mask=mask).float().sum().backward()
+            attend(*x, mask=served).float().sum().backward()
             used = torch.cuda.max_memory_allocated() - before
     assert used < pairs / 4
