@@ -39,7 +39,7 @@ class DiscriminatorConfig(OptimizerConfig):
 class AdversarialConfig:
     """How real and generated samples are told apart."""
 
-    relativistic: bool = False  # judge the difference of a real and a fake logit (arXiv:1807.00734)
+    relativistic: bool = False  # score the difference of a real and a fake logit (arXiv:1807.00734)
     r1_weight: float = 0.0  # approximate gradient penalty on real samples (APT, arXiv:2501.08316)
     r2_weight: float = 0.0  # the same on generated ones
     r1_sigma: float = 0.01  # size of the perturbation, on noisy latents
@@ -56,15 +56,15 @@ class AdversarialConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class Judgement:
-    """What a discriminator says of noisy samples."""
+class DiscriminatorOutput:
+    """A discriminator on noisy samples."""
 
     logits: Tensor  # [B], positive = real
     mean_weight: Tensor  # [B] running mean of f-divergence weights at the sample's noise level
 
 
 class DiscriminatorHeads(nn.Module):
-    """One learnt query per tapped layer, and a logit from all of them together."""
+    """One learned query per tapped layer, and a logit from all of them together."""
 
     blocks: nn.ModuleList
 
@@ -83,7 +83,7 @@ class DiscriminatorHeads(nn.Module):
         self.mean_weight_scale = MEAN_STEP / config.lr
 
     def forward(self, tokens: Sequence[Tensor], sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens: [B, N, D] per tapped layer; sigma: [B, 1]. Returns both fields of Judgement."""
+        """tokens: [B, N, D] per tapped layer; sigma: [B, 1]. Returns logits, mean weights: [B]."""
         pairs = zip(self.blocks, tokens, strict=True)
         read = torch.cat([head(states.float()) for head, states in pairs], dim=-1)
         logits = self.logit(F.silu(self.hidden(self.norm(read))))[:, 0]
@@ -104,7 +104,7 @@ def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> T
 
 
 class Head(nn.Module):
-    """A learnt query reads all tokens of one layer; fp32."""
+    """A learned query reads all tokens of one layer; fp32."""
 
     def __init__(self, width: int, hidden: int, heads: int, eps: float) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def tapped_layers(features: FeatureSpec, config: DiscriminatorConfig) -> list[in
 
 
 class Discriminator(nn.Module):
-    """The heads as a role: judges samples by the features of a network that it is handed."""
+    """The heads as a role: they read the features of a network that is handed to them."""
 
     model: DiscriminatorHeads
 
@@ -155,14 +155,14 @@ class Discriminator(nn.Module):
 
     def forward(
         self, net: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioning
-    ) -> Judgement:
+    ) -> DiscriminatorOutput:
         """x: [B, C, F, H, W] at noise level sigma [B, 1]; gradients pass through `net` to x."""
         taps = Taps(self.model.layers)
         output = net(x, sigma, conditioning, context=Context(taps=taps)).velocity
         logits, mean_weight = self.model(taps.tokens, sigma)
         # FSDP2 gathers a network's outer weights for the backward pass when a gradient reaches its
         # own output; with one at the taps alone it would find them released.
-        return Judgement(logits + 0.0 * output.mean(dim=(1, 2, 3, 4)), mean_weight)
+        return DiscriminatorOutput(logits + 0.0 * output.mean(dim=(1, 2, 3, 4)), mean_weight)
 
 
 def adversarial_loss(fake: Tensor, real: Tensor | None) -> Tensor:
@@ -188,11 +188,11 @@ class Pair:
 
 
 @dataclass(frozen=True, eq=False)
-class Verdict:
-    """What discriminating a pair gave."""
+class DiscriminatorLoss:
+    """The discriminator's loss on a pair, and what it gave for the generated half."""
 
     loss: Tensor
-    fake: Judgement
+    fake: DiscriminatorOutput
     metrics: dict[str, Tensor]
 
 
@@ -202,7 +202,7 @@ def discriminate(
     pair: Pair,
     config: AdversarialConfig,
     rng: SampleRNG,
-) -> Verdict:
+) -> DiscriminatorLoss:
     """The discriminator's loss on a pair: one network pass for both, one more with penalties."""
     both = _on_both(discriminator, net, pair, pair.real, pair.fake)
     real, fake = both.logits.chunk(2)
@@ -225,12 +225,12 @@ def discriminate(
         r2 = (steps[1] / config.r2_sigma).square().mean()
         loss = loss + 0.5 * (config.r1_weight * r1 + config.r2_weight * r2)
         metrics |= {"r1": r1.detach(), "r2": r2.detach()}
-    return Verdict(loss, Judgement(fake, both.mean_weight.chunk(2)[1]), metrics)
+    return DiscriminatorLoss(loss, DiscriminatorOutput(fake, both.mean_weight.chunk(2)[1]), metrics)
 
 
 def _on_both(
     discriminator: Discriminator, net: Denoiser, pair: Pair, real: Tensor, fake: Tensor
-) -> Judgement:
+) -> DiscriminatorOutput:
     twice = concatenate(pair.conditioning, pair.conditioning)
     sigma = torch.cat([pair.sigma, pair.sigma])
     judgement: Judgement = discriminator(net, torch.cat([real, fake]), sigma, twice)

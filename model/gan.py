@@ -97,7 +97,7 @@ class GAN(Method):
             sigma,
             batch.conditioning,
         )
-        verdict = discriminate(
+        found = discriminate(
             self.discriminator, self.backbone, pair, self.config.adversarial, rng.samples
         )
-        return LossOutput(verdict.loss, verdict.metrics)
+        return LossOutput(found.loss, found.metrics)

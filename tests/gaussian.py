@@ -174,7 +174,7 @@ class Normals:
 
     means: Tensor  # [K, D]
     covariances: Tensor  # [K, D, D]
-    weights: Tensor | None = None  # [K]; None = all alike
+    weights: Tensor | None = None  # [K]; None = equal
 
     def __call__(
         self,
@@ -274,8 +274,8 @@ class AffineMaps(nn.Module):
         mean, covariance = torch.zeros_like(self.b[0]), torch.eye(len(self.b[0]))
         means, covariances = [], []
         for sigma, a, b in zip(self.sigmas, self.a, self.b, strict=True):
-            seen = (1.0 - sigma) ** 2 * covariance + sigma**2 * torch.eye(len(b))
-            mean, covariance = a @ ((1.0 - sigma) * mean) + b, a @ seen @ a.T
+            noised = (1.0 - sigma) ** 2 * covariance + sigma**2 * torch.eye(len(b))
+            mean, covariance = a @ ((1.0 - sigma) * mean) + b, a @ noised @ a.T
             means.append(mean)
             covariances.append(covariance)
         return Normals(torch.stack(means), torch.stack(covariances))
@@ -285,9 +285,9 @@ class AffineMaps(nn.Module):
         """What it makes of one normal distribution's noised samples, pooled over noise levels."""
         means, covariances = [], []
         for sigma, a, b in zip(self.sigmas, self.a, self.b, strict=True):
-            seen = (1.0 - sigma) ** 2 * data.covariances[0] + sigma**2 * torch.eye(len(b))
+            noised = (1.0 - sigma) ** 2 * data.covariances[0] + sigma**2 * torch.eye(len(b))
             means.append(a @ ((1.0 - sigma) * data.means[0]) + b)
-            covariances.append(a @ seen @ a.T)
+            covariances.append(a @ noised @ a.T)
         return Normals(torch.stack(means), torch.stack(covariances))
 
 
@@ -340,8 +340,8 @@ class Samples(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
-    """What `Method.generator_loss` judges samples at, in float64: the same draws, once more."""
+class NoiseDraw:
+    """The level and the noise that a generator's loss draws for its samples, in float64."""
 
     sigma: Tensor  # [B, 1]
     noise: Tensor  # [B, C, F, H, W]
@@ -352,18 +352,18 @@ class Judged:
         return ((1.0 - level) * x0.double() + level * self.noise).flatten(1)
 
 
-def judged(config: AlternatingConfig, rng: StepRNG, shape: Sequence[int]) -> Judged:
+def drawn_noise(config: AlternatingConfig, rng: StepRNG, shape: Sequence[int]) -> NoiseDraw:
     """The level u k / (1 + (k - 1) u), cut to its bounds, of a uniform u; then the noise."""
     uniform, k = rng.samples.rand((1,)).double(), config.timestep_shift
     sigma = (k * uniform / (1.0 + (k - 1.0) * uniform)).clamp(config.min_sigma, config.max_sigma)
-    return Judged(sigma, rng.samples.randn(shape).double())
+    return NoiseDraw(sigma, rng.samples.randn(shape).double())
 
 
 def gain(data: Normals, sigma: Tensor) -> Tensor:
     """G of one normal distribution's E[x0 | x] = m + G (x - (1 - sigma) m): [B, D, D], float64."""
     level, covariance = sigma[:, :, None].double(), data.covariances[0].double()
-    seen = (1.0 - level) ** 2 * covariance + level**2 * torch.eye(len(covariance))
-    return (1.0 - level) * torch.linalg.solve(seen, covariance.expand_as(seen), left=False)
+    noised = (1.0 - level) ** 2 * covariance + level**2 * torch.eye(len(covariance))
+    return (1.0 - level) * torch.linalg.solve(noised, covariance.expand_as(noised), left=False)
 
 
 def expected_x0(data: Normals, x: Tensor, sigma: Tensor, mean: float = 0.0) -> Tensor:

@@ -27,7 +27,6 @@ from trainer.config import (
     method_class,
     method_name,
     method_needs,
-    role_model,
 )
 from trainer.registry import TRAINERS
 from utils.data.dataset import open_dataset
@@ -152,12 +151,11 @@ def test_the_configuration_to_begin_with_needs_nothing_but_prompts() -> None:
     needs = method_needs(config)
     assert (method_name(config), config.generator_type) == ("dmd", "bidirectional")
     assert not (needs.latents or needs.trajectories)
-    models = {role: role_model(config, role) for role in needs.networks}
-    assert set(models.values()) == {"Wan2.1-T2V-1.3B"}
+    roles = (config.generator, config.critic, config.teacher)
+    assert [role.model for role in roles] == ["Wan2.1-T2V-1.3B"] * 3
     larger = load(CONFIGS / "dmd.yaml", ["teacher.model=Wan2.1-T2V-14B"])
-    assert {**models, "teacher": "Wan2.1-T2V-14B"} == {
-        role: role_model(larger, role) for role in needs.networks
-    }
+    assert (larger.generator, larger.critic) == (config.generator, config.critic)
+    assert larger.teacher.model == "Wan2.1-T2V-14B"
 
 
 def shrunk(config: Config, root: Path) -> list[str]:

@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.base import Comparison, Effect, MethodConfig, Needs, NoisedSample, Option, Parts
-from model.discriminator import AdversarialConfig, Judgement, Pair, adversarial_loss, discriminate
+from model.discriminator import (
+    AdversarialConfig,
+    DiscriminatorOutput,
+    Pair,
+    adversarial_loss,
+    discriminate,
+)
 from model.flow import add_noise
 from model.options.f_divergence import MIN_MEAN_WEIGHT, Divergence, divergence_weight
 from model.types import Batch, LossOutput
@@ -94,7 +100,7 @@ class AdversarialOption(Option):
         term = adversarial_loss(fake.logits, real)
         return Effect(adjust, LossOutput(gan_weight * term, {"adversarial": term.detach()}))
 
-    def weight(self, fake: Judgement) -> Tensor:
+    def weight(self, fake: DiscriminatorOutput) -> Tensor:
         """h of generated samples, [B]."""
         return divergence_weight(self.config.divergence, fake.logits.detach())
 
@@ -111,8 +117,8 @@ class AdversarialOption(Option):
         assert batch.x0 is not None, "the discriminator needs real latents"
         real = add_noise(batch.x0, fake.noise, fake.sigma)
         pair = Pair(real, fake.x, fake.sigma, batch.conditioning)
-        verdict = discriminate(
+        found = discriminate(
             self.discriminator, self.teacher, pair, self.config.adversarial, rng.samples
         )
-        yield LossOutput(verdict.loss, verdict.metrics)
-        yield LossOutput(F.mse_loss(verdict.fake.mean_weight, self.weight(verdict.fake)))
+        yield LossOutput(found.loss, found.metrics)
+        yield LossOutput(F.mse_loss(found.fake.mean_weight, self.weight(found.fake)))

@@ -12,7 +12,7 @@ from model.causvid import CausVid, CausVidConfig
 from model.flow import step_sigmas
 from model.types import FULL_ATTENTION, Batch, Conditioning, Context, Prediction
 from pipeline.data import DataRollout
-from tests.gaussian import correlated, expected_x0, fast_streams, judged, saying
+from tests.gaussian import correlated, drawn_noise, expected_x0, fast_streams, saying
 
 SHAPE, ELEMENTS, SIZE = (1, 6, 1, 2), 12, 5  # [C, F, H, W]
 SIGMAS = step_sigmas([1000, 750, 500], 5.0)
@@ -60,7 +60,7 @@ def test_the_generators_gradient_is_the_written_one(layout: CausalLayout | None)
     level = level[:, None, :, None, None]
     noisy = (1.0 - level) * real().double() + level * rng.samples.randn(SHAPE).double()
     x0 = net.a.detach().double() * noisy + net.b.detach().double() * level
-    at = judged(config, rng, SHAPE)
+    at = drawn_noise(config, rng, SHAPE)
     teacher, critic = (expected_x0(d, at.noised(x0), at.sigma) for d in (TEACHER, CRITIC))
     size = (x0.flatten(1) - teacher).abs().mean(1, keepdim=True)
     gradient = ((critic - teacher) / size / x0.numel()).view_as(x0)
@@ -85,7 +85,7 @@ def test_the_critic_learns_the_velocity_of_noised_predictions() -> None:
     loss = method.critic_loss(batch, fast_streams(SIZE, "critic")).loss
     rng = fast_streams(SIZE, "critic")
     x0 = rollout(net, batch, rng, grad=False).x0.double()
-    at = judged(config, rng, SHAPE)
+    at = drawn_noise(config, rng, SHAPE)
     guess = (at.noised(x0) - expected_x0(CRITIC, at.noised(x0), at.sigma)) / at.sigma
     expected = (guess - (at.noise - x0).flatten(1)).square().mean()
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)

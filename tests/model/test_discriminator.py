@@ -16,9 +16,9 @@ from model.discriminator import (
     Discriminator,
     DiscriminatorConfig,
     DiscriminatorHeads,
-    Judgement,
+    DiscriminatorLoss,
+    DiscriminatorOutput,
     Pair,
-    Verdict,
     adversarial_loss,
     discriminate,
     discrimination_loss,
@@ -76,9 +76,9 @@ def test_heads_fit_a_network_of_any_width_and_depth(
     tiny_wan: WanFactory, tiny_config: WanConfig, dim: int, num_heads: int, num_layers: int
 ) -> None:
     config = replace(tiny_config, dim=dim, num_heads=num_heads, num_layers=num_layers)
-    judgement = judge(tiny_wan(config), config)
-    assert judgement.logits.shape == (3,)
-    assert judgement.mean_weight.tolist() == [1.0, 1.0, 1.0]
+    output = output_of(tiny_wan(config), config)
+    assert output.logits.shape == (3,)
+    assert output.mean_weight.tolist() == [1.0, 1.0, 1.0]
 
 
 def test_heads_for_the_largest_preset_are_as_wide_as_it() -> None:
@@ -89,7 +89,9 @@ def test_heads_for_the_largest_preset_are_as_wide_as_it() -> None:
     assert heads.blocks[0].ffn[0].out_features == 4 * 5120  # type: ignore[union-attr, index]
 
 
-def judge(model: WanTransformer, config: WanConfig, x: Tensor | None = None) -> Judgement:
+def output_of(
+    model: WanTransformer, config: WanConfig, x: Tensor | None = None
+) -> DiscriminatorOutput:
     heads = DiscriminatorHeads(features_of(config), DiscriminatorConfig())
     torch.manual_seed(0)
     for p in heads.parameters():
@@ -104,7 +106,7 @@ def test_gradients_pass_through_the_network_to_the_samples(
     tiny_wan: WanFactory, tiny_config: WanConfig
 ) -> None:
     x = random(3, 16, 2, 4, 4).requires_grad_()
-    judge(tiny_wan(), tiny_config, x).logits.sum().backward()
+    output_of(tiny_wan(), tiny_config, x).logits.sum().backward()
     assert x.grad is not None
     assert x.grad.abs().amax(dim=(1, 2, 3, 4)).min() > 0.0
 
@@ -158,9 +160,9 @@ class Toy:
 
     def __call__(
         self, net: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioning
-    ) -> Judgement:
+    ) -> DiscriminatorOutput:
         del net, conditioning
-        return Judgement(self.logit(x.flatten(1)), torch.ones(len(sigma)))
+        return DiscriminatorOutput(self.logit(x.flatten(1)), torch.ones(len(sigma)))
 
 
 def linear(x: Tensor) -> Tensor:
@@ -171,7 +173,9 @@ def curved(x: Tensor) -> Tensor:
     return (x * DIRECTION).sin().sum(1)
 
 
-def verdict(logit: Callable[[Tensor], Tensor], config: AdversarialConfig) -> Verdict:
+def discriminated(
+    logit: Callable[[Tensor], Tensor], config: AdversarialConfig
+) -> DiscriminatorLoss:
     pair = Pair(
         random(SIZE, *SHAPE), 1.0 + random(SIZE, *SHAPE, seed=1), torch.ones(SIZE, 1),
         saying(0.0, SIZE),
@@ -184,7 +188,7 @@ def verdict(logit: Callable[[Tensor], Tensor], config: AdversarialConfig) -> Ver
 def test_of_a_linear_logit_the_penalties_are_the_squared_slope(sigma: float) -> None:
     """In expectation over 20 000 draws, to 3 %, at any size of the step."""
     config = AdversarialConfig(r1_weight=1.0, r2_weight=1.0, r1_sigma=sigma, r2_sigma=sigma)
-    metrics = verdict(linear, config).metrics
+    metrics = discriminated(linear, config).metrics
     slope = float(DIRECTION.square().sum())
     assert float(metrics["r1"]) == pytest.approx(slope, rel=0.03)
     assert float(metrics["r2"]) == pytest.approx(slope, rel=0.03)
@@ -196,7 +200,7 @@ def test_of_a_curved_logit_they_converge_to_the_gradient_penalty(name: str, offs
     x = (offset + random(SIZE, *SHAPE, seed=int(offset))).flatten(1)
     exact = float(((x * DIRECTION).cos() * DIRECTION).square().sum(1).mean())
     near, far = (
-        float(verdict(curved, AdversarialConfig(False, 1.0, 1.0, s, s)).metrics[name])
+        float(discriminated(curved, AdversarialConfig(False, 1.0, 1.0, s, s)).metrics[name])
         for s in (0.01, 2.0)
     )
     assert near == pytest.approx(exact, rel=0.03)
@@ -204,20 +208,20 @@ def test_of_a_curved_logit_they_converge_to_the_gradient_penalty(name: str, offs
 
 
 def test_the_loss_adds_half_of_each_weighted_penalty() -> None:
-    plain = float(verdict(curved, AdversarialConfig()).loss)
-    both = verdict(curved, AdversarialConfig(r1_weight=3.0, r2_weight=0.5))
+    plain = float(discriminated(curved, AdversarialConfig()).loss)
+    both = discriminated(curved, AdversarialConfig(r1_weight=3.0, r2_weight=0.5))
     added = 0.5 * (3.0 * float(both.metrics["r1"]) + 0.5 * float(both.metrics["r2"]))
     assert float(both.loss) == pytest.approx(plain + added, rel=1e-5)
 
 
 def test_without_weights_there_is_no_second_pass() -> None:
     calls = []
-    verdict(lambda x: calls.append(len(x)) or linear(x), AdversarialConfig())  # type: ignore[func-returns-value]
+    discriminated(lambda x: calls.append(len(x)) or linear(x), AdversarialConfig())  # type: ignore[func-returns-value]
     assert calls == [2 * SIZE]
 
 
 def test_the_accuracy_counts_both_kinds() -> None:
-    found = verdict(lambda x: 0.0 * linear(x) + 1.0, AdversarialConfig())
+    found = discriminated(lambda x: 0.0 * linear(x) + 1.0, AdversarialConfig())
     assert float(found.metrics["accuracy"]) == 0.5
 
 

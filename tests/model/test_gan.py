@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from model.base import Parts
-from model.discriminator import AdversarialConfig, Judgement
+from model.discriminator import AdversarialConfig, DiscriminatorOutput
 from model.gan import GAN, GANConfig
 from model.types import Batch, Conditioning, Denoiser
-from tests.gaussian import Exact, Samples, batch_of, fast_streams, judged
+from tests.gaussian import Exact, Samples, batch_of, drawn_noise, fast_streams
 
 SHAPE, SIZE = (2, 3, 4, 4), 6
 REAL_MEAN = 5.0
@@ -27,11 +27,11 @@ class Linear:
 
     def __call__(
         self, net: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioning
-    ) -> Judgement:
+    ) -> DiscriminatorOutput:
         del net
         assert len(conditioning.text) == len(x)
         self.asked.append((x.detach(), sigma))
-        return Judgement(x.flatten(1).mean(1), torch.ones(len(x)))
+        return DiscriminatorOutput(x.flatten(1).mean(1), torch.ones(len(x)))
 
 
 def build(*, relativistic: bool) -> tuple[GAN, Linear, Samples]:
@@ -56,7 +56,7 @@ def noise_in(asked: tuple[Tensor, Tensor], x0: Tensor) -> Tensor:
 def test_the_plain_generators_loss_is_the_written_one() -> None:
     method, _, samples = build(relativistic=False)
     loss = method.generator_loss(real(), fast_streams(SIZE, "loss")).loss
-    at = judged(method.config, fast_streams(SIZE, "loss"), SHAPE)
+    at = drawn_noise(method.config, fast_streams(SIZE, "loss"), SHAPE)
     logits = at.noised(samples.x0.detach()).mean(1)
     assert float(loss.detach()) == pytest.approx(float(softplus(-logits).mean()), rel=1e-5)
 
@@ -64,7 +64,7 @@ def test_the_plain_generators_loss_is_the_written_one() -> None:
 def test_the_plain_generators_gradient_is_the_written_one() -> None:
     method, _, samples = build(relativistic=False)
     method.generator_loss(real(), fast_streams(SIZE, "loss")).loss.backward()
-    at = judged(method.config, fast_streams(SIZE, "loss"), SHAPE)
+    at = drawn_noise(method.config, fast_streams(SIZE, "loss"), SHAPE)
     logits = at.noised(samples.x0.detach()).mean(1)
     slope = -torch.sigmoid(-logits) / SIZE * (1.0 - at.sigma[:, 0]) / samples.x0[0].numel()
     expected = slope.view(-1, 1, 1, 1, 1).expand_as(samples.x0)
@@ -75,7 +75,7 @@ def test_the_relativistic_generators_loss_is_the_written_one() -> None:
     method, _, samples = build(relativistic=True)
     loss = method.generator_loss(real(), fast_streams(SIZE, "loss")).loss
     rng = fast_streams(SIZE, "loss")
-    at = judged(method.config, rng, SHAPE)
+    at = drawn_noise(method.config, rng, SHAPE)
     own = replace(at, noise=rng.samples.randn(SHAPE).double())
     x0 = real().x0
     assert x0 is not None
@@ -114,7 +114,7 @@ def test_the_discriminators_loss_is_the_written_one(*, relativistic: bool) -> No
     batch = real()
     assert batch.x0 is not None
     loss = method.critic_loss(batch, fast_streams(SIZE, "loss")).loss
-    at = judged(method.config, fast_streams(SIZE, "loss"), SHAPE)
+    at = drawn_noise(method.config, fast_streams(SIZE, "loss"), SHAPE)
     fake, true = (at.noised(x).mean(1) for x in (samples.x0.detach(), batch.x0))
     expected = softplus(-true).mean() + softplus(fake).mean()
     if relativistic:

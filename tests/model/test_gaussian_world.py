@@ -1,4 +1,4 @@
-"""Whether distillation learns: exact teachers, exact and learnt critics, students that start wrong.
+"""Whether distillation learns: exact teachers, exact or learned critics, students that start wrong.
 
 Exact worlds hold the optimal critic of the student as it is now, so that what a method's gradient
 vanishes at is visible without the noise of a critic that lags. Tolerances are stated in each test.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.base import DistributionMatching, Method, Parts
 from model.causvid import CausVid, CausVidConfig
-from model.discriminator import AdversarialConfig, Judgement
+from model.discriminator import AdversarialConfig, DiscriminatorOutput
 from model.dmd import DMD, DMDConfig
 from model.flow import step_sigmas
 from model.gan import GAN, GANConfig
@@ -35,9 +35,9 @@ from tests.gaussian import (
     Samples,
     batch_of,
     correlated,
+    drawn_noise,
     expected_x0,
     fast_streams,
-    judged,
     saying,
     streams,
     streams_of_step,
@@ -52,7 +52,7 @@ SMALL = (2, 2, 2, 1)  # [C, F, H, W]
 ELEMENTS, SIZE = 8, 64
 EXACT_STEPS = 300  # per noise level of the student
 TEACHER = correlated(ELEMENTS)
-SHIFT = 2.0  # of the levels at which samples are judged: low enough to see small variances
+SHIFT = 2.0  # of the levels at which samples are scored: low enough to see small variances
 ONE, TWO = step_sigmas([1000], 5.0), step_sigmas([1000, 500], 5.0)
 
 
@@ -64,11 +64,11 @@ class LogRatio:
 
     def __call__(
         self, net: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioning
-    ) -> Judgement:
+    ) -> DiscriminatorOutput:
         del net
         real = TEACHER.log_density(x, sigma, conditioning)
         logits = real - self.fake().log_density(x, sigma, conditioning)
-        return Judgement(logits, torch.ones_like(logits))
+        return DiscriminatorOutput(logits, torch.ones_like(logits))
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,15 +295,15 @@ def test_a_student_that_starts_as_noise_has_no_modes() -> None:
 
 MEAN, BATCH, STEPS, GENERATOR_EVERY = 2.0, 8, 600, 3
 SIGMAS = step_sigmas([1000, 750, 500, 250], 5.0)
-LEARNT = {"dmd": Task(DMD, DMDConfig(cfg_scale=1.0)), "sid": Task(SiD, SiDConfig(cfg_scale=1.0))}
-learnt_critic = pytest.mark.parametrize("name", LEARNT)
+LEARNED = {"dmd": Task(DMD, DMDConfig(cfg_scale=1.0)), "sid": Task(SiD, SiDConfig(cfg_scale=1.0))}
+learned_critic = pytest.mark.parametrize("name", LEARNED)
 
 
 @cache
 def trained(name: str) -> DistributionMatching:
     """Distil N(2, 1) into an affine student of four steps with an affine critic."""
     networks = {"generator": Affine(0), "critic": Affine(100), "teacher": Exact(1.0)}
-    task = LEARNT[name]
+    task = LEARNED[name]
     method = task.cls(task.config, Parts(networks, BidirectionalTrainingPipeline(SIGMAS), SIGMAS))
     assert isinstance(method, DistributionMatching)
     rates = {"generator": 3e-3, "critic": 1e-2}
@@ -332,12 +332,12 @@ def test_the_student_starts_at_mean_zero() -> None:
     assert abs(float(four_steps(Affine(0)).mean())) < 0.05
 
 
-@learnt_critic
+@learned_critic
 def test_the_four_step_student_reaches_the_teachers_mean(name: str) -> None:
     assert float(four_steps(trained(name).generator).mean()) == pytest.approx(MEAN, abs=0.05)
 
 
-@learnt_critic
+@learned_critic
 def test_the_students_samples_reach_the_teachers_deviation(name: str) -> None:
     # The critic sees samples of all four exits and, being affine, only their pooled variance.
     student = trained(name)
@@ -348,7 +348,7 @@ def test_the_students_samples_reach_the_teachers_deviation(name: str) -> None:
     assert float(torch.cat(samples).std()) == pytest.approx(1.0, abs=0.1)
 
 
-@learnt_critic
+@learned_critic
 def test_the_critic_ends_at_the_students_own_velocity(name: str) -> None:
     x, sigma = streams(64, seed=1).randn(SHAPE), torch.full((64, 1), 0.8)
     learned = trained(name).critic(x, sigma, saying(MEAN, 64)).velocity
@@ -379,9 +379,9 @@ class Fixed:
 
     def __call__(
         self, net: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioning
-    ) -> Judgement:
+    ) -> DiscriminatorOutput:
         del net, sigma, conditioning
-        return Judgement(self.logits + 0.0 * x.flatten(1).sum(1), self.mean_weight)
+        return DiscriminatorOutput(self.logits + 0.0 * x.flatten(1).sum(1), self.mean_weight)
 
 
 LOGITS, MEAN_WEIGHTS = torch.tensor([-5.0, -0.7, 0.4, 9.0]), torch.tensor([1.0, 0.5, 2.0, 0.01])
@@ -400,7 +400,7 @@ def gradients(
     method.generator_loss(asked, fast_streams(4, "gradient")).loss.backward()
     assert samples.x0.grad is not None
 
-    at = judged(config, fast_streams(4, "gradient"), SMALL)
+    at = drawn_noise(config, fast_streams(4, "gradient"), SMALL)
     x0, x = samples.x0.detach().double(), at.noised(samples.x0.detach())
     critic = expected_x0(CRITIC, x, at.sigma, mean).view_as(x0)[:, :, given_frames:]
     cond, uncond = (expected_x0(TEACHER, x, at.sigma, m).view_as(x0) for m in (mean, 0.0))
@@ -451,7 +451,7 @@ def test_the_adversarial_term_adds_its_own_gradient() -> None:
         return torch.autograd.grad(loss, samples.x0)[0]
 
     x0 = fast_streams(4, "samples").samples.randn(SMALL)
-    at = judged(DMDConfig(), fast_streams(4, "gradient"), SMALL)
+    at = drawn_noise(DMDConfig(), fast_streams(4, "gradient"), SMALL)
     x, sigma = at.noised(x0).float().view_as(x0), at.sigma.float()
     logit = TEACHER.log_density(x, sigma, saying(0.0, 4))
     logit = (logit - CRITIC.log_density(x, sigma, saying(0.0, 4))).double()
