@@ -18,6 +18,7 @@ from typing import Protocol
 from torch import Tensor
 
 from model.wan.context import FULL_ATTENTION, Context
+from utils.errors import UserError
 from utils.seeding import StepRNG
 
 __all__ = [
@@ -54,9 +55,9 @@ class LatentSpec:
         return 1 + self.temporal_stride * (frames - 1)
 
     def latent_frames(self, pixel_frames: int) -> int:
-        """Latent frames of so many pixel frames. Raises ValueError unless they come out even."""
+        """Latent frames of so many pixel frames. Raises UserError unless they come out even."""
         if pixel_frames < 1 or (pixel_frames - 1) % self.temporal_stride:
-            raise ValueError(
+            raise UserError(
                 f"{pixel_frames} pixel frames: must be 1 + {self.temporal_stride} k, as latent "
                 f"frames hold them"
             )
@@ -67,10 +68,10 @@ class LatentSpec:
         return self.spatial_stride * height, self.spatial_stride * width
 
     def latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the latents of pixels of `size`. Raises ValueError."""
+        """Height and width of the latents of pixels of `size`. Raises UserError."""
         height, width = size
         if height % self.spatial_stride or width % self.spatial_stride:
-            raise ValueError(
+            raise UserError(
                 f"{height} x {width} pixels: sides must be multiples of {self.spatial_stride}"
             )
         return height // self.spatial_stride, width // self.spatial_stride

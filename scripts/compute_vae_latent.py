@@ -33,6 +33,7 @@ from utils.cli import USER_ERRORS, fail, start_logging, stopped
 from utils.config import ConfigError
 from utils.data.captioned_clips import CaptionedVideo, Clip, pair_videos, save_clip
 from utils.distributed import Session, distributed_session
+from utils.errors import NotFoundError
 from utils.hashes import content_hash
 from utils.media.images import fit, to_signed
 from utils.media.video import frame_rate, read_frames
@@ -118,11 +119,11 @@ def complete(args: argparse.Namespace, model: Model) -> argparse.Namespace:
 
 
 def find_vae(args: argparse.Namespace) -> Model:
-    """The model; only its codec matters. Raises FileNotFoundError if it has none."""
+    """The model; only its codec matters. Raises NotFoundError if it has none."""
     model = find_model(args.model_root, args.model_name)
     if "codec" not in model.parts:
         found = sorted(path.name for path in model.path.iterdir())
-        raise FileNotFoundError(f"{model.path}: has no VAE (found {found}); {model.fetch()}")
+        raise NotFoundError(f"{model.path}: has no VAE (found {found}); {model.fetch()}")
     return model
 
 

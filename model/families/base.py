@@ -15,6 +15,7 @@ from model.encoders.text import TextEncoder
 from model.encoders.vae import VideoVAE
 from model.folders.loading import Placement
 from model.types import FeatureSpec, LatentSpec
+from utils.errors import NotFoundError
 from utils.weights import Weights
 
 
@@ -105,11 +106,11 @@ class Model(ABC):
         return 16.0
 
     def check(self, *, weights: bool = True, encoders: bool = True, text: bool = True) -> None:
-        """Raise FileNotFoundError that lists what is missing; see `missing`."""
+        """Raise NotFoundError that lists what is missing; see `missing`."""
         missing = self.missing(weights=weights, encoders=encoders, text=text)
         if missing:
             found = sorted(path.name for path in self.path.iterdir())
-            raise FileNotFoundError(
+            raise NotFoundError(
                 f"{self.path}: not a complete model folder: missing {'; '.join(missing)} "
                 f"(found {found}); {self.fetch()}"
             )
@@ -184,7 +185,7 @@ class Model(ABC):
 
     @abstractmethod
     def check_export(self, export: Export, target: Path) -> None:
-        """Raise ValueError or OSError unless `export` can be written to `target`. Cheap."""
+        """Raise UserError unless `export` can be written to `target`. Cheap."""
 
     @abstractmethod
     def export(self, export: Export, target: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from model import families
 from model.families.base import Model
 from model.folders.loading import open_weights
+from utils.errors import NotFoundError, UserError
 from utils.weights import Weights, WeightsError
 
 
@@ -31,31 +32,31 @@ def known_families() -> list[type[Model]]:
 
 
 def open_model(path: Path) -> Model:
-    """The model in the folder at `path`. Raises FileNotFoundError if no family knows it.
+    """The model in the folder at `path`. Raises NotFoundError if no family knows it.
 
-    Raises ValueError that says what it is if a family knows it and cannot use it.
+    Raises UserError that says what it is if a family knows it and cannot use it.
     """
     if path.is_file():
-        raise ValueError(
+        raise UserError(
             f"{path}: is a file; a model is a folder, and weights in a file are named by `weights`"
         )
     families_ = known_families()
     for family in families_:
         fault = family.unsupported(path)
         if fault is not None:
-            raise ValueError(f"{path}: {fault}")
+            raise UserError(f"{path}: {fault}")
     for family in families_:
         if family.recognises(path):
             return family(path)
     names = ", ".join(family.family for family in families_)
     held = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else "no such folder"
-    raise FileNotFoundError(f"{path}: no model of a known family ({names}): found {held}")
+    raise NotFoundError(f"{path}: no model of a known family ({names}): found {held}")
 
 
 def find_model(root: Path, name: str) -> Model:
     """Model `name`: a path as it is, or a name below `root`.
 
-    Raises FileNotFoundError that lists the models that are there, and what `open_model` raises.
+    Raises NotFoundError that lists the models that are there, and what `open_model` raises.
     """
     for path in (Path(name), root / name):
         if path.exists():
@@ -66,7 +67,7 @@ def find_model(root: Path, name: str) -> Model:
     ways = (family.how_to_get(root / name) for family in known_families())
     hint += "".join(f"; {way}" for way in list(filter(None, ways))[:1])
     found = f"it holds {present}" if present else "it holds no model"
-    raise FileNotFoundError(f"model '{name}': no folder {root / name} ({found}){hint}")
+    raise NotFoundError(f"model '{name}': no folder {root / name} ({found}){hint}")
 
 
 def _models(root: Path) -> Iterator[Path]:
@@ -78,7 +79,7 @@ def _models(root: Path) -> Iterator[Path]:
 def check_model(
     model: Model, *, weights: bool = True, encoders: bool = True, text: bool = True
 ) -> None:
-    """Raise FileNotFoundError that lists what is missing; see `Model.missing`."""
+    """Raise NotFoundError that lists what is missing; see `Model.missing`."""
     model.check(weights=weights, encoders=encoders, text=text)
 
 

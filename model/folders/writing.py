@@ -10,14 +10,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+from utils.errors import ExistsError
 from utils.files import write_text
 from utils.weights import INDEX_SUFFIX, write_weights
 
 
 def check_target(target: Path) -> None:
-    """Raise FileExistsError unless a folder may appear at `target`."""
+    """Raise ExistsError unless a folder may appear at `target`."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(f"{target}: is there already; give a new or an empty folder")
+        raise ExistsError(f"{target}: is there already; give a new or an empty folder")
 
 
 def write_shards(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from utils.claims import Rejected
 from utils.data.prompts import read_utf8
+from utils.errors import UserError
 from utils.files import replaced_atomically
 from utils.media.video import VIDEO_SUFFIXES
 from utils.weights import read_tensors
@@ -129,9 +130,7 @@ def _own(content: Mapping[str, Any]) -> Clip:
     _check_latents(clip.prompt, clip.latents)
     frame, (height, width) = clip.first_frame, clip.latents.shape[-2:]
     if frame is not None and not _enlarges(frame, height, width):
-        raise ValueError(
-            f"first_frame must be uint8 (3, {height} k, {width} k), got {_kind(frame)}"
-        )
+        raise UserError(f"first_frame must be uint8 (3, {height} k, {width} k), got {_kind(frame)}")
     return clip
 
 

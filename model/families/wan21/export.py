@@ -34,6 +34,7 @@ from model.folders.component import STEMS
 from model.folders.writing import appearing, check_target, copy_if_there, copy_part, write_shards
 from model.wan.config import diffusers_config, write_wan_config
 from model.wan.weights import to_diffusers
+from utils.errors import UserError
 from utils.weights import Weights, check_fits
 
 LAYOUTS = ("official", "diffusers")
@@ -46,7 +47,7 @@ SCHEDULER, IMAGE_PROCESSOR = "scheduler", "image_processor"  # folders of diffus
 
 
 def check_export(source: ModelFolder, export: Export, target: Path) -> None:
-    """Raise ValueError or OSError that says why `export` cannot be written to `target`. Cheap.
+    """Raise UserError that says why `export` cannot be written to `target`. Cheap.
 
     source: a complete folder, which gives the sizes and all but the transformer's weights.
     """
@@ -57,9 +58,9 @@ def check_export(source: ModelFolder, export: Export, target: Path) -> None:
         try:
             diffusers_config(config)
         except ValueError as error:
-            raise ValueError(f"{source.path}: no folder for diffusers: {error}") from error
+            raise UserError(f"{source.path}: no folder for diffusers: {error}") from error
         if not _is_wans(vae := _present(source.vae)):
-            raise ValueError(f"{vae}: this codec is no VAE of diffusers'")
+            raise UserError(f"{vae}: this codec is no VAE of diffusers'")
 
 
 def write_model_folder(source: ModelFolder, export: Export, target: Path) -> None:

@@ -66,8 +66,11 @@ class Wan21(Model):
     def unsupported(cls, path: Path) -> str | None:
         """Releases of Wan2.2: other sizes, two transformers, or another autoencoder."""
         found = [name for name in _WAN22 if (path / name).exists()]
-        if any(read_json(path / config).get("model_type") == "ti2v" for config in CONFIGS):
+        sizes = [read_json(path / config) for config in CONFIGS]
+        if any(values.get("model_type") == "ti2v" for values in sizes):
             found.append("model_type ti2v")
+        if any(_WAN22_CHANNELS in (v.get("out_dim"), v.get("out_channels")) for v in sizes):
+            found.append(f"latents of {_WAN22_CHANNELS} channels")
         vae = read_json(path / VAE_FOLDER / "config.json")
         if vae.get("patch_size") is not None:
             found.append(f"{VAE_FOLDER}/config.json of an autoencoder with pixel patches")
@@ -149,6 +152,9 @@ class Wan21(Model):
         self, path: Path | None = None, *, role: str = "generator", averaged: bool | None = False
     ) -> Weights:
         """See Model; under the official release's names."""
+        fault = None if path is None else self.unsupported(path)
+        if fault is not None:
+            raise WeightsError(f"{path}: {fault}")
         return transformers.find_weights(path or self.path, role=role, averaged=averaged)
 
     def check_weights(self, weights: Weights, *, what: str) -> None:
@@ -214,6 +220,7 @@ def features_of(sizes: WanConfig) -> FeatureSpec:
 
 
 _WAN22 = ("high_noise_model", "low_noise_model", "transformer_2", "Wan2.2_VAE.pth")
+_WAN22_CHANNELS = 48  # of the smallest one's latents
 
 
 def _class_name(path: Path) -> str:
