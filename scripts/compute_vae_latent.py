@@ -32,7 +32,6 @@ from tqdm import tqdm
 from model.encoders.vae import VideoVAE
 from model.families.base import Model
 from model.families.registry import find_model
-from model.types import LatentSpec
 from utils.claims import Claim, Rejected, rejection, write_rejected
 from utils.cli import (
     USER_ERRORS,
@@ -78,7 +77,9 @@ def parser() -> argparse.ArgumentParser:
         help="shorter clips are cut to as many frames as latents hold, down to this; default: "
         "--num_frames",
     )  # fmt: skip
-    result.add_argument("--fps", type=float, default=16.0, help="at which videos are sampled")
+    result.add_argument(
+        "--fps", type=float, default=None, help="at which videos are sampled; default: the model's"
+    )
     result.add_argument(
         "--min_source_fps", type=float, default=None,
         help="slower videos, whose frames would repeat, are rejected; default: half of --fps",
@@ -98,18 +99,20 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def complete(args: argparse.Namespace, latent: LatentSpec) -> argparse.Namespace:
+def complete(args: argparse.Namespace, model: Model) -> argparse.Namespace:
     """The arguments with all defaults in place. Raises ConfigError for what cannot be."""
     values = dict(vars(args))
     values["buckets"] = args.buckets or [(args.height, args.width)]
     values["prompt_folder"] = args.prompt_folder or args.input_video_folder
     if args.min_num_frames is None:
         values["min_num_frames"] = args.num_frames
+    if args.fps is None:
+        values["fps"] = model.fps
     if args.min_source_fps is None:
-        values["min_source_fps"] = args.fps / 2
+        values["min_source_fps"] = values["fps"] / 2
     whole = argparse.Namespace(**values)
     problems = []
-    step, stride = latent.pixel_step, latent.temporal_stride
+    step, stride = model.latent.pixel_step, model.latent.temporal_stride
     for height, width in whole.buckets:
         if not _divides(height, step[0]) or not _divides(width, step[1]):
             words = f"{step[0]}" if step[0] == step[1] else f"{step[0]} and {step[1]}"
@@ -138,7 +141,7 @@ def _divides(side: int, step: int) -> bool:
 
 
 def find_vae(args: argparse.Namespace) -> Model:
-    """The model; only its codec matters. Raises FileNotFoundError if it has none."""
+    """The model; only its codec matters. Raises NotFoundError if it has none."""
     model = find_model(args.model_root, args.model_name)
     if "codec" not in model.parts:
         found = sorted(path.name for path in model.path.iterdir())
@@ -274,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         model = find_vae(args)
-        args = complete(args, model.latent)
+        args = complete(args, model)
         videos, rejected = pair_videos(args.input_video_folder, args.prompt_folder)
     except USER_ERRORS as error:
         return fail(error)

@@ -26,10 +26,13 @@ import inference
 import train
 from model.families.registry import check_model, find_model, open_model
 from model.folders.loading import Placement
+from scripts import compute_vae_latent, create_lmdb_14b_shards, precompute_prompts
 from tests.commands import ROOT, own_logging, refusal
 from tests.ranks import run_on_ranks
 from tests.runs import assert_same_end, cut_after, read_state, rows, step_folder
 from tests.toy import HOME, NAME, SHAPE, at_home, make_data, make_toy, write_config
+from tests.videos import make_video
+from utils.data.captioned_clips import read_clips
 from utils.media.video import read_frames
 from utils.weights import WeightFile, WeightsError, check_fits
 
@@ -115,6 +118,46 @@ def test_inference_makes_clips_of_its_size(
     assert (len(frames), frames[0].shape[0]) == (9, 3)
     height, width = frames[0].shape[1:]
     assert height * 24 == width * 16
+
+
+def test_videos_become_its_data(root: Path, tmp_path: Path) -> None:
+    make_video(tmp_path / "videos" / "a.mp4", frames=20, fps=24, size=(32, 48))
+    (tmp_path / "videos" / "a.txt").write_text("a red bar", encoding="utf-8")
+    words = ["--input_video_folder", str(tmp_path / "videos"), "--model_root", str(root)]
+    words += ["--output_latent_folder", str(tmp_path / "latents"), "--model_name", NAME]
+    size = ["--height", "16", "--width", "24", "--num_frames", "9"]
+    assert compute_vae_latent.main([*words, *size]) == 0
+    (clip,) = read_clips(tmp_path / "latents" / "a.pt")
+    assert (tuple(clip.latents.shape), clip.fps) == (SHAPE, 12.0)
+    words = ["--data_path", str(tmp_path / "latents"), "--lmdb_path", str(tmp_path / "shards")]
+    assert create_lmdb_14b_shards.main(words) == 0
+    config = str(write_config(root, "diffusion"))
+    words = ["--config_path", config, "--logdir", str(tmp_path / "run")]
+    assert train.main([*words, f"data.path={tmp_path}/shards", "steps=1"]) == 0
+
+
+def test_a_clip_that_its_latents_do_not_hold_is_refused(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--input_video_folder", str(tmp_path), "--output_latent_folder", str(tmp_path / "l")]
+    words += ["--model_root", str(root), "--model_name", NAME]
+    wrong = ["--height", "16", "--width", "24", "--num_frames", "10"]
+    message = refusal(compute_vae_latent.main, [*words, *wrong], capsys)
+    assert message == "--num_frames: must be 1 + 2 k, as 41, got 10"
+    wrong = ["--height", "16", "--width", "26", "--num_frames", "9"]
+    message = refusal(compute_vae_latent.main, [*words, *wrong], capsys)
+    assert message == "16 x 26: both sides must be multiples of 4"
+
+
+def test_prompts_are_encoded_ahead(trained: dict[str, Path], root: Path, tmp_path: Path) -> None:
+    config, store = str(root / "dmd.yaml"), tmp_path / "store"
+    words = ["--config_path", config, "--output_path", str(store)]
+    assert precompute_prompts.main(words) == 0
+    words = ["--config_path", config, "--logdir", str(tmp_path / "run")]
+    assert train.main([*words, f"data.text_embeddings={store}"]) == 0
+    ahead, then = (read_state(step_folder(run, 4)) for run in (tmp_path / "run", trained["dmd"]))
+    name = "roles.generator.blocks.0.near.weight"
+    assert torch.equal(ahead[name], then[name])
 
 
 def test_its_weights_become_a_file_and_serve(

@@ -106,7 +106,7 @@ class Model(ABC):
         return 16.0
 
     def check(self, *, weights: bool = True, encoders: bool = True, text: bool = True) -> None:
-        """Raise FileNotFoundError that lists what is missing; see `missing`."""
+        """Raise NotFoundError that lists what is missing; see `missing`."""
         missing = self.missing(weights=weights, encoders=encoders, text=text)
         if missing:
             found = sorted(path.name for path in self.path.iterdir())
@@ -185,7 +185,7 @@ class Model(ABC):
 
     @abstractmethod
     def check_export(self, export: Export, target: Path) -> None:
-        """Raise ValueError or OSError unless `export` can be written to `target`. Cheap."""
+        """Raise UserError unless `export` can be written to `target`. Cheap."""
 
     @abstractmethod
     def export(self, export: Export, target: Path) -> None:

@@ -32,9 +32,9 @@ def known_families() -> list[type[Model]]:
 
 
 def open_model(path: Path) -> Model:
-    """The model in the folder at `path`. Raises FileNotFoundError if no family knows it.
+    """The model in the folder at `path`. Raises NotFoundError if no family knows it.
 
-    Raises ValueError that says what it is if a family knows it and cannot use it.
+    Raises UserError that says what it is if a family knows it and cannot use it.
     """
     if path.is_file():
         raise UserError(
@@ -56,7 +56,7 @@ def open_model(path: Path) -> Model:
 def find_model(root: Path, name: str) -> Model:
     """Model `name`: a path as it is, or a name below `root`.
 
-    Raises FileNotFoundError that lists the models that are there, and what `open_model` raises.
+    Raises NotFoundError that lists the models that are there, and what `open_model` raises.
     """
     for path in (Path(name), root / name):
         if path.exists():
@@ -81,7 +81,7 @@ def _models(root: Path) -> Iterator[Path]:
 def check_model(
     model: Model, *, weights: bool = True, encoders: bool = True, text: bool = True
 ) -> None:
-    """Raise FileNotFoundError that lists what is missing; see `Model.missing`."""
+    """Raise NotFoundError that lists what is missing; see `Model.missing`."""
     model.check(weights=weights, encoders=encoders, text=text)
 
 

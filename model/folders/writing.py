@@ -16,7 +16,7 @@ from utils.weights import INDEX_SUFFIX, write_weights
 
 
 def check_target(target: Path) -> None:
-    """Raise FileExistsError unless a folder may appear at `target`."""
+    """Raise ExistsError unless a folder may appear at `target`."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ExistsError(f"{target}: is there already; give a new or an empty folder")
 

@@ -13,7 +13,7 @@ def frame_groups(pixels: Tensor, strides: tuple[int, int], *, started: bool) -> 
     """The pixels of one latent frame after the other: [B, 3, 1, H, W] at first, then whole groups.
 
     strides: pixel frames to a latent frame, and pixels to a latent row or column. started: the
-    clip's first frame came earlier. Raises ValueError for pixels [B, 3, P, H, W] whose frames or
+    clip's first frame came earlier. Raises UserError for pixels [B, 3, P, H, W] whose frames or
     sides cannot be grouped.
     """
     temporal, spatial = strides

@@ -48,7 +48,7 @@ SCHEDULER, IMAGE_PROCESSOR = "scheduler", "image_processor"  # folders of diffus
 
 
 def check_export(source: ModelFolder, export: Export, target: Path) -> None:
-    """Raise ValueError or OSError that says why `export` cannot be written to `target`. Cheap.
+    """Raise UserError that says why `export` cannot be written to `target`. Cheap.
 
     source: a complete folder, which gives the sizes and all but the transformer's weights.
     """

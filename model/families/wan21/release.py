@@ -69,7 +69,7 @@ class Wan21(Model):
         sizes = [read_json(path / config) for config in CONFIGS]
         if any(values.get("model_type") == "ti2v" for values in sizes):
             found.append("model_type ti2v")
-        if any(values.get("out_channels") == _WAN22_CHANNELS for values in sizes):
+        if any(_WAN22_CHANNELS in (v.get("out_dim"), v.get("out_channels")) for v in sizes):
             found.append(f"latents of {_WAN22_CHANNELS} channels")
         vae = read_json(path / VAE_FOLDER / "config.json")
         if vae.get("patch_size") is not None:
@@ -219,8 +219,8 @@ def features_of(sizes: WanConfig) -> FeatureSpec:
     return FeatureSpec(sizes.num_layers, sizes.dim, sizes.num_heads, sizes.eps)
 
 
-_WAN22_CHANNELS = 48  # of the latents of the autoencoder that 2.2 added
 _WAN22 = ("high_noise_model", "low_noise_model", "transformer_2", "Wan2.2_VAE.pth")
+_WAN22_CHANNELS = 48  # of the smallest one's latents
 
 
 def _class_name(path: Path) -> str:

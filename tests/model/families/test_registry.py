@@ -111,6 +111,11 @@ def ti2v(folder: Path) -> None:
     written(folder / "config.json", {**official, "model_type": "ti2v", "in_dim": 48})
 
 
+def channels(folder: Path) -> None:
+    values = {"_class_name": "WanTransformer3DModel", "out_channels": 48}
+    written(folder / "transformer" / "config.json", values)
+
+
 def experts(folder: Path) -> None:
     for name in ("high_noise_model", "low_noise_model"):
         sizes(folder / name, PRESETS["Wan2.1-T2V-14B"])
@@ -130,6 +135,7 @@ def pixel_patches(folder: Path) -> None:
     ("make", "marks"),
     [
         (ti2v, "model_type ti2v"),
+        (channels, "latents of 48 channels"),
         (experts, "high_noise_model, low_noise_model"),
         (diffusers_experts, "transformer_2"),
         (pixel_patches, "vae/config.json of an autoencoder with pixel patches"),
@@ -143,10 +149,14 @@ def test_wan22_is_refused_by_name(
     make(folder)
     with pytest.raises(ValueError) as caught:
         find_model(tmp_path, "theirs")
-    assert str(caught.value) == (
+    message = (
         f"{folder}: a model of Wan2.2 ({marks}), which is not supported; use one of Wan2.1, as "
         f"Wan2.1-T2V-1.3B"
     )
+    assert str(caught.value) == message
+    with pytest.raises(WeightsError) as refused:
+        Wan21(tmp_path).find_weights(folder)
+    assert str(refused.value) == message
 
 
 # ---- weights without a folder

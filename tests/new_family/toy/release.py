@@ -25,6 +25,7 @@ from model.folders.component import read_json
 from model.folders.loading import Placement
 from model.folders.writing import appearing, check_target, copy_part, write_shards
 from model.types import FeatureSpec, LatentSpec
+from utils.errors import UserError
 from utils.seeding import generator
 from utils.weights import WeightFile, Weights, check_fits, fill_weights, load_weights
 
@@ -54,7 +55,7 @@ class Toy(Model):
                 int(values[name]) for name in ("width", "layers", "text_length", "text_width")
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path / CONFIG}: not sizes of a toy: {error}") from error
+            raise UserError(f"{self.path / CONFIG}: not sizes of a toy: {error}") from error
         return width, layers, length, text_width
 
     @property
