@@ -312,7 +312,6 @@ def test_a_second_call_changes_nothing(data: Path, shards: Path) -> None:
     assert [path.read_bytes() for path in sorted(shards.rglob("data.mdb"))] == before
 
 
-@pytest.mark.slow
 def test_two_processes_make_what_one_makes(data: Path, shards: Path, tmp_path: Path) -> None:
     output = tmp_path / "two"
     assert run_on_ranks(2, create_lmdb_14b_shards.main, line(data, output)) == [0, 0]
@@ -340,7 +339,6 @@ def test_a_call_killed_between_any_two_records_is_continued_to_the_same_records(
     assert (records(tmp_path), report(tmp_path)) == (records(shards), report(shards))
 
 
-@pytest.mark.slow
 def test_a_killed_process_is_continued_to_the_same_records(tmp_path: Path) -> None:
     many = save_clips(tmp_path / "d", 200)
     assert create(many, tmp_path / "whole") == 0
@@ -369,7 +367,6 @@ def create_alone_on_rank_one(data: str, output: str) -> tuple[int, str]:
         return main_and_stderr(create_lmdb_14b_shards.main, line(Path(data), Path(output)))
 
 
-@pytest.mark.slow
 def test_a_rank_says_what_it_alone_has_met(data: Path, tmp_path: Path) -> None:
     assert create(data, tmp_path) == 0
     tear(tmp_path / "shard_16x5x4x4_00001" / "data.mdb")
