@@ -20,10 +20,11 @@ from typing import Any
 
 import pytest
 
+from model.wan import block
 from scripts import benchmark_rollout, compare_methods
 from scripts.compare_methods import STAGES, Comparison, needed
+from tests.documented import PAGES, documented
 from tests.sources import ROOT
-from tests.test_documented_commands import PAGES, documented
 from trainer.config import load
 from utils.config import ConfigError
 
@@ -181,8 +182,7 @@ def test_a_recipe_goes_on_where_it_failed_and_a_finished_one_trains_nothing(
 def test_the_rollout_benchmark_measures_each_kind_of_cache(
     variant: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kept = benchmark_rollout.transformer.attend_past
-    monkeypatch.setattr(benchmark_rollout.transformer, "attend_past", kept)  # given back after it
+    monkeypatch.setattr(block, "attend_past", block.attend_past)  # given back after it
     words = ["--latent_shape", "16", "4", "4", "4", "--num_frame_per_block", "2"]
     assert benchmark_rollout.main([*words, "--variant", variant]) == 0
     measured = json.loads(capsys.readouterr().out)

@@ -359,7 +359,6 @@ def test_gradients_of_two_shards_in_two_micro_batches_equal_those_of_a_plain_pro
     assert gradient_difference(sharded, plain_gradients[method]) < TOLERANCE
 
 
-@pytest.mark.slow
 def test_gradients_that_are_reduced_at_the_last_micro_batch_are_the_same(
     base: Path, two_ranks: Findings, plain_gradients: dict[str, Gradients]
 ) -> None:
