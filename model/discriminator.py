@@ -233,5 +233,5 @@ def _on_both(
 ) -> DiscriminatorOutput:
     twice = concatenate(pair.conditioning, pair.conditioning)
     sigma = torch.cat([pair.sigma, pair.sigma])
-    judgement: Judgement = discriminator(net, torch.cat([real, fake]), sigma, twice)
-    return judgement
+    output: DiscriminatorOutput = discriminator(net, torch.cat([real, fake]), sigma, twice)
+    return output

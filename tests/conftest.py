@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import signal
@@ -84,14 +85,37 @@ def tiny_wan() -> WanFactory:
 
 
 @pytest.fixture(scope="session")
-def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_root(shared_tmp: Path) -> Path:
     """A folder with wan_models/Wan2.1-T2V-Tiny (miniature, random weights) and data/tiny.
 
     Wan2.1-I2V-Tiny lies beside it. data/tiny/latents holds one LMDB shard of 64 captioned clips
     with first frames, data/tiny/ode_pairs straight trajectories to 16 of them,
     data/tiny/prompts.txt all captions. Shared by the whole session: do not write into it.
     """
-    root = tmp_path_factory.mktemp("tiny")
+    return made_once(shared_tmp, "tiny", make_tiny_root)
+
+
+@pytest.fixture(scope="session")
+def shared_tmp(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
+    """A folder that all workers of this session see."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if hasattr(pytestconfig, "workerinput") else base
+
+
+def made_once(shared: Path, name: str, make: Callable[[Path], None]) -> Path:
+    """<shared>/<name>, which the first worker to ask for it makes, and all others read."""
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed
+        if not (shared / name).exists():
+            part = shared / f"{name}.part"
+            part.mkdir()
+            make(part)
+            part.rename(shared / name)
+    return shared / name
+
+
+def make_tiny_root(root: Path) -> None:
+    """See the fixture tiny_root."""
     folder = root / "wan_models" / NAME
     codec = make_folder(folder)
     write_wan_config(MINIATURE, folder / CONFIG)
@@ -102,7 +126,6 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_weights(build_wan(IMAGE_MINIATURE).state_dict(), image_folder / WEIGHTS[1], {})
     make_data(root / "data" / "tiny", codec, 64)
     make_pairs(root / "data" / "tiny", 16)
-    return root
 
 
 @pytest.fixture(scope="session")

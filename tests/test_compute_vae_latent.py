@@ -344,7 +344,6 @@ def test_a_second_call_makes_nothing(tiny_root: Path, videos: Path, made: Path) 
     assert content(made) == before
 
 
-@pytest.mark.slow
 def test_two_processes_make_what_one_makes_byte_for_byte(
     tiny_root: Path, videos: Path, made: Path, tmp_path: Path
 ) -> None:
@@ -377,7 +376,6 @@ def test_a_call_killed_between_any_two_files_is_continued_to_the_same_bytes(
     assert content(tmp_path) == content(made)
 
 
-@pytest.mark.slow
 def test_a_killed_process_is_continued_to_the_same_bytes(
     tiny_root: Path, videos: Path, made: Path, tmp_path: Path
 ) -> None:

@@ -352,7 +352,6 @@ def test_a_second_call_changes_nothing(data: Path, shards: Path) -> None:
     assert [path.read_bytes() for path in sorted(shards.rglob("data.mdb"))] == before
 
 
-@pytest.mark.slow
 def test_two_processes_make_what_one_makes(data: Path, shards: Path, tmp_path: Path) -> None:
     output = tmp_path / "two"
     assert run_on_ranks(2, create_lmdb_14b_shards.main, line(data, output)) == [0, 0]
@@ -380,7 +379,6 @@ def test_a_call_killed_between_any_two_records_is_continued_to_the_same_records(
     assert (records(tmp_path), report(tmp_path)) == (records(shards), report(shards))
 
 
-@pytest.mark.slow
 def test_a_killed_process_is_continued_to_the_same_records(tmp_path: Path) -> None:
     many = save_clips(tmp_path / "d", 200)
     assert create(many, tmp_path / "whole") == 0
@@ -407,7 +405,6 @@ def create_and_say(data: str, output: str) -> tuple[int, str]:
     return main_and_stderr(create_lmdb_14b_shards.main, line(Path(data), Path(output)))
 
 
-@pytest.mark.slow
 def test_a_rank_says_what_it_alone_has_met_and_the_others_which_rank_it_was(
     data: Path, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ import torch
 from scripts import compute_vae_latent, create_lmdb_14b_shards, validate_dataset
 from scripts.make_tiny_world import NAME
 from tests.commands import own_logging
-from tests.test_documented_commands import documented, script_of
+from tests.documented import documented, script_of
 from tests.videos import make_video
 from utils.data.captioned_clips import read_encoded_clips
 from utils.data.shards import ShardReader, shard_paths

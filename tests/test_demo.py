@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import imageio.v3 as iio
 import pytest
@@ -34,6 +36,8 @@ from pipeline.options import schema
 from pipeline.protocol import OnProgress, Progress
 from pipeline.request import Capabilities, Request
 from pipeline.teacher import SamplingConfig
+from tests.commands import main_and_stderr
+from tests.ranks import run_on_ranks
 from trainer.config import load
 from trainer.serving import check_source, load_generator
 from utils.seeding import generator
@@ -389,6 +393,38 @@ def test_startup_errors_are_one_line_and_come_before_the_weights(
             assert error.startswith("error: ")
             assert error.count("\n") == 1
             assert named in error
+
+
+def served_until(stop: int, words: list[str], folder: Path) -> tuple[int, str]:
+    """On a process of its own: status and stderr of a demo that is stopped once it serves."""
+    tempfile.tempdir = str(folder)
+    served = threading.Event()
+    make = demo.make_server
+
+    def made(*args: Any, **kwargs: Any) -> Any:
+        server = make(*args, **kwargs)
+        serve = server.serve_forever
+        server.serve_forever = lambda: (served.set(), serve())[1]
+        return server
+
+    def send() -> None:
+        served.wait(60.0)
+        time.sleep(0.2)
+        os.kill(os.getpid(), stop)
+
+    threading.Thread(target=send, daemon=True).start()
+    with patch.object(demo, "make_server", made):
+        return main_and_stderr(demo.main, words)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_demo_without_a_word_and_leaves_no_folder(
+    tiny_root: Path, tmp_path: Path, stop: signal.Signals
+) -> None:
+    ((status, errors),) = run_on_ranks(1, served_until, stop, arguments(tiny_root), tmp_path)
+    assert status in (0, 130)
+    assert errors == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

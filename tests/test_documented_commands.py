@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import signal
 import socket
@@ -18,6 +17,7 @@ import pytest
 
 import train
 from model.gan import GANConfig
+from tests.documented import PAGES, documented, script_of
 from tests.methods import methods
 from trainer.config import (
     DEFAULT_CONFIG,
@@ -43,19 +43,6 @@ MINIATURE = {
     "generate_ode_pairs.py": ["--num_pairs", "8", "--steps", "4"],
     "precompute_prompts.py": [],
 }
-PAGES = ("README.md", "docs/methods.md", "docs/evaluation.md")  # the others have their own tests
-
-
-def documented(page: str) -> list[list[str]]:
-    """The commands of a page's bash blocks, as words."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [shlex.split(line) for line in lines if line.strip()]
-
-
-def script_of(words: list[str]) -> str:
-    return next(Path(word).name for word in words if word.endswith((".py", ".sh")))
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,6 @@ def test_a_second_call_makes_nothing(world: World, pairs: Path) -> None:
     assert content(pairs) == before
 
 
-@pytest.mark.slow
 def test_two_processes_make_what_one_makes_byte_for_byte(
     world: World, pairs: Path, tmp_path: Path
 ) -> None:

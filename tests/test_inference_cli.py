@@ -112,7 +112,6 @@ def test_one_playable_clip_per_prompt_is_written_under_its_words(student: Studen
     assert (student.clips / "contact_sheet.png").is_file()
 
 
-@pytest.mark.slow
 def test_two_processes_write_what_one_writes_byte_for_byte(
     student: Student, tmp_path: Path
 ) -> None:

@@ -96,7 +96,6 @@ def test_each_pair_becomes_a_clip_named_by_its_text(world: World) -> None:
         assert iio.imread(path).shape == (17, 256, 256, 3)
 
 
-@pytest.mark.slow
 def test_two_processes_write_what_one_writes_byte_for_byte(world: World, tmp_path: Path) -> None:
     line = world.words(tmp_path / "two", "--image_size", "aspect")
     assert run_on_ranks(2, inference.main, line) == [0, 0]

@@ -110,7 +110,6 @@ def test_the_manifest_tells_what_all_clips_share(world: World) -> None:
     assert environment["device"] == "cpu"
 
 
-@pytest.mark.slow
 def test_several_processes_write_the_manifest_of_one(world: World, tmp_path: Path) -> None:
     assert run_on_ranks(3, inference.main, world.words(tmp_path / "clips")) == [0, 0, 0]
     assert read(tmp_path / "clips") == read(world.clips)
@@ -224,7 +223,6 @@ def claim_nothing(folder: Path) -> str:
     return ""
 
 
-@pytest.mark.slow
 def test_every_rank_is_told_what_is_wrong_with_the_folder(tmp_path: Path) -> None:
     told = run_on_ranks(2, claim_nothing, tmp_path)
     assert told[0] == told[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 
 import pytest
 
@@ -216,3 +217,13 @@ def test_models_and_pipelines_do_not_speak_to_other_ranks() -> None:
         if name.startswith("torch.distributed")
     }
     assert distributed <= {"torch.distributed.device_mesh"}  # where to load, as a type
+
+
+def test_the_architecture_page_names_the_owner_of_each_file() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = [line for line in page.splitlines() if line.startswith("| `")]
+    named = [name for line in table for name in re.findall(r"`([\w/.]+\.py)`", line.split("|")[1])]
+    files = [str(source) for source in sources() if source.path.name != "__init__.py"]
+    assert sorted(set(files) - set(named)) == []  # no owner
+    assert sorted(set(named) - set(files)) == []  # no such file
+    assert sorted(name for name in set(named) if named.count(name) > 1) == []  # two owners

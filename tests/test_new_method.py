@@ -71,7 +71,6 @@ for module, words in json.loads(sys.argv[1]):
 """
 
 
-@pytest.mark.slow
 def test_it_trains_resumes_bit_for_bit_and_is_sampled(
     folder: Path, config: Path, tmp_path: Path
 ) -> None:

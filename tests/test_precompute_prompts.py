@@ -195,7 +195,6 @@ def test_prompts_are_added_to_what_is_there(world: World, made: Path, tmp_path: 
     assert states(store).keys() == states(made).keys() | set(encoded)
 
 
-@pytest.mark.slow
 def test_two_processes_make_what_one_makes_byte_for_byte(
     world: World, made: Path, tmp_path: Path
 ) -> None:
@@ -248,7 +247,6 @@ def killed_while_it_writes(line: list[str], writes: int) -> int:
         return precompute(line)
 
 
-@pytest.mark.slow
 def test_a_killed_process_loses_nothing_that_it_wrote(
     world: World, made: Path, tmp_path: Path
 ) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shlex
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import convert_checkpoint
+import demo
 import inference
 import train
 from model.families.wan21.weights import find_weights
@@ -89,7 +92,6 @@ def test_videos_become_shards_in_two_steps(folder: Path) -> None:
     assert [reader.image_shape(i) for i in range(2)] == [(32, 32)] * 2
 
 
-@pytest.mark.slow
 def test_image_to_video_trains_converts_and_samples(folder: Path, tiny_root: Path) -> None:
     run(
         "torchrun --nnodes=8 --nproc_per_node=8 --rdzv_id=5235 --rdzv_backend=c10d "
@@ -154,6 +156,21 @@ def test_a_foreign_checkpoint_is_converted(folder: Path, flag: str, seed: int) -
     name = "blocks.0.self_attn.q.weight"
     expected = build_wan(seed=seed).state_dict()[name].to(torch.bfloat16)
     assert torch.equal(weights.read(name), expected)
+
+
+def test_the_demo_needs_no_word(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = folder / "checkpoints" / "self_forcing_dmd.pt"
+    write_foreign_checkpoint(checkpoint)
+    taken: list[Path] = []
+
+    def read(*given: Any) -> None:
+        taken.append(given[1].weights.path.resolve())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "load_generator", read)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert demo.main(["--port", "0", "latent_shape=[16,6,4,4]"]) == 130
+    assert taken == [checkpoint.resolve()]
 
 
 @pytest.mark.slow

@@ -87,7 +87,9 @@ class AdversarialOption(Option):
         gan_weight, sigma = self.config.gan_weight, at.scores.sigma
         with torch.set_grad_enabled(gan_weight > 0.0):
             x = add_noise(at.sample.x0, at.scores.noise, sigma)  # once more, with the gradient
-            fake: Judgement = self.discriminator(self.teacher, x, sigma, at.batch.conditioning)
+            fake: DiscriminatorOutput = self.discriminator(
+                self.teacher, x, sigma, at.batch.conditioning
+            )
         weight = self.weight(fake)
         weight = weight / fake.mean_weight.detach().clamp(min=MIN_MEAN_WEIGHT)
 

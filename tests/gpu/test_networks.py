@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.encoders.text import WanTextEncoder
-from model.encoders.vae import load_vae
+from model.families.registry import open_model
 from model.types import Batch, Conditioning, Context
 from model.wan.masks import block_causal
 from model.wan_wrapper import WanDiffusionWrapper
@@ -131,13 +130,14 @@ def test_samples_are_those_of_the_cpu(name: str, device: torch.device) -> None:
 
 @every_device
 def test_text_states_and_pixels_are_those_of_the_cpu(device: torch.device, tmp_path: Path) -> None:
-    folder = make_official(tmp_path / "model")
+    make_official(tmp_path / "model")
+    model = open_model(tmp_path / "model")
 
     def encoded(on: torch.device) -> list[Tensor]:
-        states = WanTextEncoder(folder, 32, torch.float32).to(on)(["a red cat runs", "a street"])
-        vae = load_vae(folder, on, torch.float32)
-        latents = vae.encode_to_latent(random(1, 3, 5, 32, 32, seed=3).clamp(-1, 1).to(on))
-        return [states, latents, vae.decode_to_pixel(latents)]
+        states = model.load_text_encoder(torch.float32).to(on)(["a red cat runs", "a street"])
+        codec = model.load_codec(on, torch.float32)
+        latents = codec.encode_to_latent(random(1, 3, 5, 32, 32, seed=3).clamp(-1, 1).to(on))
+        return [states, latents, codec.decode_to_pixel(latents)]
 
     with working_on(device):
         pairs = zip(encoded(device), encoded(CPU), strict=True)

@@ -26,10 +26,19 @@ from tests.ranks import run_on_ranks
 from utils.distributed import distributed_session
 from utils.parallel import build_mesh
 
-pytestmark = pytest.mark.slow
 WORLD, SHARDS, MB = 2, 4, 2**20
-# Ten of the thirty layers of the 1.3B model: 2 GB of fp32.
-CONFIG_2GB = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=10)
+# Ten layers, in the slow tier ten of the thirty of the 1.3B model: 0.4 and 2 GB of fp32.
+SIZES = {
+    "small": WanConfig(dim=768, ffn_dim=4096, num_heads=6, num_layers=10),
+    "large": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=10),
+}
+every_size = pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(v, id=k, marks=pytest.mark.slow if k == "large" else ())
+        for k, v in SIZES.items()
+    ],
+)
 
 
 @dataclass(frozen=True)
@@ -48,17 +57,18 @@ def value_of(name: str, shape: torch.Size, start: int = 0) -> Tensor:
     return rows.view(-1, *[1] * (len(shape) - 1)).expand(shape)
 
 
-def names_and_shapes() -> dict[str, torch.Size]:
+def names_and_shapes(config: WanConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        return {k: v.shape for k, v in WanTransformer(CONFIG_2GB).state_dict().items()}
+        return {k: v.shape for k, v in WanTransformer(config).state_dict().items()}
 
 
-def write_shards(folder: Path, renamed: Callable[[str], str]) -> int:
-    """Write 2 GB of weights as shards with their index; returns the bytes of the largest."""
+def write_shards(folder: Path, config: WanConfig, renamed: Callable[[str], str]) -> int:
+    """Write weights as shards with their index; returns the bytes of the largest."""
     folder.mkdir(parents=True)
     groups: list[dict[str, Tensor]] = [{} for _ in range(SHARDS)]
-    filled, share = 0, sum(s.numel() for s in names_and_shapes().values()) / SHARDS
-    for name, shape in names_and_shapes().items():
+    shapes = names_and_shapes(config)
+    filled, share = 0, sum(shape.numel() for shape in shapes.values()) / SHARDS
+    for name, shape in shapes.items():
         groups[min(SHARDS - 1, int(filled // share))][name] = value_of(name, shape)
         filled += shape.numel()
     weight_map, largest = {}, 0
@@ -79,14 +89,14 @@ def resident(field: str) -> int:
     raise AssertionError(f"/proc/self/status has no {field}")
 
 
-def load(path: Path) -> Loaded:
+def load(path: Path, config: WanConfig) -> Loaded:
     """Load the model at `path`, sharded; runs on a rank."""
     with distributed_session() as session:
         place = Placement(session.device, mesh=build_mesh(session, "full"))
         weights = find_weights(path)
         Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
         before, start = resident("VmRSS"), time.monotonic()
-        network = load_network(CONFIG_2GB, weights, place, what="a test")
+        network = load_network(config, weights, place, what="a test")
         peak, seconds = resident("VmHWM") - before, time.monotonic() - start
         own, right = 0, True
         for name, weight in network.model.state_dict().items():
@@ -116,37 +126,43 @@ def room(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path)
 
 
-def official(root: Path) -> tuple[Path, int]:
-    largest = write_shards(root / "Wan2.1", lambda name: name)
-    write_wan_config(CONFIG_2GB, root / "Wan2.1" / CONFIG)
+def official(root: Path, config: WanConfig) -> tuple[Path, int]:
+    largest = write_shards(root / "Wan2.1", config, lambda name: name)
+    write_wan_config(config, root / "Wan2.1" / CONFIG)
     return root / "Wan2.1", largest
 
 
-def diffusers(root: Path) -> tuple[Path, int]:
-    largest = write_shards(root / "Wan2.1-Diffusers" / "transformer", to_diffusers)
-    config = root / "Wan2.1-Diffusers" / "transformer" / CONFIG
-    config.write_text(json.dumps(diffusers_config(CONFIG_2GB)))
+def diffusers(root: Path, config: WanConfig) -> tuple[Path, int]:
+    folder = root / "Wan2.1-Diffusers" / "transformer"
+    largest = write_shards(folder, config, to_diffusers)
+    (folder / CONFIG).write_text(json.dumps(diffusers_config(config)))
     return root / "Wan2.1-Diffusers", largest
 
 
+@every_size
 @pytest.mark.parametrize("write", [official, diffusers])
 def test_a_rank_never_holds_much_more_than_its_part_and_a_shard(
-    room: Path, write: Callable[[Path], tuple[Path, int]]
+    room: Path, write: Callable[[Path, WanConfig], tuple[Path, int]], config: WanConfig
 ) -> None:
-    path, largest = write(room)
-    results = run_on_ranks(WORLD, load, path)
+    path, largest = write(room, config)
+    results = run_on_ranks(WORLD, load, path, config)
     report(write.__name__, results, largest)
     assert sum(result.own for result in results) > 3.5 * largest
     assert all(result.peak < result.own + 1.3 * largest for result in results)
 
 
-def test_a_pt_file_is_mapped_so_that_a_rank_sees_only_its_rows(room: Path) -> None:
-    state = {f"model.{n}": value_of(n, s).contiguous() for n, s in names_and_shapes().items()}
+@every_size
+def test_a_pt_file_is_mapped_so_that_a_rank_sees_only_its_rows(
+    room: Path, config: WanConfig
+) -> None:
+    shapes = names_and_shapes(config)
+    state = {f"model.{n}": value_of(n, s).contiguous() for n, s in shapes.items()}
     path = room / "model.pt"
     torch.save({"generator": state}, path)
     del state
     size = path.stat().st_size
-    results = run_on_ranks(WORLD, load, path)
+    results = run_on_ranks(WORLD, load, path, config)
     report(".pt", results, size)
     # The rows that a rank read stay in the page cache, and count once more as long as it is open.
-    assert all(result.peak < 2.0 * result.own + 0.1 * size for result in results)
+    # Whatever the size, some 60 MB are torch's own.
+    assert all(result.peak < 2.0 * result.own + 0.1 * size + 64 * MB for result in results)

@@ -227,7 +227,6 @@ def test_a_run_stopped_by_ctrl_c_exits_130_and_ends_as_the_unstopped_run(
     assert_same_end(logdir, uninterrupted, 30)
 
 
-@pytest.mark.slow
 def test_ctrl_c_on_one_of_two_ranks_stops_both_after_the_same_step(
     configs: dict[str, Path], tmp_path: Path
 ) -> None:

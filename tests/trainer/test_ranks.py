@@ -41,6 +41,12 @@ OVERRIDES = {
     "gan": ABSOLUTE,
     "dmd_gan": ABSOLUTE,
 }
+# On two ranks in the fast tier: both optimizers, whole clips and blocks, sharded and replicated.
+FAST_CASES = ("dmd-muon", "self_forcing_dmd-adamw")
+every_case = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if case in FAST_CASES else pytest.mark.slow) for case in CASES],
+)
 WIDE_CASES = ("dmd-muon", "diffusion-adamw")  # on four ranks, slow where cores are few
 PENALTIES = ("/r1", "/r2")  # steps between nearly equal logits: compared as they are
 STEPS = "steps=3"  # generator_every is 2, so the generator moves twice
@@ -219,22 +225,33 @@ def one_rank(base: Path, tiny_root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def both_ranks(base: Path, tiny_root: Path) -> list[Findings]:
-    """Every case on two ranks, two in bf16, and gradients; one spawn. What each rank reports."""
-    jobs = [job(base, tiny_root, "2", case) for case in CASES]
+    """FAST_CASES on two ranks, replicas, two runs in bf16, and gradients; one spawn.
+
+    What each rank reports. Each is a node of its own, so that the replicas are whole.
+    """
+    jobs = [job(base, tiny_root, "2", case) for case in FAST_CASES]
+    jobs.append(job(base, tiny_root, "2x1", "dmd-muon", HYBRID))
     jobs.append(job(base, tiny_root, "2-bf16", "dmd-muon", BF16))
     jobs.append(job(base, tiny_root, "2-bf16", "sid-adamw", BF16, "loss.generator_every=1"))
     gradients = [
         job(base, tiny_root, "2-gradients", "dmd-adamw", MICRO),
-        job(base, tiny_root, "2-gradients", "diffusion-adamw", MICRO),
         job(base, tiny_root, "2-gradients-last", "dmd-adamw", MICRO, LAST),
     ]
-    return run_on_ranks(2, train_all, jobs, gradients)
+    return run_on_ranks(2, train_all, jobs, gradients, local_world=1)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(both_ranks: list[Findings]) -> Findings:
     """What the first of two ranks reports."""
     return both_ranks[0]
+
+
+@pytest.fixture(scope="module")
+def more_on_two_ranks(base: Path, tiny_root: Path) -> Findings:
+    """All other cases on two ranks."""
+    jobs = [job(base, tiny_root, "2", case) for case in CASES if case not in FAST_CASES]
+    gradients = [job(base, tiny_root, "2-gradients", "diffusion-adamw", MICRO)]
+    return run_on_ranks(2, train_all, jobs, gradients)[0]
 
 
 @pytest.fixture(scope="module")
@@ -246,16 +263,21 @@ def four_ranks(base: Path, tiny_root: Path) -> Findings:
     return run_on_ranks(4, train_all, jobs, gradients, local_world=2)[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.usefixtures("two_ranks")
+@every_case
 def test_two_ranks_report_the_losses_and_gradient_norms_of_one(
-    case: str, base: Path, one_rank: Path
+    case: str, base: Path, one_rank: Path, request: pytest.FixtureRequest
 ) -> None:
+    request.getfixturevalue("two_ranks" if case in FAST_CASES else "more_on_two_ranks")
     assert difference(base / "2" / case, one_rank / case) < TOLERANCE
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("two_ranks")
+def test_two_replicas_report_the_losses_and_gradient_norms_of_one(
+    base: Path, one_rank: Path
+) -> None:
+    assert difference(base / "2x1" / "dmd-muon", one_rank / "dmd-muon") < TOLERANCE
+
+
 def test_ranks_agree_on_every_block_and_its_noise_level(both_ranks: list[Findings]) -> None:
     first, second = (found.calls for found in both_ranks)
     assert first == second
@@ -265,7 +287,6 @@ def test_ranks_agree_on_every_block_and_its_noise_level(both_ranks: list[Finding
     assert {round(sigma, 4) for _, _, sigma in first} == {0.0, 1.0, 0.9375, 0.8333, 0.625}
 
 
-@pytest.mark.slow
 def test_a_critic_that_is_frozen_between_its_updates_keeps_its_gradients_in_fp32(
     two_ranks: Findings,
 ) -> None:
@@ -319,16 +340,25 @@ def plain_gradients(base: Path, tiny_root: Path) -> dict[str, Gradients]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["dmd", "diffusion"])
+@pytest.mark.parametrize(
+    ("method", "ranks"),
+    [
+        ("dmd", "two_ranks"),
+        pytest.param("diffusion", "more_on_two_ranks", marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_of_two_shards_in_two_micro_batches_equal_those_of_a_plain_process(
-    method: str, base: Path, two_ranks: Findings, plain_gradients: dict[str, Gradients]
+    method: str,
+    ranks: str,
+    base: Path,
+    plain_gradients: dict[str, Gradients],
+    request: pytest.FixtureRequest,
 ) -> None:
-    sharded = two_ranks.gradients[str(base / "2-gradients" / f"{method}-adamw")]
+    found: Findings = request.getfixturevalue(ranks)
+    sharded = found.gradients[str(base / "2-gradients" / f"{method}-adamw")]
     assert gradient_difference(sharded, plain_gradients[method]) < TOLERANCE
 
 
-@pytest.mark.slow
 def test_gradients_that_are_reduced_at_the_last_micro_batch_are_the_same(
     base: Path, two_ranks: Findings, plain_gradients: dict[str, Gradients]
 ) -> None:
@@ -409,7 +439,6 @@ def test_bf16_compute_leaves_timesteps_unrounded(one_rank_bf16: tuple[Path, Find
     check_timesteps(one_rank_bf16[1].timesteps)
 
 
-@pytest.mark.slow
 def test_bf16_compute_on_two_ranks_stays_near_fp32_over_fp32_weights(
     base: Path, two_ranks: Findings, one_rank: Path
 ) -> None:

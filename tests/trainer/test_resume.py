@@ -249,7 +249,6 @@ def assert_close_metrics(run_: Path, reference: Path) -> None:
         assert row == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.slow
 def test_one_process_loads_what_two_ranks_saved_bit_for_bit_and_goes_on_alike(
     two_ranks: TwoRanks, configs: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -269,14 +268,12 @@ def read_again(trainer: Trainer, folder: Path) -> dict[str, Any]:
     return read_state(path)
 
 
-@pytest.mark.slow
 def test_two_shards_go_on_from_the_checkpoint_of_one_process(
     two_ranks: TwoRanks, straight: Path
 ) -> None:
     assert_close_metrics(two_ranks.continued, straight / "dmd-muon")
 
 
-@pytest.mark.slow
 def test_two_replicas_go_on_from_the_checkpoint_of_one_process_and_save_one_that_it_loads(
     two_ranks: TwoRanks, straight: Path, configs: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -127,7 +127,6 @@ def gathered() -> list[list[Rejected]]:
         return session.gather([Rejected(f"{session.rank}", "")] * session.rank)
 
 
-@pytest.mark.slow
 def test_every_rank_gets_what_all_ranks_have_in_their_order() -> None:
     expected = [[], [Rejected("1", "")], [Rejected("2", "")] * 2]
     assert run_on_ranks(3, gathered) == [expected] * 3
