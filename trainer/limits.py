@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
 
+from pipeline.memory import available_memory
 from trainer.config import Config
 from utils.config import ConfigError
 from utils.distributed import Session
@@ -30,9 +30,8 @@ def training_bytes(
 
 def device_bytes(device: torch.device) -> int:
     """The memory of a GPU, or of the machine."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = available_memory(device)
+    return memory.host if memory.device is None else memory.device
 
 
 def check_memory(config: Config, session: Session, *, tokens: int, layers: int, width: int) -> None:
