@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     result.add_argument("--host", default="127.0.0.1", help="0.0.0.0 = open to the network")
     result.add_argument("--port", type=int, default=5001, help="0 = any free one")
-    result.add_argument("--fps", type=float, default=16.0)
+    result.add_argument("--fps", type=float, default=None, help="default: the model's")
     result.add_argument("overrides", nargs="*", metavar="key=value", help="settings to override")
     return result
 
@@ -201,7 +201,8 @@ def describe(config: Config, generator: VideoGenerator) -> About:
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ConfigError for values that mean nothing."""
     try:
-        FPS.parse(args.fps)
+        if args.fps is not None:
+            FPS.parse(args.fps)
     except ValueError as error:
         raise ConfigError(f"--fps: {error}") from error
     if not args.host:
@@ -228,7 +229,8 @@ def serve(args: argparse.Namespace) -> None:
     check_model(capabilities(source.run, device), source.model.path)
     address = listen(args.host, args.port)
     generator = load_generator(source, device)
-    about, work = describe(config, generator), partial(make_clip, generator, args.fps)
+    fps = source.model.fps if args.fps is None else args.fps
+    about, work = describe(config, generator), partial(make_clip, generator, fps)
     with TemporaryDirectory("-demo") as folder, closing(JobQueue(work, Path(folder))) as queue:
         app, fd = create_app(queue, about, generator.capabilities), address.fileno()
         server = make_server(args.host, args.port, app, threaded=True, fd=fd)

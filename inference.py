@@ -122,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
         help="an image or a video that every clip begins with (causal models)",
     )  # fmt: skip
     add("--batch_size", type=int, default=1, help="clips at a time on each process")
-    add("--fps", type=float, default=16.0)
+    add("--fps", type=float, default=None, help="of the files; default: the model's")
     add("overrides", nargs="*", metavar="key=value", help="settings to override")
     return result
 
@@ -210,7 +210,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise ConfigError(f"--{flag}: must be at least 1, got {value}")
     try:
-        FPS.parse(args.fps)
+        if args.fps is not None:
+            FPS.parse(args.fps)
     except ValueError as error:
         raise ConfigError(f"--fps: {error}") from error
     if args.vbench and args.save_with_index:
@@ -254,15 +255,21 @@ def clip_size(
     return model.latent.nearest_size(shapes[0], size[0] * size[1])
 
 
+def rate(args: argparse.Namespace, plan: Plan) -> float:
+    """Frames per second of the files."""
+    return plan.source.model.fps if args.fps is None else float(args.fps)
+
+
 def settings_of(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     """What all clips of a folder share, as JSON has it."""
     config, model, shared = plan.config, plan.model, plan.shared
     keys = (
         "data_path", "extended_prompt_path", "use_ema", "seed", "save_with_index", "i2v",
-        "image_size", "vbench", "num_output_frames", "initial_path", "batch_size", "fps",
+        "image_size", "vbench", "num_output_frames", "initial_path", "batch_size",
     )  # fmt: skip
     wanted: dict[str, Any] = {key: getattr(args, key) for key in keys}
     original = args.extended_prompt_path is None
+    wanted["fps"] = rate(args, plan)
     wanted["protocol"] = "original prompts" if original else "extended prompts"
     wanted["model"] = generator_model(config)
     wanted["seed"] = shared.seed
@@ -321,7 +328,7 @@ def run(args: argparse.Namespace, plan: Plan, session: Session) -> None:
             log.info("%d network evaluations per clip", count)
             with Bars(sum(map(len, mine)), shown=session.is_main) as bars:
                 for batch in mine:
-                    make(batch, model, args.fps, bars.inner)
+                    make(batch, model, rate(args, plan), bars.inner)
                     bars.outer(len(batch))
     if session.is_main:
         shown = jobs[:SHEET_CLIPS]

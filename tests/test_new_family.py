@@ -32,8 +32,8 @@ from tests.ranks import run_on_ranks
 from tests.runs import assert_same_end, cut_after, read_state, rows, step_folder
 from tests.toy import HOME, NAME, SHAPE, at_home, make_data, make_toy, write_config
 from tests.videos import make_video
-from utils.data.captioned_clips import read_clips
-from utils.media.video import read_frames
+from utils.data.captioned_clips import read_encoded_clips
+from utils.media.video import frame_rate, read_frames
 from utils.weights import WeightFile, WeightsError, check_fits
 
 __all__ = ["own_logging"]
@@ -118,6 +118,7 @@ def test_inference_makes_clips_of_its_size(
     assert (len(frames), frames[0].shape[0]) == (9, 3)
     height, width = frames[0].shape[1:]
     assert height * 24 == width * 16
+    assert frame_rate(clips[0]) == 12.0
 
 
 def test_videos_become_its_data(root: Path, tmp_path: Path) -> None:
@@ -127,7 +128,7 @@ def test_videos_become_its_data(root: Path, tmp_path: Path) -> None:
     words += ["--output_latent_folder", str(tmp_path / "latents"), "--model_name", NAME]
     size = ["--height", "16", "--width", "24", "--num_frames", "9"]
     assert compute_vae_latent.main([*words, *size]) == 0
-    (clip,) = read_clips(tmp_path / "latents" / "a.pt")
+    (clip,) = read_encoded_clips(tmp_path / "latents" / "a.pt")
     assert (tuple(clip.latents.shape), clip.fps) == (SHAPE, 12.0)
     words = ["--data_path", str(tmp_path / "latents"), "--lmdb_path", str(tmp_path / "shards")]
     assert create_lmdb_14b_shards.main(words) == 0
@@ -146,7 +147,7 @@ def test_a_clip_that_its_latents_do_not_hold_is_refused(
     assert message == "--num_frames: must be 1 + 2 k, as 41, got 10"
     wrong = ["--height", "16", "--width", "26", "--num_frames", "9"]
     message = refusal(compute_vae_latent.main, [*words, *wrong], capsys)
-    assert message == "16 x 26: both sides must be multiples of 4"
+    assert message == "16 x 26: both sides must be multiples of 4 up to 8192"
 
 
 def test_prompts_are_encoded_ahead(trained: dict[str, Path], root: Path, tmp_path: Path) -> None:

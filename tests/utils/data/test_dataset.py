@@ -247,14 +247,15 @@ def test_shards_of_a_stopped_script_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shapes", "video"),
+    ("shapes", "stride", "video"),
     [
-        (RecordShapes(), (16, 5, 4, 4)),
-        (RecordShapes(image=(32, 48)), (16, 5, 4, 6)),
-        (RecordShapes((16, 3, 2, 2), image=(16, 16)), (16, 3, 2, 2)),
+        (RecordShapes(), 8, (16, 5, 4, 4)),
+        (RecordShapes(image=(32, 48)), 8, (16, 5, 4, 6)),
+        (RecordShapes(image=(32, 48)), 4, (16, 5, 8, 12)),
+        (RecordShapes((16, 3, 2, 2), image=(16, 16)), 8, (16, 3, 2, 2)),
     ],
 )
 def test_a_record_tells_the_shape_of_its_video(
-    shapes: RecordShapes, video: tuple[int, int, int, int]
+    shapes: RecordShapes, stride: int, video: tuple[int, int, int, int]
 ) -> None:
-    assert shapes.video([16, 5, 4, 4]) == video
+    assert shapes.video([16, 5, 4, 4], stride) == video
