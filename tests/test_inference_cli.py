@@ -180,7 +180,7 @@ def test_every_kind_of_source_gives_the_samples_of_the_log_directory_bit_for_bit
         made = latents(student, step_folder(student.logdir, 2), use_ema=use_ema)
     elif kind == "folder":
         model = shutil.copytree(tiny_root / "wan_models" / "Wan2.1-T2V-Tiny", tmp_path / "model")
-        converted(student, model / "diffusion_pytorch_model.safetensors", *flags)
+        converted(student, model / "diffusion_pytorch_model.safetensors", "--overwrite", *flags)
         made = latents(student, model)
     else:
         made = latents(student, converted(student, tmp_path / f"file{kind}", *flags))
