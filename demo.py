@@ -34,6 +34,7 @@ from trainer.serving import capabilities, check_source, load_generator
 from utils.cli import USER_ERRORS, command_parser, fail, path_word, start_logging
 from utils.config import ConfigError
 from utils.data.prompts import read_prompt_file
+from utils.errors import UserError
 from utils.media.video import save_mp4
 from utils.web.jobs import Job, JobQueue, OnNews
 
@@ -203,7 +204,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     try:
         if args.fps is not None:
             FPS.parse(args.fps)
-    except ValueError as error:
+    except UserError as error:
         raise ConfigError(f"--fps: {error}") from error
     if not args.host:
         raise ConfigError("--host: must be an address; 0.0.0.0 = open to the network")

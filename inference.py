@@ -46,6 +46,7 @@ from utils.data.prompts import (
 )
 from utils.data.shards import shard_paths
 from utils.distributed import Session, distributed_session
+from utils.errors import UserError
 from utils.hashes import sha256_of
 from utils.media.clip_names import clip_stems, default_samples
 from utils.media.given_frames import Given, Size, describe_picture, picture_size
@@ -212,7 +213,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     try:
         if args.fps is not None:
             FPS.parse(args.fps)
-    except ValueError as error:
+    except UserError as error:
         raise ConfigError(f"--fps: {error}") from error
     if args.vbench and args.save_with_index:
         raise ConfigError("--save_with_index: VBench finds clips by their prompts; drop one flag")

@@ -45,14 +45,14 @@ class VideoGenerator:
         """The same latents as they come, [B, C, f, H, W] each; a whole-clip model gives one piece.
 
         A causal model without image inputs begins with a first image as its first latent frame.
-        Raises RequestError where the model cannot, ValueError for requests of several batches.
+        Raises RequestError where the model cannot.
         """
         first, model = requests[0], self.capabilities
         found = {line: None for request in requests for line in problems(request, model)}
         if found:
             raise RequestError(found)
-        if len({request.batch_key for request in requests}) > 1:
-            raise ValueError("the requests of a batch must have one size, length and sampling")
+        keys = {request.batch_key for request in requests}
+        assert len(keys) == 1, "the requests of a batch must have one size, length and sampling"
         shape, size = first.shape(model), first.size or model.size
         rng = sample_rng(0, "inference", [r.noise_key for r in requests], self.device)
         keyframes, initial = self._keyframes(requests, size), self._initial(requests, size)

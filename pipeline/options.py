@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from utils.config import ConfigError
+from utils.errors import UserError
 
 KEY = "option"  # of a dataclass field's metadata
 MOST = 10**9  # of pixels or frames; memory ends before
 Json = dict[str, Any]
 
 
-class RequestError(ConfigError):
+class RequestError(UserError):
     """A request that nobody can serve; the message holds one problem per line."""
 
     def __init__(self, problems: Iterable[str]) -> None:
@@ -31,7 +31,7 @@ class Kind(ABC):
 
     @abstractmethod
     def parse(self, value: object) -> Any:
-        """A JSON value as what the request holds. Raises ValueError: "must be ..., got ..."."""
+        """A JSON value as what the request holds. Raises UserError: "must be ..., got ..."."""
 
     @abstractmethod
     def schema(self) -> Json:
@@ -58,15 +58,15 @@ class Text(Kind):
     def parse(self, value: object) -> str:
         """See Kind."""
         if not isinstance(value, str):
-            raise ValueError(f"must be a text, got {shown(value)}")
+            raise UserError(f"must be a text, got {shown(value)}")
         if not self.empty and not value.strip():
-            raise ValueError("must be a text that is not empty")
+            raise UserError("must be a text that is not empty")
         if len(value) > self.most:
-            raise ValueError(f"at most {self.most} characters, this one has {len(value)}")
+            raise UserError(f"at most {self.most} characters, this one has {len(value)}")
         try:
             value.encode()
         except UnicodeEncodeError as error:  # JSON can write halves of characters
-            raise ValueError(f"has half a character at {error.start}: {value!a:.40}") from error
+            raise UserError(f"has half a character at {error.start}: {value!a:.40}") from error
         return value.strip()
 
     def schema(self) -> Json:
@@ -85,7 +85,7 @@ class Whole(Kind):
         """See Kind."""
         if type(value) is not int or not self.least <= value <= self.most:  # True is an int, too
             limits = f"from {self.least} to {self.most}"
-            raise ValueError(f"must be a whole number {limits}, got {shown(value)}")
+            raise UserError(f"must be a whole number {limits}, got {shown(value)}")
         return value
 
     def schema(self) -> Json:
@@ -110,7 +110,7 @@ class Number(Kind):
         if self.least <= number <= self.most:
             return float(number)
         limits = f"from {self.least:g} to {self.most:g}"
-        raise ValueError(f"must be a number {limits}, got {shown(value)}")
+        raise UserError(f"must be a number {limits}, got {shown(value)}")
 
     def schema(self) -> Json:
         """See Kind."""
@@ -133,7 +133,7 @@ class PixelSize(Kind):
         """See Kind."""
         sides = value if isinstance(value, list) else []
         if len(sides) != 2 or not all(type(s) is int and 0 < s <= MOST for s in sides):
-            raise ValueError(
+            raise UserError(
                 f"must be height and width in pixels, as [480, 832] or 480x832, got {shown(value)}"
             )
         return sides[0], sides[1]
@@ -218,7 +218,7 @@ def parse(
             continue
         try:
             values[name] = option.kind.parse(body[name])
-        except ValueError as error:
+        except UserError as error:
             problems.append(f"{name_of(name)}: {error}")
             continue
         fault = option.refused(model) or option.problem(values[name], model)

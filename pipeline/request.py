@@ -72,9 +72,9 @@ class Pixels:
         return hash(self.digest)
 
     def read(self, size: Size) -> Tensor:
-        """See Footage. Raises ValueError for another size."""
-        if tuple(self.frames.shape[2:]) != tuple(size):
-            raise ValueError(f"frames of {tuple(self.frames.shape[2:])} for clips of {size}")
+        """See Footage; of their own size alone."""
+        own = tuple(self.frames.shape[2:])
+        assert own == tuple(size), f"frames of {own} for clips of {size}"
         return self.frames
 
 

@@ -163,7 +163,7 @@ BAD: list[tuple[tuple[str, ...], str]] = [
     (("--data_path", ""), "argument --data_path: must be a path, got an empty word"),
     (("--output_folder", ""), "argument --output_folder: must be a path, got an empty word"),
     (("--checkpoint_path", "{}/empty"), "{}/empty: no weights here"),
-    (("--config_path", "{}"), "{}: no such config file"),
+    (("--config_path", "{}"), "{}: is a folder, not a config file"),
     (("--config_path", "{}/bytes.txt"), "{}/bytes.txt: not readable as YAML"),
     (("--image_size", "huge"), "argument --image_size: invalid choice: 'huge'"),
     (("--extended_prompt_path", "/nowhere"), "/nowhere: no such file or folder of prompts"),

@@ -109,7 +109,7 @@ def test_a_student_refuses_what_it_cannot_do_in_a_line_each(student: VideoGenera
 
 
 def test_requests_of_several_batches_are_refused_together(student: VideoGenerator) -> None:
-    with pytest.raises(ValueError, match="must have one size, length and sampling"):
+    with pytest.raises(AssertionError, match="must have one size, length and sampling"):
         student.latents([Request("a"), Request("b", frames=1)])
 
 
