@@ -224,6 +224,7 @@ def test_the_architecture_page_names_the_owner_of_each_file() -> None:
     table = [line for line in page.splitlines() if line.startswith("| `")]
     named = [name for line in table for name in re.findall(r"`([\w/.]+\.py)`", line.split("|")[1])]
     files = [str(source) for source in sources() if source.path.name != "__init__.py"]
-    assert sorted(set(files) - set(named)) == []  # no owner
+    by_rule = {f"{cls.__module__.replace('.', '/')}.py" for cls in methods()}  # a method each
+    assert sorted(set(files) - set(named) - by_rule) == []  # no owner
     assert sorted(set(named) - set(files)) == []  # no such file
     assert sorted(name for name in set(named) if named.count(name) > 1) == []  # two owners
