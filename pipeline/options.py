@@ -12,6 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from utils.config import ConfigError
+from utils.errors import UserError
 
 KEY = "option"  # of a dataclass field's metadata
 MOST = 10**9  # of pixels or frames; memory ends before
@@ -58,15 +59,15 @@ class Text(Kind):
     def parse(self, value: object) -> str:
         """See Kind."""
         if not isinstance(value, str):
-            raise ValueError(f"must be a text, got {shown(value)}")
+            raise UserError(f"must be a text, got {shown(value)}")
         if not self.empty and not value.strip():
-            raise ValueError("must be a text that is not empty")
+            raise UserError("must be a text that is not empty")
         if len(value) > self.most:
-            raise ValueError(f"at most {self.most} characters, this one has {len(value)}")
+            raise UserError(f"at most {self.most} characters, this one has {len(value)}")
         try:
             value.encode()
         except UnicodeEncodeError as error:  # JSON can write halves of characters
-            raise ValueError(f"has half a character at {error.start}: {value!a:.40}") from error
+            raise UserError(f"has half a character at {error.start}: {value!a:.40}") from error
         return value.strip()
 
     def schema(self) -> Json:
@@ -85,7 +86,7 @@ class Whole(Kind):
         """See Kind."""
         if type(value) is not int or not self.least <= value <= self.most:  # True is an int, too
             limits = f"from {self.least} to {self.most}"
-            raise ValueError(f"must be a whole number {limits}, got {shown(value)}")
+            raise UserError(f"must be a whole number {limits}, got {shown(value)}")
         return value
 
     def schema(self) -> Json:
@@ -110,7 +111,7 @@ class Number(Kind):
         if self.least <= number <= self.most:
             return float(number)
         limits = f"from {self.least:g} to {self.most:g}"
-        raise ValueError(f"must be a number {limits}, got {shown(value)}")
+        raise UserError(f"must be a number {limits}, got {shown(value)}")
 
     def schema(self) -> Json:
         """See Kind."""
@@ -133,7 +134,7 @@ class PixelSize(Kind):
         """See Kind."""
         sides = value if isinstance(value, list) else []
         if len(sides) != 2 or not all(type(s) is int and 0 < s <= MOST for s in sides):
-            raise ValueError(
+            raise UserError(
                 f"must be height and width in pixels, as [480, 832] or 480x832, got {shown(value)}"
             )
         return sides[0], sides[1]

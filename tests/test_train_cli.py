@@ -342,7 +342,8 @@ def test_the_log_directory_of_another_run_is_refused(
     line = words(configs["diffusion"], finished, "steps=3", "batch_size=8", "ema.decay=0.9")
     assert refusal(train.main, line, capsys) == (
         f"{finished}: holds another run; use a new --logdir, restore what has changed, or continue "
-        "all the same with --allow_config_change: batch_size: is 4, now 8; ema.decay: is 0.5, now 0.9"
+        "all the same with --allow_config_change: batch_size: is 4, now 8; ema.decay: is 0.5, "
+        "now 0.9"
     )
 
 
