@@ -89,7 +89,8 @@ def test_errors_for_users_are_of_their_own_class() -> None:
     """A plain ValueError is an invariant of ours; one more needs a place in this list."""
     invariants = {
         "model.guidance", "model.wan.images", "model.wan.transformer", "model.wan_wrapper",
-        "utils.data.shards", "utils.optim", "utils.tiny_world.checker",
+        "pipeline.generator", "pipeline.request", "utils.data.shards", "utils.optim",
+        "utils.tiny_world.checker",
     }  # fmt: skip
     plain = {"ValueError": invariants, "OSError": {"utils.files"}}
     plain |= {name: set() for name in ("FileNotFoundError", "FileExistsError")}

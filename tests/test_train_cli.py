@@ -49,7 +49,7 @@ def test_a_run_returns_0_and_leaves_config_metrics_and_checkpoint(
 ) -> None:
     assert train.main(words(configs["diffusion"], tmp_path, "steps=2")) == 0
     found = sorted(path.name for path in tmp_path.iterdir())
-    assert found == ["checkpoints", "config.yaml", "metrics.jsonl"]
+    assert found == ["checkpoints", "config.yaml", "fingerprint.json", "metrics.jsonl"]
     assert checkpoint.latest(tmp_path / "checkpoints") == step_folder(tmp_path, 2)
 
 
@@ -156,8 +156,8 @@ def test_no_visualize_makes_no_picture(configs: dict[str, Path], tmp_path: Path)
         ),
         (
             "generator.model={models}/Wan2.1-T2V-Tiny/config.json",
-            "model '{models}/Wan2.1-T2V-Tiny/config.json': "
-            "{models}/Wan2.1-T2V-Tiny/config.json is a file; give the folder that it is in",
+            "{models}/Wan2.1-T2V-Tiny/config.json: is a file; a model is a folder, and weights in "
+            "a file are named by `weights`",
         ),
         (
             "generator.weights=nowhere",
@@ -272,9 +272,9 @@ def test_weights_of_another_architecture_are_refused(
     wider = build_wan(replace(tiny_config, dim=48, ffn_dim=96, num_layers=1))
     path = tmp_path / f"wider{suffix}"
     write_weights(wider.state_dict(), path, {})
-    line = words(configs["dmd"], tmp_path / "run", f"critic.weights={path}")
+    line = words(configs["dmd"], tmp_path / "run", f"teacher.weights={path}")
     message = refusal(train.main, line, capsys)
-    assert message.startswith(f"{path} does not fit critic ")
+    assert message.startswith(f"{path} does not fit teacher ")
     assert "27 weights missing ['blocks.1." in message
     assert message.endswith(
         "is it a checkpoint of another architecture? They look like t2v with dim 48, ffn_dim 96, "
@@ -341,8 +341,9 @@ def test_the_log_directory_of_another_run_is_refused(
 ) -> None:
     line = words(configs["diffusion"], finished, "steps=3", "batch_size=8", "ema.decay=0.9")
     assert refusal(train.main, line, capsys) == (
-        f"{finished}: holds another run; use a new --logdir, or restore: "
-        "batch_size: is 4, now 8; ema.decay: is 0.5, now 0.9"
+        f"{finished}: holds another run; use a new --logdir, restore what has changed, or continue "
+        "all the same with --allow_config_change: batch_size: is 4, now 8; ema.decay: is 0.5, "
+        "now 0.9"
     )
 
 

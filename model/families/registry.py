@@ -61,8 +61,6 @@ def find_model(root: Path, name: str) -> Model:
     for path in (Path(name), root / name):
         if path.exists():
             return open_model(path)
-        if path.is_file():
-            raise NotFoundError(f"model '{name}': {path} is a file; give the folder that it is in")
     present = sorted(path.name for path in _models(root))
     near = difflib.get_close_matches(name, present, n=1)
     hint = f"; did you mean '{near[0]}'?" if near else ""
