@@ -15,7 +15,6 @@ from scripts.make_tiny_world import IMAGE_NAME, NAME
 from tests.commands import no_weights, own_logging, refusal
 from tests.ranks import run_on_ranks
 from tests.runs import write_config
-from utils.config import ConfigError
 from utils.media import manifest
 
 __all__ = ["no_weights", "own_logging"]
@@ -213,13 +212,15 @@ def test_a_torn_manifest_is_named(
 
 def claim_nothing(folder: Path) -> str:
     """On one rank: what it is told of a folder that only the main rank has looked at."""
+    from utils.cli import USER_ERRORS
     from utils.distributed import distributed_session
+    from utils.errors import words
 
     with distributed_session(timeout_s=60.0) as session:
         try:
             manifest.claim_folder(folder, {}, folder / "absent.pt", [], session)
-        except ConfigError as error:
-            return str(error)
+        except USER_ERRORS as error:
+            return words(error) or ""
     return ""
 
 
