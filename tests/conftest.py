@@ -19,12 +19,15 @@ from model.flow import step_sigmas
 from model.wan.config import WanConfig, write_wan_config
 from model.wan.transformer import WanTransformer
 from scripts.make_tiny_world import IMAGE_NAME, NAME, make_data, make_folder
+from tests.commands import no_weights, own_logging
 from tests.runs import CONFIGS, write_config
 from utils.data.dataset import TrajectoryManifest
 from utils.data.shards import ShardReader, ShardWriter
 from utils.records import MANIFEST
 from utils.seeding import generator
 from utils.weights import fill_weights, write_weights
+
+__all__ = ["no_weights", "own_logging"]  # fixtures of all tests
 
 torch.set_num_threads(1)
 # Whoever starts tests in the background may ignore Ctrl-C for them, and their commands inherit it.

@@ -49,7 +49,7 @@ def split(words: Sequence[str]) -> tuple[Path, list[str]]:
 def parsed(words: Sequence[str]) -> argparse.Namespace:
     """A line as its script understands it. Fails the test if it does not."""
     script, rest = split(words)
-    module = ".".join(script.with_suffix("").parts[-2:]) if script.parent.name else script.stem
+    module = f"scripts.{script.stem}" if script.parent.name == "scripts" else script.stem
     parser: argparse.ArgumentParser = importlib.import_module(module).parser()
     try:
         return parser.parse_intermixed_args(rest)

@@ -14,10 +14,7 @@ import torch
 
 import inference
 from model.families.wan21.folder import CONFIG, IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER
-from tests.commands import own_logging
 from tests.folders import VAE, clip_state, make_diffusers, make_official, umt5_state, vae_state
-
-__all__ = ["own_logging"]
 
 Damage = Callable[[Path], object]
 

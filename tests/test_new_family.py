@@ -27,7 +27,7 @@ import train
 from model.families.registry import check_model, find_model, open_model
 from model.folders.loading import Placement
 from scripts import compute_vae_latent, create_lmdb_14b_shards, precompute_prompts
-from tests.commands import ROOT, own_logging, refusal
+from tests.commands import ROOT, refusal
 from tests.ranks import run_on_ranks
 from tests.runs import assert_same_end, cut_after, read_state, rows, step_folder
 from tests.toy import HOME, NAME, SHAPE, at_home, make_data, make_toy, write_config
@@ -35,8 +35,6 @@ from tests.videos import make_video
 from utils.data.captioned_clips import read_encoded_clips
 from utils.media.video import frame_rate, read_frames
 from utils.weights import WeightFile, WeightsError, check_fits
-
-__all__ = ["own_logging"]
 
 
 @pytest.fixture(scope="module")

@@ -17,15 +17,12 @@ import inference
 import train
 from model.families.wan21.weights import find_weights
 from scripts import compute_vae_latent, create_lmdb_14b_shards
-from tests.commands import own_logging
 from tests.conftest import build_wan
 from tests.test_documented_commands import serve
 from tests.videos import make_video
 from utils.data.shards import ShardReader
 
 ROOT = Path(__file__).resolve().parent.parent
-__all__ = ["own_logging"]
-
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train.py": train.main,
     "inference.py": inference.main,

@@ -11,11 +11,9 @@ import pytest
 import torch
 
 from scripts import validate_dataset
-from tests.commands import own_logging, refusal
+from tests.commands import refusal
 from tests.videos import tear
 from utils.data.shards import ShardWriter
-
-__all__ = ["own_logging"]
 
 
 def shard(path: Path, prompts: list[str], *shape: int, images: bool = True) -> Path:

@@ -15,7 +15,7 @@ from tests.runs import CONFIGS, build, cut_after, read_state, rows, run, step_fo
 from trainer.base import Trainer
 from trainer.build import RunOptions, build_trainer
 from trainer.config import load
-from utils.distributed import Session, distributed_session
+from utils.distributed import distributed_session
 
 # Every role moves in the first step.
 FIRST = {"gan": ("loss.discriminator_warmup_steps=0",)}
@@ -139,4 +139,4 @@ def test_a_checkpoint_is_read_on_another_device(
 
 def test_the_cpu_is_taken_where_tests_say_so() -> None:
     with working_on(CPU), distributed_session() as session:
-        assert session == Session(0, 1, torch.device("cpu"))
+        assert session.device == torch.device("cpu")

@@ -415,8 +415,13 @@ def test_two_trainings_in_one_process_do_not_touch_each_other(
     assert rows(tmp_path / "first") == alone
 
 
-@pytest.mark.parametrize("precision", ["mixed_precision=false", "mixed_precision=true"])
-@pytest.mark.parametrize("method", ["dmd", "gan", "self_forcing_dmd", "self_forcing_sid"])
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [
+        *((name, "mixed_precision=false") for name in ("dmd", "gan", "self_forcing_dmd")),
+        *((name, "mixed_precision=true") for name in ("gan", "self_forcing_sid")),  # through FSDP2
+    ],
+)
 def test_recomputing_blocks_changes_no_number(
     configs: dict[str, Path], tmp_path: Path, method: str, precision: str
 ) -> None:

@@ -27,8 +27,9 @@ from utils.distributed import Session, distributed_session
 from utils.parallel import build_mesh
 from utils.seeding import StepRNG
 
-# Of two outer steps the second logs; both kinds of optimizer, and micro-batches.
-SETTINGS = ("steps=2", "log_every=2", "batch_size=2", "accumulation=2", "generator.muon_lr=0.01")
+# Of two outer steps the second logs; both kinds of optimizer.
+SETTINGS = ("steps=2", "log_every=2", "batch_size=1", "generator.muon_lr=0.01")
+MICRO = ("batch_size=2", "accumulation=2")
 # What reads a tensor on the host.
 READS: dict[str, Callable[[Tensor], object]] = {
     "t.item()": lambda t: t.item(),
@@ -90,7 +91,7 @@ def test_only_the_log_waits_for_the_device_and_only_once(
 
 
 def test_a_read_planted_in_a_loss_is_counted(configs: dict[str, Path], tmp_path: Path) -> None:
-    with on_the_device(configs["diffusion"], tmp_path) as (trained, reads):
+    with on_the_device(configs["diffusion"], tmp_path, *MICRO) as (trained, reads):
         loss, missed = trained.method.generator_loss, []
         for name, read in READS.items():
 
@@ -111,11 +112,11 @@ def test_a_read_planted_in_a_loss_is_counted(configs: dict[str, Path], tmp_path:
 def test_the_device_that_pretends_computes_what_the_cpu_computes(
     configs: dict[str, Path], tmp_path: Path
 ) -> None:
-    with on_the_device(configs["causvid"], tmp_path / "pretended") as (trained, _):
+    with on_the_device(configs["causvid"], tmp_path / "pretended", *MICRO) as (trained, _):
         trained.train()
     del trained
     gc.collect()  # LMDB opens a folder only once
-    run(configs["causvid"], tmp_path / "cpu", *SETTINGS)
+    run(configs["causvid"], tmp_path / "cpu", *SETTINGS, *MICRO)
     found, expected = (rows(tmp_path / name) for name in ("pretended", "cpu"))
     # Not bit for bit: attention is another kernel where torch knows the CPU.
     assert found == [pytest.approx(row, rel=1e-4) for row in expected]
