@@ -88,6 +88,6 @@ def refuse_initial(initial: Tensor | None) -> None:
 
 
 def refuse_adjusting(steps: int | None, cfg_scale: float | None) -> None:
-    """Raise ValueError if there is something to adjust: for pipelines of distilled generators."""
+    """Raise UserError if there is something to adjust: for pipelines of distilled generators."""
     if steps is not None or cfg_scale is not None:
-        raise ValueError("a distilled generator has fixed steps and no guidance")
+        raise UserError("a distilled generator has fixed steps and no guidance")
