@@ -12,7 +12,7 @@ from model.conditioning import ConditioningEncoder, first_latents
 from model.encoders.vae import VideoVAE
 from model.types import Batch, Keyframes
 from trainer.run import Run
-from utils.data.dataset import DataOrder, Dataset, RawItem
+from utils.data.dataset import DataOrder, Dataset, Part, RawItem
 from utils.media.images import to_signed
 
 
@@ -35,6 +35,7 @@ class BatchLoader:
         self.vae = vae
         config = run.config
         self.order = DataOrder(list(dataset.buckets.values()), config.batch_size, config.seed)
+        self.parts = read_parts(run, dataset)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="data")
         self._ahead: dict[tuple[int, ...], Future[list[RawItem]]] = {}
 
@@ -55,7 +56,7 @@ class BatchLoader:
         self._ahead = {}  # a record in memory would keep its LMDB open
 
     def _read(self, draws: Sequence[int]) -> list[RawItem]:
-        return [self.dataset[self.order[draw]] for draw in draws]
+        return [self.dataset.read(self.order[draw], self.parts) for draw in draws]
 
     def batch(self, items: Sequence[RawItem]) -> Batch:
         """Records of one shape, encoded."""
@@ -97,3 +98,18 @@ class BatchLoader:
         if self.device.type == "cuda":  # pinned, so that the copy waits for nothing
             return batch.pin_memory().to(self.device, non_blocking=True)
         return batch.to(self.device)
+
+
+def read_parts(run: Run, dataset: Dataset) -> set[Part]:
+    """What of its records a run uses; the rest is not read."""
+    held, given = next(iter(dataset.buckets)), run.config.causal.given_first_frame
+    parts: set[Part] = set()
+    if run.needs.latents or given:
+        parts.add("latents")
+    if run.needs.trajectories:
+        parts.add("trajectory")
+    if run.model.images is not None or (given and held.latents is None):
+        parts.add("image")
+    if run.config.data.buckets:  # their shapes tell the sample's
+        parts.add("image" if held.latents is None else "latents")
+    return parts

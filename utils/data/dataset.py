@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from utils.data.shards import ShardReader, shard_paths
 from utils.errors import NotFoundError, UserError
 from utils.records import MANIFEST
 from utils.seeding import generator
+
+Part = Literal["latents", "trajectory", "image"]  # of a record, beside its caption
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +72,9 @@ class Dataset(Protocol):
 
     def __getitem__(self, index: int) -> RawItem: ...
 
+    def read(self, index: int, parts: Collection[Part]) -> RawItem:
+        """A record with those of `parts` that it has; nothing else of it is read."""
+
     def prompt(self, index: int) -> str:
         """The caption of one record, without the rest."""
 
@@ -85,6 +91,11 @@ class Prompts:
 
     def __getitem__(self, index: int) -> RawItem:
         return RawItem(self.prompts[index])
+
+    def read(self, index: int, parts: Collection[Part]) -> RawItem:
+        """See Dataset: there is nothing but the caption."""
+        del parts
+        return self[index]
 
     def prompt(self, index: int) -> str:
         """The caption of one record."""
@@ -108,12 +119,22 @@ class LatentShards:
         return len(self._reader)
 
     def __getitem__(self, index: int) -> RawItem:
+        return self.read(index, PARTS)
+
+    def read(self, index: int, parts: Collection[Part]) -> RawItem:
+        """See Dataset."""
         reader = self._reader
+        held = {
+            "latents": reader.latent_shape,
+            "trajectory": reader.trajectory_shape,
+            "image": reader.image_shape,
+        }
+        wanted = {part for part in parts if held[part](index) is not None}
         return RawItem(
             reader.prompt(index),
-            None if reader.latent_shape(index) is None else reader.latents(index),
-            None if reader.trajectory_shape(index) is None else reader.trajectory(index),
-            None if reader.image_shape(index) is None else reader.image(index),
+            reader.latents(index) if "latents" in wanted else None,
+            reader.trajectory(index) if "trajectory" in wanted else None,
+            reader.image(index) if "image" in wanted else None,
         )
 
     def prompt(self, index: int) -> str:
