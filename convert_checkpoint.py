@@ -23,7 +23,7 @@ from model.families.registry import (
     open_model,
     recognised,
 )
-from utils.cli import USER_ERRORS, fail, start_logging
+from utils.cli import USER_ERRORS, command_parser, fail, start_logging
 from utils.config import ConfigError
 from utils.files import replaced_atomically
 from utils.weights import Weights, write_weights
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     families = known_families()[::-1]  # the usual words first
     layouts = list(dict.fromkeys(word for family in families for word in family.layouts))
     namings = list(dict.fromkeys(word for family in families for word in family.namings))
-    result = argparse.ArgumentParser(description=__doc__)
+    result = command_parser(__doc__)
     result.add_argument(
         "--input_path", "--input-checkpoint", type=Path, required=True,
         help="log directory, training checkpoint, weight file or model folder",
