@@ -25,8 +25,8 @@ from werkzeug.exceptions import BadRequest, HTTPException
 from werkzeug.serving import make_server
 
 import utils.web
+from pipeline.fields import RequestError, schema
 from pipeline.generator import VideoGenerator
-from pipeline.options import RequestError, schema
 from pipeline.protocol import Progress
 from pipeline.request import FPS, Capabilities, Request, joint_problems, read_request
 from trainer.config import Config, generator_model, load

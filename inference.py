@@ -18,8 +18,8 @@ if __name__ == "__main__":  # before torch is imported
 
 import torch
 
+from pipeline.fields import RequestError, add_flags, from_words, parse
 from pipeline.generator import VideoGenerator
-from pipeline.options import RequestError, add_flags, from_words, parse
 from pipeline.protocol import OnProgress
 from pipeline.request import (
     FPS,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from model.conditioning import ConditioningEncoder
 from model.encoders.vae import VideoVAE
 from model.types import Keyframes
-from pipeline.options import RequestError
+from pipeline.fields import RequestError
 from pipeline.protocol import InferencePipeline, OnProgress, Progress
 from pipeline.request import Capabilities, Footage, Request, problems
 from utils.media.given_frames import Size

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from model.causal import CausalLayout
 from model.types import LatentSpec
-from pipeline.memory import Footprint
-from pipeline.options import (
+from pipeline.fields import (
     MOST,
     Number,
     PixelSize,
@@ -24,6 +23,7 @@ from pipeline.options import (
     parse,
     shown,
 )
+from pipeline.memory import Footprint
 from pipeline.teacher import SamplingConfig
 from utils.data.prompts import Picture
 from utils.media.given_frames import Size, read_fitted

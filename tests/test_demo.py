@@ -31,8 +31,8 @@ import demo
 import utils.web.jobs
 from demo import PAGE, About, create_app, make_clip
 from model.types import LatentSpec
+from pipeline.fields import schema
 from pipeline.generator import VideoGenerator
-from pipeline.options import schema
 from pipeline.protocol import OnProgress, Progress
 from pipeline.request import Capabilities, Request
 from pipeline.teacher import SamplingConfig

@@ -22,7 +22,7 @@ from utils.optim import (
     lr_factor,
     set_lr_factor,
 )
-from utils.parallel import ParallelConfig, settle, sync_gradients
+from utils.parallel import ParallelConfig, fix_gradient_reduction, sync_gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,8 @@ def build_role(
 ) -> Role:
     """The role of `network`, whose `model` holds the weights; own: names of its own, None = all.
 
-    All that it owns must want a gradient, and no forward pass may have come before: see `settle`.
+    All that it owns must want a gradient, and no forward pass may have come before (see
+    `fix_gradient_reduction`).
     """
     module = network.model
     assert isinstance(module, nn.Module), "a network keeps its weights in `model`"
@@ -97,7 +98,7 @@ def build_role(
     parameters = named if own is None else {key: named[key] for key in own}
     optimizers = build_optimizers(parameters, config)
     for root in _sharded(module):
-        settle(root)
+        fix_gradient_reduction(root)
     initialise(module, optimizers)
     return Role(name, network, module, parameters, optimizers, config)
 

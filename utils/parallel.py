@@ -113,7 +113,7 @@ def sync_gradients(module: nn.Module, config: ParallelConfig, *, last: bool) -> 
         module.set_requires_all_reduce(last)
 
 
-def settle(module: nn.Module) -> None:
+def fix_gradient_reduction(module: nn.Module) -> None:
     """Fix now how a sharded network's gradients are reduced; all its weights must want one.
 
     FSDP2 decides it at the first forward pass, by which weights want a gradient then: a network

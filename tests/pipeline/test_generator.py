@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.fields import RequestError
 from pipeline.generator import VideoGenerator
-from pipeline.options import RequestError
 from pipeline.protocol import Progress
 from pipeline.request import Pixels, Request
 from tests.folders import make_official

@@ -11,8 +11,7 @@ import torch
 
 from model.causal import CausalLayout
 from model.types import LatentSpec
-from pipeline.memory import Footprint, Memory
-from pipeline.options import (
+from pipeline.fields import (
     Number,
     PixelSize,
     RequestError,
@@ -22,6 +21,7 @@ from pipeline.options import (
     from_words,
     schema,
 )
+from pipeline.memory import Footprint, Memory
 from pipeline.request import (
     Capabilities,
     Pixels,

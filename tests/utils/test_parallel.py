@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from tests.memory import Live
 from tests.ranks import run_on_ranks
 from utils.distributed import distributed_session
-from utils.parallel import ParallelConfig, build_mesh, parallelize, settle, sync_gradients
+from utils.parallel import ParallelConfig, build_mesh, parallelize, sync_gradients
 
 WIDTH, BLOCKS, MICRO = 64, 3, 3
 Reduction = Literal["each", "last"]
@@ -74,7 +74,7 @@ def update(sharding: str, reduction: Reduction) -> Found:
     with distributed_session(timeout_s=60.0) as session:
         stack = Stack()
         parallelize(stack, stack.blocks, build_mesh(session, sharding), torch.float32)
-        settle(stack)
+        fix_gradient_reduction(stack)
         count_all_reduces(found.all_reduced)
         with Live() as live:
             for part in range(MICRO):
