@@ -14,7 +14,13 @@ from torch.distributed.tensor import DTensor
 from tests.memory import Live
 from tests.ranks import run_on_ranks
 from utils.distributed import distributed_session
-from utils.parallel import ParallelConfig, build_mesh, parallelize, sync_gradients
+from utils.parallel import (
+    ParallelConfig,
+    build_mesh,
+    fix_gradient_reduction,
+    parallelize,
+    sync_gradients,
+)
 
 WIDTH, BLOCKS, MICRO = 64, 3, 3
 Reduction = Literal["each", "last"]
