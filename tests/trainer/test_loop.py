@@ -319,7 +319,11 @@ def test_no_save_writes_no_checkpoint(configs: dict[str, Path], tmp_path: Path) 
     config = load(configs["diffusion"], ["save_every=1", "steps=2"])
     with distributed_session() as session:
         build_trainer(config, session, RunOptions(tmp_path, "d", save=False, wandb=False)).train()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.yaml",
+        "fingerprint.json",
+        "metrics.jsonl",
+    ]
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
 
 
