@@ -50,7 +50,7 @@ FIRST_CALL = {  # what each calls early, once its arguments are read
     benchmark_rollout: "check",
     benchmark_threads: "measure",
     compare_methods: "check_at_least",
-    compute_vae_latent: "complete",
+    compute_vae_latent: "find_vae",
     create_lmdb_14b_shards: "plan",
     evaluate: "load",
     generate_ode_pairs: "load",
