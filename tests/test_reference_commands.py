@@ -161,7 +161,7 @@ def test_the_demo_needs_no_word(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     taken: list[Path] = []
 
     def read(*given: Any) -> None:
-        taken.append(given[1].weights.path.resolve())
+        taken.append(given[0].weights.path.resolve())
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "load_generator", read)

@@ -26,4 +26,4 @@ def test_all_networks_share_one_mesh(
         assert len(made) == 1
         for role in ("generator", "critic"):
             for weight in trainer.roles[role].network.parameters():
-                assert weight.device_mesh is made[0]  # type: ignore[attr-defined]
+                assert weight.device_mesh == made[0]  # type: ignore[attr-defined]
