@@ -38,7 +38,7 @@ def claim_logdir(
         raise ConfigError(
             f"{logdir}: all its checkpoints are damaged; restore one, or use a new --logdir"
         )
-    here = Fingerprint.from_json(session.from_main(_fingerprint(run, inputs, session)))
+    here = _fingerprint(run, inputs, session)
     if whole is not None:
         changed = [*_changed_settings(run.config, logdir), *_changed_inputs(here, logdir)]
         if changed and not allow_change:
@@ -57,8 +57,11 @@ def claim_logdir(
     session.on_main(begin)
 
 
-def _fingerprint(run: Run, inputs: Inputs, session: Session) -> str:
-    return fingerprint(run, inputs).to_json() if session.is_main else ""
+def _fingerprint(run: Run, inputs: Inputs, session: Session) -> Fingerprint:
+    """The main rank's, on every rank; what it meets while reading is raised on all. Collective."""
+    found: list[str] = []
+    session.on_main(lambda: found.append(fingerprint(run, inputs).to_json()))
+    return Fingerprint.from_json(session.from_main("".join(found)))
 
 
 def _changed_settings(config: Config, logdir: Path) -> list[str]:
