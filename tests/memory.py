@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import time
 from typing import Any
 
 import torch
@@ -25,6 +27,15 @@ class Live(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.made.append(StorageWeakRef(tensor.untyped_storage()))
         return out
+
+    def settled_bytes(self) -> int:
+        """Those that are held once what other threads still drop is gone."""
+        readings = []
+        for _ in range(10):
+            gc.collect()
+            readings.append(self.bytes())
+            time.sleep(0.02)
+        return min(readings)
 
     def bytes(self) -> int:
         """Of distinct storages that are still alive, at their present size: FSDP2 empties some."""

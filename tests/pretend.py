@@ -168,7 +168,8 @@ class Counting(TorchDispatchMode):
 def _caller() -> str:
     """The innermost line of this project that is not in this file."""
     for frame in reversed(traceback.extract_stack()):
-        if frame.filename.startswith(str(ROOT)) and frame.filename != __file__:
+        ours = frame.filename.startswith(f"{ROOT}/") and "/site-packages/" not in frame.filename
+        if ours and frame.filename != __file__:
             return f"{frame.filename.removeprefix(str(ROOT) + '/')}:{frame.name}"
     return "?"
 

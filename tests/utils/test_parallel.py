@@ -87,7 +87,7 @@ def update(sharding: str, reduction: Reduction) -> Found:
                 found.all_reduced.append(0)
                 sync_gradients(stack, config, last=part == MICRO - 1)
                 (stack(micro_batch(part, session.rank)).square().sum() / MICRO).backward()
-                found.held.append(live.bytes())
+                found.held.append(live.settled_bytes())
         for name, weight in stack.named_parameters():
             assert isinstance(weight.grad, DTensor)
             found.gradients[name] = weight.grad.full_tensor().clone()
