@@ -52,12 +52,13 @@ class CausalLayout:
         count = ends.index(given)
         return blocks[:count], blocks[count:]
 
-    def new_cache(self) -> KVCache:
-        """An empty cache for one batch of videos."""
+    def new_cache(self, frames: int) -> KVCache:
+        """An empty cache for one batch of videos of `frames` latent frames."""
         return KVCache(
             window=self.local_attn_size,
             sink=self.sink_size,
             relative_positions=self.relative_positions,
+            frames=frames,
         )
 
     def problems(self, frames: int) -> Iterator[str]:

@@ -140,7 +140,7 @@ class SelfForcingTrainingPipeline:
         pieces = self.given(batch)
         old, new = config.split(frames, sum(piece.shape[2] for piece in pieces))
         exits = self.draw_exits(len(new), rng.shared)
-        cache = config.new_cache()
+        cache = config.new_cache(frames)
         for block, x0 in zip(lay_out(old, 0, conditioning, cache), pieces, strict=True):
             remember(generator, block, x0, rng.samples, config.context_noise)
         for block, exit_step in zip(
@@ -264,7 +264,7 @@ class BlockwiseInference(ABC):
         channels, frames, *area = latent_shape
         given = 0 if initial is None else initial.shape[2]
         old, new = self.config.split(frames, given)
-        cache = self.config.new_cache()
+        cache = self.config.new_cache(frames)
         kept = self.remembered(conditioning, unconditional)
         if initial is not None:
             yield initial

@@ -7,9 +7,10 @@ pass, be sharded and be compiled, all from outside. Its constants are the mask a
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,22 +19,37 @@ from torch import Tensor, nn
 from model.wan.attention import Mask, attend, attend_past
 from model.wan.cache import KeyValue, TextKeys
 from model.wan.config import WanConfig
+from model.wan.exchange import Alone, Exchange
 from model.wan.rope import rotate
 
 
 class LayerPast(NamedTuple):
     """Clean frames that one layer attends to beside its own tokens."""
 
-    pieces: Sequence[KeyValue]  # in order, unrotated
-    table: Tensor  # rotary, of the tokens in all pieces
+    pieces: Sequence[KeyValue]  # in order
+    table: Tensor | None  # rotary, of the tokens in all pieces; None = they are rotated
+    # More of them, and behind those a place for this call's own keys and values, which are written
+    # there: so nothing is joined, or copied. None under autograd.
+    room: KeyValue | None = None
+
+
+Wanted = Literal["nothing", "rotated", "unrotated"]  # of the keys that a call computes
 
 
 class BlockOutput(NamedTuple):
     """What leaves a block."""
 
     tokens: Tensor  # [B, N, D]
-    keys: KeyValue | None  # of the self-attention, unrotated; None unless asked for
+    keys: KeyValue | None  # of the self-attention; None unless wanted
     text: TextKeys | None  # what the text was read by; None under autograd
+
+
+class Call(NamedTuple):
+    """The constants of a forward pass, the same for all blocks."""
+
+    frames: int
+    mask: Mask | None = None
+    wanted: Wanted = "nothing"
 
 
 class Block(nn.Module):
@@ -60,31 +76,29 @@ class Block(nn.Module):
         modulation: Tensor,
         text: Tensor | TextKeys,
         table: Tensor,
-        past: LayerPast | None = None,
+        past: LayerPast | None,
+        call: Call,
         *,
-        mask: Mask | None = None,
-        reports: bool = False,
         recomputed: bool = False,
     ) -> BlockOutput:
         """x: [B, N, D]; modulation: [B, T, 6, D] fp32; text: memory [B, L, D], or keys of it.
 
-        table: rotary, of x's tokens. reports: whether somebody wants the keys. recomputed: whether
-        the backward pass runs this once more.
+        table: rotary, of x's tokens. recomputed: whether the backward pass runs this once more.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             self.modulation.float() + modulation
         ).unbind(2)
         h = modulate(self.norm1, x, shift1, scale1)
-        h, keys = self.self_attn(h, table, past, mask=mask, recomputed=recomputed)
+        h, keys = self.self_attn(h, table, past, call, recomputed=recomputed)
         x = add_gated(x, h, gate1)
         read = self.cross_attn.keys_and_values(text) if isinstance(text, Tensor) else text
         x = x + self.cross_attn(self.norm3(x), read)
         h = self.ffn(modulate(self.norm2, x, shift2, scale2))
         x = add_gated(x, h, gate2)
         learns = torch.is_grad_enabled()
-        if reports and learns:  # copies: FSDP2 warns of any view that leaves a block under autograd
+        if keys is not None and learns:  # copies: FSDP2 warns of views that leave a block then
             keys = (keys[0].clone(), keys[1].clone())
-        return BlockOutput(x, keys if reports else None, None if learns else read)
+        return BlockOutput(x, keys, None if learns else read)
 
 
 class SelfAttention(nn.Module):
@@ -97,39 +111,61 @@ class SelfAttention(nn.Module):
         self.norm_q = nn.RMSNorm(config.dim, config.eps)
         self.norm_k = nn.RMSNorm(config.dim, config.eps)
         self.attend = attend
+        self.exchange: Exchange = Alone()
 
     def forward(
         self,
         x: Tensor,
         table: Tensor,
         past: LayerPast | None,
+        call: Call,
         *,
-        mask: Mask | None,
         recomputed: bool,
-    ) -> tuple[Tensor, KeyValue]:
-        """x: [B, N, D]. Returns [B, N, D], and this call's unrotated keys and values."""
+    ) -> tuple[Tensor, KeyValue | None]:
+        """x: [B, N, D]. Returns [B, N, D], and this call's keys and values if wanted."""
         heads = (self.num_heads, -1)
-        q = rotate(self.norm_q(self.q(x)).unflatten(-1, heads), table)
+        q = self.norm_q(self.q(x)).unflatten(-1, heads)
         k = self.norm_k(self.k(x)).unflatten(-1, heads)
         v = self.v(x).unflatten(-1, heads)
-        rotated = rotate(k, table)
+        spread = functools.partial(self.exchange.to_heads, frames=call.frames)
+        q, v, own = spread(rotate(q, table)), spread(v), spread(rotate(k, table))
         if past is None:
-            out = self.attend(q, rotated, v, mask=mask)
-            return self.o(out.flatten(2)), (k, v)
+            out = self.attend(q, own, v, mask=call.mask)
+        else:
+            out = self.attend_past(past, q, (own, v), recomputed=recomputed)
+        out = self.o(self.exchange.to_tokens(out, call.frames).flatten(2))
+        if call.wanted == "nothing":
+            return out, None
+        return out, (own if call.wanted == "rotated" else spread(k), v)
+
+    def attend_past(self, past: LayerPast, q: Tensor, own: KeyValue, *, recomputed: bool) -> Tensor:
+        """Attention to the past and to this call's `own` keys and values."""
+        pieces = list(past.pieces)
+        if past.room is None:
+            pieces.append(own)
+        else:
+            for place, new in zip(past.room, own, strict=True):
+                place[:, -new.shape[1] :] = new
+            pieces.append(past.room)
 
         def keys() -> Tensor:
-            pieces = torch.cat([piece for piece, _ in past.pieces], dim=1)
-            return torch.cat([rotate(pieces, past.table), rotated], dim=1)
+            if past.table is None:
+                return joined([k for k, _ in pieces])
+            old = joined([k for k, _ in past.pieces])
+            return torch.cat([rotate(old, past.table), own[0]], dim=1)
 
         def values() -> Tensor:
-            return torch.cat([*(piece for _, piece in past.pieces), v], dim=1)
+            return joined([v for _, v in pieces])
 
         # What is recomputed keeps nothing, and a compiler decides by itself what to join again.
         if recomputed or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            out = self.attend(q, keys(), values())
-        else:
-            out = attend_past(self.attend, q, keys, values)
-        return self.o(out.flatten(2)), (k, v)
+            return self.attend(q, keys(), values())
+        return attend_past(self.attend, q, keys, values)
+
+
+def joined(pieces: Sequence[Tensor]) -> Tensor:
+    """Pieces [B, n, heads, head_dim] one behind the other; a single one as it is."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim=1)
 
 
 class CrossAttention(nn.Module):

@@ -1,18 +1,20 @@
 """Keys and values of frames that are already clean, kept between the forward passes of one video.
 
-Letters as in model/types.py; n tokens per frame. Keys are kept before rotation, and rotated when
-they are read: so positions may be counted from the start of the video or of the window.
+Letters as in model/types.py; n tokens per frame. Rotary positions that count from the start of the
+video never change, so keys are kept rotated. Those that count from the start of the window do:
+then keys are kept before rotation, and rotated when they are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.wan.masks import past_spans
+from model.wan.masks import Span, past_spans
 
 KeyValue = tuple[Tensor, Tensor]  # keys and values of one layer, [B, N, heads, head_dim] each
 TextKeys = tuple[Tensor, ...]  # those of the text, and behind them of the images, of one layer
@@ -23,29 +25,27 @@ TimeStates = tuple[Tensor, Tensor]  # of a noise level: states [B, T, D], modula
 class Past:
     """What a forward pass sees of a cache. Positions are on the CPU."""
 
-    layers: list[list[KeyValue]]  # per layer, the pieces in order, not copied; empty = no past
-    key_positions: Tensor  # [m] rotary time positions of the m frames in `layers`
+    layers: list[list[KeyValue]]  # per layer, one piece or two in order, as views; empty = no past
+    key_positions: Tensor  # [m] rotary time positions of the m frames that are seen
     query_positions: Tensor  # [f] of the f new frames
+    # Per layer, the last piece of `layers` and behind it the place of the new frames' own keys and
+    # values, which the pass writes there; not in `layers` then. None = the pass writes nothing.
+    rooms: list[KeyValue] | None = None
+    rotated: bool = True  # whether the keys in `layers` are
 
 
 @dataclass(frozen=True, eq=False)
-class _Chunk:
-    """Frames that were committed together; never changed after that."""
+class _Graft:
+    """Keys and values with a gradient, which stand for those of some frames in the storage."""
 
-    frame_index: Tensor  # [f] positions in the video
+    frames: Span  # counted from the first frame that was ever committed
     layers: Sequence[KeyValue]
 
-    @property
-    def frames(self) -> int:
-        return len(self.frame_index)
-
-    def part(self, first: int, last: int) -> _Chunk:
-        """Some of the frames, as views."""
-        if (first, last) == (0, self.frames):
-            return self
-        n = self.layers[0][0].shape[1] // self.frames
-        layers = [(k[:, first * n : last * n], v[:, first * n : last * n]) for k, v in self.layers]
-        return _Chunk(self.frame_index[first:last], layers)
+    def part(self, layer: int, frames: Span, per_frame: int) -> KeyValue:
+        """Those of some of its frames."""
+        a, b = (per_frame * (frame - self.frames[0]) for frame in frames)
+        keys, values = self.layers[layer]
+        return keys[:, a:b], values[:, a:b]
 
 
 class KVCache:
@@ -57,57 +57,88 @@ class KVCache:
     later block can see is dropped, so memory is bounded. None = everything is kept.
     relative_positions: count rotary positions from the first frame that is still kept, so that
     they stay inside the window's range however long the video grows.
+    frames: of the whole video, if known: storage of the right size is allocated once.
 
     Reading is free. Writing is allowed only without autograd, and outside the layers: activation
-    checkpointing runs them twice. Chunks are never changed in place, so a pass that is recomputed
-    later sees what it saw.
+    checkpointing runs them twice. A place in the storage is written for one block and never again
+    once that block is committed, so a pass that is recomputed later sees what it saw.
     """
 
     def __init__(
-        self, *, window: int | None = None, sink: int = 0, relative_positions: bool = False
+        self,
+        *,
+        window: int | None = None,
+        sink: int = 0,
+        relative_positions: bool = False,
+        frames: int | None = None,
     ) -> None:
         self.window, self.sink = window, sink
         self.relative_positions = relative_positions
-        self._chunks: list[_Chunk] = []
+        self._expected = frames
+        self._index = torch.arange(0)  # positions in the video of the frames that are kept
+        self._storage: list[KeyValue] = []  # [B, capacity n, heads, head_dim] of each layer
+        self._begin = 0  # the frame of the storage at which the kept ones begin
+        self._sink: list[KeyValue] = []  # the first frames, once others behind them were dropped
+        self._committed = self._last = 0  # frames ever, and by the last commit
+        self._per_frame = 0
+        self._grafts: list[_Graft] = []
         self._text: list[TextKeys] = []
         self._time: dict[Hashable, TimeStates] = {}
 
     @property
     def frames(self) -> int:
         """How many frames are kept."""
-        return sum(chunk.frames for chunk in self._chunks)
+        return len(self._index)
 
     def past(self, frame_index: Tensor) -> Past:
         """What new frames at `frame_index` [f] see, and where they and it lie."""
-        chunks = self._select(len(frame_index))
-        positions = torch.cat([frame_index[:0], *(chunk.frame_index for chunk in chunks)])
+        new = len(frame_index)
+        spans = self._seen(new)
+        positions = torch.cat([frame_index[:0], *(self._index[a:b] for a, b in spans)])
         if self.relative_positions:
             kept = len(positions)
             positions = torch.arange(kept, device=frame_index.device)
-            frame_index = kept + torch.arange(len(frame_index), device=frame_index.device)
-        depth = len(chunks[0].layers) if chunks else 0
-        layers = [[chunk.layers[i] for chunk in chunks] for i in range(depth)]
-        return Past(layers, positions, frame_index)
+            frame_index = kept + torch.arange(new, device=frame_index.device)
+        learns = torch.is_grad_enabled()
+        rooms = None
+        if self._storage and not learns and not self.relative_positions:
+            begin, spans = self._split_off(spans)
+            rooms = self._rooms(begin, new)
+        parts = [piece for span in spans for piece in self._pieces(span)]
+        layers = [list(pieces) for pieces in zip(*parts, strict=True)]
+        if not layers and rooms is not None:
+            layers = [[] for _ in rooms]
+        return Past(layers, positions, frame_index, rooms, not self.relative_positions)
 
     def commit(self, frame_index: Tensor, layers: Sequence[KeyValue]) -> None:
-        """Append frames at `frame_index` [f]: unrotated keys and values of every layer."""
+        """Append frames at `frame_index` [f], and drop those that no later block can see.
+
+        layers: keys and values of every layer, rotated unless positions are relative; none if the
+        pass wrote them into the rooms of its `past`.
+        """
         if torch.is_grad_enabled():
             raise RuntimeError("a KV cache is written only under torch.no_grad()")
-        with torch.enable_grad():  # a grafted chunk that is cut stays grafted
-            kept = self._select(len(frame_index))
-        self._chunks = [*kept, _Chunk(frame_index, list(layers))]
+        new = len(frame_index)
+        spans = self._seen(new)
+        if layers:
+            if not self._storage:
+                self._per_frame = layers[0][0].shape[1] // new
+                self._storage = _allocate(layers, self._capacity(new) * self._per_frame)
+            for room, own in zip(self._rooms(self.frames, new), layers, strict=True):
+                for place, values in zip(room, own, strict=True):
+                    place.copy_(values)
+        self._drop(spans)
+        self._index = torch.cat([self._index, frame_index])
+        self._committed, self._last = self._committed + new, new
 
     def graft(self, layers: Sequence[KeyValue]) -> None:
         """Let gradients of whoever reads the last chunk flow into `layers`; values stay.
 
         The straight-through estimate c + g - stopgrad(g) of each key and value.
         """
-        last = self._chunks[-1]
-        grafted = [
-            (k + (gk - gk.detach()), v + (gv - gv.detach()))
-            for (k, v), (gk, gv) in zip(last.layers, layers, strict=True)
-        ]
-        self._chunks[-1] = _Chunk(last.frame_index, grafted)
+        assert len(layers) == len(self._storage), "a graft has keys and values for every layer"
+        span = (self._committed - self._last, self._committed)
+        self._grafts.append(_Graft(span, layers))
 
     @property
     def text(self) -> list[TextKeys] | None:
@@ -131,14 +162,135 @@ class KVCache:
             self._time[key] = compute()
         return self._time[key]
 
-    def _select(self, new: int) -> list[_Chunk]:
-        """The chunks, or parts of them, that `new` further frames see."""
-        parts, begin = [], 0
-        spans = past_spans(self.frames, new, window=self.window, sink=self.sink)
-        for chunk in self._chunks:
-            for first, last in spans:
-                inside = max(first - begin, 0), min(last - begin, chunk.frames)
-                if inside[0] < inside[1]:
-                    parts.append(chunk.part(*inside))
-            begin += chunk.frames
-        return parts
+    def _seen(self, new: int) -> list[Span]:
+        """Of the kept frames, counted from 0, those that `new` further frames see."""
+        return past_spans(self.frames, new, window=self.window, sink=self.sink)
+
+    def _apart(self) -> int:
+        """How many of the kept frames are a sink with a storage of its own."""
+        return self.sink if self._sink else 0
+
+    def _split_off(self, spans: list[Span]) -> tuple[int, list[Span]]:
+        """The kept frame at which the latest run of seen ones begins, and the spans before it."""
+        if not spans or spans[-1][1] < self.frames:
+            return self.frames, spans
+        begin = max(spans[-1][0], self._apart())
+        before = [*spans[:-1], (spans[-1][0], begin)]
+        return begin, [span for span in before if span[0] < span[1]]
+
+    def _rooms(self, begin: int, new: int) -> list[KeyValue]:
+        """Per layer the kept frames from `begin` on, and behind them the place of `new` ones."""
+        used = self._begin + self.frames - self._apart()
+        if (used + new) * self._per_frame > self._storage[0][0].shape[1]:
+            self._move(new)
+            used = self.frames - self._apart()
+        first = used - (self.frames - begin)
+        return [self._view(layer, first, used + new) for layer in self._storage]
+
+    def _move(self, new: int) -> None:
+        """Go on in a new storage with room for `new` frames; autograd may still need the old."""
+        kept = self.frames - self._apart()
+        old = [self._view(layer, self._begin, self._begin + kept) for layer in self._storage]
+        self._storage = _allocate(old, self._capacity(kept + new) * self._per_frame)
+        for layer, values in zip(self._storage, old, strict=True):
+            for place, value in zip(self._view(layer, 0, kept), values, strict=True):
+                place.copy_(value)
+        self._begin = 0
+
+    def _capacity(self, needed: int) -> int:
+        """Frames of a storage that holds `needed` and is not soon too small."""
+        whole = 2 * needed if self._expected is None else max(needed, self._expected)
+        if self.window is None:
+            return whole
+        # Moving the window once in a few blocks costs little; twice its memory would cost much.
+        return max(needed, min(whole, self.window + max(2 * self._last, self.window // 4)))
+
+    def _view(self, layer: KeyValue, first: int, last: int) -> KeyValue:
+        """Frames of a storage. A fresh alias: autograd takes writing elsewhere in it for harm."""
+        n = self._per_frame
+        keys, values = (x.data[:, first * n : last * n] for x in layer)
+        return keys, values
+
+    def _pieces(self, span: Span) -> Iterator[list[KeyValue]]:
+        """Kept frames as views, per layer: of the sink's own storage, and of the other."""
+        apart = self._apart()
+        dropped = self._committed - self.frames
+        for storage, (first, last), offset, age in (
+            (self._sink, (0, apart), 0, 0),
+            (self._storage, (apart, self.frames), self._begin - apart, dropped),
+        ):
+            a, b = max(first, span[0]), min(last, span[1])
+            if a < b:
+                views = [self._view(layer, a + offset, b + offset) for layer in storage]
+                yield self._grafted(views, (a + age, b + age))
+
+    def _grafted(self, views: list[KeyValue], frames: Span) -> list[KeyValue]:
+        """Under autograd, views of some frames with the gradients of what was grafted on them."""
+        found: list[tuple[_Graft, Span]] = []
+        for graft in self._grafts if torch.is_grad_enabled() else ():
+            both = max(frames[0], graft.frames[0]), min(frames[1], graft.frames[1])
+            if both[0] < both[1]:
+                found.append((graft, both))
+        if not found:
+            return views
+        n = self._per_frame
+        spans = tuple(((a - frames[0]) * n, (b - frames[0]) * n) for _, (a, b) in found)
+        grafted: list[KeyValue] = []
+        for i, (keys, values) in enumerate(views):
+            live = [graft.part(i, both, n) for graft, both in found]
+            grafted.append(
+                (
+                    straight_through(keys, spans, [k for k, _ in live]),
+                    straight_through(values, spans, [v for _, v in live]),
+                )
+            )
+        return grafted
+
+    def _drop(self, seen: list[Span]) -> None:
+        """Forget the kept frames that are not in `seen`."""
+        kept = sum(b - a for a, b in seen)
+        dropped = self.frames - kept
+        if not dropped:
+            return
+        if self.sink and not self._sink:
+            first, last = self._begin, self._begin + self.sink
+            views = [self._view(layer, first, last) for layer in self._storage]
+            self._sink = [(k.clone(), v.clone()) for k, v in views]
+            self._begin += self.sink
+        self._begin += dropped
+        self._index = torch.cat([self._index[:0], *(self._index[a:b] for a, b in seen)])
+        oldest = self._committed - (kept - self._apart())
+        self._grafts = [
+            graft
+            for graft in self._grafts
+            if graft.frames[1] > oldest or graft.frames[0] < self._apart()
+        ]
+
+
+def _allocate(like: Sequence[KeyValue], tokens: int) -> list[KeyValue]:
+    """Storage of so many tokens for each layer."""
+    return [
+        (
+            keys.new_empty((keys.shape[0], tokens, *keys.shape[2:])),
+            values.new_empty((values.shape[0], tokens, *values.shape[2:])),
+        )
+        for keys, values in like
+    ]
+
+
+def straight_through(values: Tensor, spans: tuple[Span, ...], live: Sequence[Tensor]) -> Tensor:
+    """`values` [B, N, ...] as they are; the gradient of spans of their tokens goes to `live`."""
+    result: Tensor = _StraightThrough.apply(values, spans, *live)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, spans: tuple[Span, ...], *live: Tensor) -> Tensor:
+        del live
+        ctx.spans = spans
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(grads[0][:, a:b] for a, b in ctx.spans)

@@ -31,7 +31,9 @@ class Context:
     # network computes from one that comes again. None = it is computed.
     level: float | None = None
     taps: Taps | None = None
-    keys: list[KeyValue] | None = None  # filled with each layer's unrotated keys and values
+    keys: list[KeyValue] | None = (
+        None  # filled with each layer's keys and values, rotated as the cache's
+    )
 
 
 FULL_ATTENTION = Context()

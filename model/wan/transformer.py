@@ -14,10 +14,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from model.wan.attention import Mask, device_mask
-from model.wan.block import Block, Head, LayerPast
+from model.wan.block import Block, Call, Head, LayerPast, Wanted
 from model.wan.cache import KeyValue, Past, TextKeys, TimeStates
 from model.wan.config import WanConfig
 from model.wan.context import FULL_ATTENTION, Context
+from model.wan.exchange import Alone, Exchange
 from model.wan.images import ImageEmbedding, check_images
 from model.wan.memo import Memo
 from model.wan.rope import coordinate_channels, rotary_table
@@ -35,6 +36,7 @@ class WanTransformer(nn.Module):
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.config = config
+        self.exchange: Exchange = Alone()
         self.memo = Memo(MEMO_BYTES)  # of shapes and positions; no weight, nothing to save
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
@@ -69,28 +71,28 @@ class WanTransformer(nn.Module):
         rows, columns = self.patches(x)
         index = frame_index(context, x.shape[2])
         past = look_back(context, index)
-        tokens = self.embed_patches(x, past.query_positions)
+        frames = len(index)
+        tokens = self.exchange.cut(self.embed_patches(x, past.query_positions), frames)
         time, modulation = self.time_states(timestep, context)
         texts = self.texts(context, text, clip)
-        table = self.rotary(past.query_positions, rows, columns, x.device)
+        whole = self.rotary(past.query_positions, rows, columns, x.device)
+        table = self.exchange.cut(whole[None], frames)[0]
         pasts = self.layer_pasts(past, rows, columns, x.device)
         mask = self.mask(context, rows * columns, x.device)
-        reports = context.commit or context.keys is not None
+        call = Call(frames, mask, keys_wanted(context, past))
         keys: list[KeyValue] = []
         read: list[TextKeys] = []
         for layer, block in enumerate(self.blocks):
-            output = block(
-                tokens, modulation, texts[layer], table, pasts[layer], mask=mask, reports=reports
-            )
+            output = block(tokens, modulation, texts[layer], table, pasts[layer], call)
             tokens = output.tokens
             if output.keys is not None:
                 keys.append(output.keys)
             if context.cache is not None and output.text is not None:
                 read.append(output.text)
             if context.taps is not None and layer in context.taps.layers:
-                context.taps.tokens.append(tokens)
-        report(context, index, keys, read)
-        return self.unpatch(self.head(tokens, time), rows, columns)
+                context.taps.tokens.append(self.exchange.join(tokens, frames))
+        report(context, index, past, keys, read)
+        return self.unpatch(self.exchange.join(self.head(tokens, time), frames), rows, columns)
 
     def patches(self, x: Tensor) -> tuple[int, int]:
         """Rows and columns of patches in latents [B, C, F, H, W]."""
@@ -120,8 +122,13 @@ class WanTransformer(nn.Module):
         """What each block sees of the past."""
         if not past.layers:
             return [None] * len(self.blocks)
-        table = self.rotary(past.key_positions, rows, columns, device)
-        return [LayerPast(pieces, table) for pieces in past.layers]
+        table = None
+        if not past.rotated:
+            table = self.rotary(past.key_positions, rows, columns, device)
+        if past.rooms is None:
+            return [LayerPast(pieces, table) for pieces in past.layers]
+        pairs = zip(past.layers, past.rooms, strict=True)
+        return [LayerPast(pieces, table, room) for pieces, room in pairs]
 
     def rotary(self, positions: Tensor, rows: int, columns: int, device: torch.device) -> Tensor:
         """The rotary table of frames at `positions` [f]; see `rotary_table`."""
@@ -203,7 +210,16 @@ def look_back(context: Context, index: Tensor) -> Past:
     return Past([], index[:0], index) if cache is None else cache.past(index)
 
 
-def report(context: Context, index: Tensor, keys: list[KeyValue], read: list[TextKeys]) -> None:
+def keys_wanted(context: Context, past: Past) -> Wanted:
+    """Which keys of a pass somebody waits for."""
+    if context.keys is None and (past.rooms is not None or not context.commit):
+        return "nothing"
+    return "rotated" if past.rotated else "unrotated"
+
+
+def report(
+    context: Context, index: Tensor, past: Past, keys: list[KeyValue], read: list[TextKeys]
+) -> None:
     """Hand each layer's keys and values to whom the context names; outside of the blocks."""
     if context.keys is not None:
         context.keys.extend(keys)
@@ -212,7 +228,7 @@ def report(context: Context, index: Tensor, keys: list[KeyValue], read: list[Tex
     if context.commit:
         if context.cache is None:
             raise ValueError("commit needs a cache to write to")
-        context.cache.commit(index, keys)
+        context.cache.commit(index, keys if past.rooms is None else [])
 
 
 def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:

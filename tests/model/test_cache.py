@@ -27,6 +27,7 @@ def commit(cache: KVCache, *blocks: list[int], layers: int = 1) -> None:
 
 
 def joined(past: Past, layer: int = 0) -> KeyValue:
+    assert past.rooms is None, "the last piece lies in the room"
     keys, values = zip(*past.layers[layer], strict=True)
     return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
@@ -74,12 +75,82 @@ def test_reading_does_not_write() -> None:
     assert cache.frames == 2
 
 
+def storages(past: Past) -> set[int]:
+    return {x.untyped_storage().data_ptr() for layer in past.layers for pair in layer for x in pair}
+
+
 def test_reading_does_not_copy() -> None:
-    cache, (keys, values) = KVCache(), key_value([0, 1, 2])
+    cache = rolled([[0, 1, 2]], frames=6)
+    before = storages(cache.past(torch.tensor([3])))
+    commit(cache, [3])
+    assert storages(cache.past(torch.tensor([4, 5]))) == before
+
+
+def written(cache: KVCache, new: list[int]) -> Past:
+    """A pass over new frames that writes its keys and values into the cache's rooms."""
     with torch.no_grad():
-        cache.commit(torch.arange(3), [(keys, values)])
-    past = cache.past(torch.tensor([3]))
-    assert past.layers[0][0][0].data_ptr() == keys.data_ptr()
+        past = cache.past(torch.tensor(new))
+        assert past.rooms is not None
+        for room, own in zip(past.rooms, [key_value(new)], strict=True):
+            for place, values in zip(room, own, strict=True):
+                place[:, -values.shape[1] :] = values
+    return past
+
+
+def with_rooms(past: Past) -> list[int]:
+    """The frames that a pass sees, its own included, read off the keys."""
+    assert past.rooms is not None
+    pieces = [*past.layers[0], past.rooms[0]]
+    return torch.cat([k for k, _ in pieces], dim=1)[0, ::TOKENS, 0, 0].int().tolist()
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {}, {"frames": 40}, {"window": 6}, {"window": 7, "sink": 1}, {"window": 8, "sink": 3},
+    {"window": 6, "sink": 4}, {"window": 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_what_a_pass_writes_in_its_room_is_what_the_next_one_sees(options: dict[str, Any]) -> None:
+    """Over many blocks: the same as keys that are handed to `commit`."""
+    roomy, handed = rolled([[0]], **options), rolled([[0]], **options)
+    for first in range(1, 41, 2):
+        new = [first, first + 1]
+        expected = [*frames_seen(handed, new), *new]
+        for _ in range(3):  # the steps of a block, each over the last one's keys
+            assert with_rooms(written(roomy, new)) == expected
+        with torch.no_grad():
+            roomy.commit(torch.tensor(new), [])
+        commit(handed, new)
+        assert frames_seen(roomy, [99]) == frames_seen(handed, [99])
+
+
+def test_a_pass_under_autograd_or_with_relative_positions_has_no_room() -> None:
+    assert rolled([[0]]).past(torch.tensor([1])).rooms is None
+    with torch.no_grad():
+        assert rolled([[0]], relative_positions=True).past(torch.tensor([1])).rooms is None
+
+
+def test_a_past_that_autograd_saved_may_be_used_after_more_was_written() -> None:
+    cache = rolled([[0, 1]], frames=6)
+    keys, _ = joined(cache.past(torch.tensor([2, 3])))
+    weight = torch.ones_like(keys, requires_grad=True)
+    loss = (weight * keys).sum()
+    for new in ([2, 3], [4, 5]):
+        written(cache, new)
+        with torch.no_grad():
+            cache.commit(torch.tensor(new), [])
+    assert torch.equal(torch.autograd.grad(loss, weight)[0], key_value([0, 1])[0])
+
+
+@pytest.mark.parametrize("window", [4, 8])
+def test_storage_stays_within_a_part_of_the_window_however_long_the_video(window: int) -> None:
+    cache = KVCache(window=window)
+    for first in range(0, 60, 2):
+        commit(cache, [first, first + 1])
+    assert cache.past(torch.tensor([60])).layers[0][0][0].untyped_storage().nbytes() <= (
+        (window + 4) * TOKENS * 2 * 3 * 4
+    )
 
 
 def test_positions_are_those_in_the_video() -> None:
@@ -216,7 +287,7 @@ def test_a_graft_outlives_the_next_commits() -> None:
 def test_a_graft_needs_a_pair_for_every_layer() -> None:
     cache = KVCache()
     commit(cache, [0], layers=2)
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(AssertionError, match="for every layer"):
         cache.graft([live([0])])
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from model.wan.attention import attend
-from model.wan.cache import KeyValue, KVCache
+from model.wan.cache import KeyValue, KVCache, Past
 from model.wan.config import WanConfig
 from model.wan.context import FULL_ATTENTION, Context, Taps
 from model.wan.masks import block_causal, teacher_forcing
-from model.wan.rope import rotary_table
+from model.wan.rope import rotary_table, rotate
 from model.wan.transformer import WanTransformer
 from utils.parallel import recompute_blocks
 
@@ -419,6 +419,18 @@ def test_a_graft_changes_no_output(tiny_wan: WanFactory) -> None:
     assert torch.equal(next_block(model, cache), before)
 
 
+class Seen(KVCache):
+    """A cache of which every pass sees the same."""
+
+    def __init__(self, past: Past) -> None:
+        super().__init__()
+        self._past = past
+
+    def past(self, frame_index: Tensor) -> Past:
+        del frame_index
+        return self._past
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_reach_what_was_grafted_as_in_the_straight_through_formula(
     tiny_wan: WanFactory, *, recompute: bool
@@ -427,16 +439,14 @@ def test_gradients_reach_what_was_grafted_as_in_the_straight_through_formula(
     if recompute:
         recompute_blocks(model.blocks)
     inputs = [x, *(p for name, p in model.named_parameters() if "self_attn" in name)]
-    grafted, explicit = first_frames(model), KVCache()
+    grafted = first_frames(model)
     grafted.graft(live_keys(model, x))
     clean = first_frames(model).past(NEXT)
-    assert clean is not None
     layers = [
-        (k + gk - gk.detach(), v + gv - gv.detach())
+        [(k + gk - gk.detach(), v + gv - gv.detach())]
         for ((k, v),), (gk, gv) in zip(clean.layers, live_keys(model, x), strict=True)
     ]
-    with torch.no_grad():
-        explicit.commit(torch.arange(2), layers)
+    explicit = Seen(replace(clean, layers=layers))
     found, expected = (
         torch.autograd.grad(next_block(model, cache).square().sum(), inputs)
         for cache in (grafted, explicit)
@@ -524,11 +534,22 @@ def test_the_keys_that_a_pass_reports_are_those_that_it_commits(tiny_wan: WanFac
     )
 
 
-def test_reported_keys_are_not_turned_by_positions(tiny_wan: WanFactory) -> None:
-    model, x, found = tiny_wan(ROTARY), random(1, 16, 2, 4, 4), []
-    for first in (0, 7):
-        keys: list[KeyValue] = []
-        frames = torch.arange(first, first + 2)
-        call(model, x, torch.ones(1, 1), Context(keys=keys, frame_index=frames))
-        found.append(keys[0][0])
+def reported(model: WanTransformer, cache: KVCache, first: int) -> Tensor:
+    """The first layer's keys of two frames from `first` on, as a pass beside `cache` reports."""
+    keys: list[KeyValue] = []
+    context = Context(keys=keys, cache=cache, frame_index=torch.arange(first, first + 2))
+    call(model, random(1, 16, 2, 4, 4), torch.ones(1, 1), context)
+    return keys[0][0]
+
+
+def test_keys_beside_relative_positions_are_not_turned(tiny_wan: WanFactory) -> None:
+    cache = KVCache(relative_positions=True)
+    found = [reported(tiny_wan(ROTARY), cache, first) for first in (0, 7)]
     assert torch.equal(*found)
+
+
+def test_keys_beside_absolute_positions_are_turned_by_them(tiny_wan: WanFactory) -> None:
+    model = tiny_wan(ROTARY)
+    plain = reported(model, KVCache(relative_positions=True), 0)
+    table = rotary_table(torch.arange(7, 9), 2, 2, ROTARY.head_dim)
+    assert torch.equal(reported(model, KVCache(), 7), rotate(plain, table))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.flow import add_noise, constant_sigma
 from model.types import Batch, Conditioning, Context, Denoiser, Prediction, Sample
-from model.wan.cache import KeyValue, KVCache
+from model.wan.cache import KeyValue, KVCache, Past
 from model.wan.transformer import WanTransformer
 from model.wan_wrapper import WanDiffusionWrapper
 from pipeline.bidirectional import BidirectionalInferencePipeline
@@ -246,9 +246,25 @@ def test_straight_through_reaches_the_noise_of_all_earlier_blocks(
     assert moved == [i <= block for i in range(3)]
 
 
+class Joined(KVCache):
+    """A cache without storage: what was committed, as it was given, joined at every read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[tuple[Tensor, Sequence[KeyValue]]] = []
+
+    def past(self, frame_index: Tensor) -> Past:
+        index = torch.cat([frame_index[:0], *(index for index, _ in self.given)])
+        layers = [list(pieces) for pieces in zip(*(given for _, given in self.given), strict=True)]
+        return Past(layers, index, frame_index)
+
+    def commit(self, frame_index: Tensor, layers: Sequence[KeyValue]) -> None:
+        self.given.append((frame_index, layers))
+
+
 def by_hand(net: Denoiser, sigmas: Sequence[float], *, straight_through: bool) -> Tensor:
     """The same rollout to the last step, with the cache written explicitly."""
-    cache, rng, conditioning, parts = KVCache(), streams(), text(1), []
+    cache, rng, conditioning, parts = Joined(), streams(), text(1), []
     for first, last in SPANS:
         index, keys, clean = torch.arange(first, last), [], []
         x = x0 = rng.randn((16, last - first, 4, 4))
@@ -269,8 +285,7 @@ def by_hand(net: Denoiser, sigmas: Sequence[float], *, straight_through: bool) -
                 (c + g - g.detach(), d + h - h.detach())
                 for (c, d), (g, h) in zip(clean, keys, strict=True)
             ]
-        with torch.no_grad():
-            cache.commit(index, layers)
+        cache.commit(index, layers)
     return torch.cat(parts, dim=2)
 
 
