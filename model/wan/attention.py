@@ -1,17 +1,17 @@
-"""Attention calls: the fastest kernel that fits, for whole videos, masks of frames, and a past."""
+"""Attention calls: for whole videos, masks of frames, and a past; by the kernel that is named."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from model.wan.kernels import USUAL, compute
 from model.wan.masks import FrameMask
 
 FLEX_TILE = 128  # tokens on each side of the tiles that FlexAttention skips or computes
@@ -20,17 +20,19 @@ FLEX_TILE = 128  # tokens on each side of the tiles that FlexAttention skips or 
 Mask = FrameMask | BlockMask  # constants, in the form that a device's attention reads
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | None = None, kernel: str = USUAL
+) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v over all tokens, or over the frames that `mask` shows.
 
     q: [B, N, heads, head_dim]; k, v: [B, M, heads, head_dim]; with a mask, N = M = F n. Returns
-    [B, N, heads, head_dim].
+    [B, N, heads, head_dim]. kernel: see model/wan/kernels.py.
     """
     if mask is None:
-        return _attend_all(q, k, v)
+        return compute(q, k, v, kernel)
     if isinstance(mask, BlockMask):
         return attend_flex(q, k, v, mask)
-    return attend_blocks(q, k, v, mask)
+    return attend_blocks(q, k, v, mask, kernel=kernel)
 
 
 def device_mask(mask: FrameMask, per_frame: int, device: torch.device) -> Mask:
@@ -41,16 +43,9 @@ def device_mask(mask: FrameMask, per_frame: int, device: torch.device) -> Mask:
     return flex_mask(mask, per_frame, device) if device.type == "cuda" else mask
 
 
-def _attend_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        kernel = flash_attention()
-        if kernel is not None:
-            return kernel(q, k, v)
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2)
-
-
-def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask) -> Tensor:
+def attend_blocks(
+    q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, *, kernel: str = USUAL
+) -> Tensor:
     """One unmasked call per group of frames, on the keys that it sees; nothing is masked away."""
     n = q.shape[1] // mask.frames
     parts = []
@@ -59,7 +54,7 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask) -> Tensor:
         seen = [slice(a * n, b * n) for a, b in group.keys]
         keys = torch.cat([k[:, span] for span in seen], dim=1) if seen[1:] else k[:, seen[0]]
         values = torch.cat([v[:, span] for span in seen], dim=1) if seen[1:] else v[:, seen[0]]
-        parts.append(_attend_all(q[:, first * n : last * n], keys, values))
+        parts.append(compute(q[:, first * n : last * n], keys, values, kernel))
     return torch.cat(parts, dim=1)
 
 
@@ -148,12 +143,15 @@ def _unpack(packed: Any) -> Tensor:
     return joined.as_strided(*layout)
 
 
-@functools.cache
-def flash_attention() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """The optional flash-attn kernel over [B, N, heads, head_dim], or None where not installed."""
-    try:
-        from flash_attn import flash_attn_func  # optional kernel
-    except ImportError:
-        return None
-    kernel: Callable[[Tensor, Tensor, Tensor], Tensor] = flash_attn_func
-    return kernel
+class Attend(Protocol):
+    """Attention as a block calls it; see `attend`."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | None = None) -> Tensor:
+        """[B, N, heads, head_dim]."""
+
+
+def use_kernel(network: nn.Module, kernel: str) -> None:
+    """Let every attention of `network` be computed by the kernel of that name. In place."""
+    for module in network.modules():
+        if hasattr(module, "attend"):
+            setattr(module, "attend", functools.partial(attend, kernel=kernel))  # noqa: B010

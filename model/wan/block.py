@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.wan.attention import Mask, attend, attend_past
+from model.wan.attention import Attend, Mask, attend, attend_past
 from model.wan.cache import KeyValue, TextKeys
 from model.wan.config import WanConfig
 from model.wan.exchange import Alone, Exchange
@@ -27,7 +27,7 @@ class LayerPast(NamedTuple):
     """Clean frames that one layer attends to beside its own tokens."""
 
     pieces: Sequence[KeyValue]  # in order
-    table: Tensor | None  # rotary, of the tokens in all pieces; None = they are rotated
+    table: Tensor | None  # rotary, [1, M, ...] of all pieces' tokens; None = they are rotated
     # More of them, and behind those a place for this call's own keys and values, which are written
     # there: so nothing is joined, or copied. None under autograd.
     room: KeyValue | None = None
@@ -54,6 +54,8 @@ class Call(NamedTuple):
 
 class Block(nn.Module):
     """Self-attention, cross-attention to the text, feed-forward; modulated by the noise level."""
+
+    grows: ClassVar[tuple[int, ...]] = (4,)  # the past: see utils.compiling.compile_blocks
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -110,7 +112,7 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q = nn.RMSNorm(config.dim, config.eps)
         self.norm_k = nn.RMSNorm(config.dim, config.eps)
-        self.attend = attend
+        self.attend: Attend = attend
         self.exchange: Exchange = Alone()
 
     def forward(
@@ -177,6 +179,7 @@ class CrossAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q = nn.RMSNorm(config.dim, config.eps)
         self.norm_k = nn.RMSNorm(config.dim, config.eps)
+        self.attend: Attend = attend
         self.sees_images, self.text_len = config.sees_images, config.text_len
         if self.sees_images:
             self.k_img, self.v_img = (nn.Linear(config.dim, config.dim) for _ in range(2))
@@ -185,9 +188,9 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, keys: TextKeys) -> Tensor:
         """x: [B, N, D]; keys: as of `keys_and_values`. Padding counts, as in Wan."""
         q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
-        out = attend(q, keys[0], keys[1])
+        out = self.attend(q, keys[0], keys[1])
         if self.sees_images:
-            out = out + attend(q, keys[2], keys[3])
+            out = out + self.attend(q, keys[2], keys[3])
         read: Tensor = self.o(out.flatten(2))
         return read
 

@@ -124,7 +124,7 @@ class WanTransformer(nn.Module):
             return [None] * len(self.blocks)
         table = None
         if not past.rotated:
-            table = self.rotary(past.key_positions, rows, columns, device)
+            table = self.rotary(past.key_positions, rows, columns, device)[None]
         if past.rooms is None:
             return [LayerPast(pieces, table) for pieces in past.layers]
         pairs = zip(past.layers, past.rooms, strict=True)
