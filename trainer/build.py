@@ -27,7 +27,7 @@ from utils import checkpoint
 from utils.data.embeddings import EmbeddingReader
 from utils.distributed import Session
 from utils.metrics import JsonLines, Tracker, WandB, uses_wandb
-from utils.parallel import build_mesh
+from utils.parallel import ParallelConfig, build_mesh
 from utils.seeding import derive_seed
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def _build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
         storage=run.compute,
         compute=run.compute,
         mesh=build_mesh(session, config.sharding_strategy),  # once: each makes process groups
-        recompute=config.parallel.activation_checkpoint == "block",
+        parallel=config.parallel,
     )
     moved = replace(kept, storage=torch.float32)
     networks: dict[str, nn.Module] = {}
@@ -112,7 +112,7 @@ def _build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
             run.models[needs.backbone].features,
             config.discriminator,
             config.seed,
-            replace(moved, compute=torch.float32, recompute=False),
+            replace(moved, compute=torch.float32, parallel=ParallelConfig()),
         )
     return networks
 

@@ -239,6 +239,7 @@ def problems(config: Config) -> Iterator[str]:
         yield from _causal_problems(config)
     if not 0.0 <= config.ema.decay < 1.0:
         yield f"ema.decay: must lie in [0, 1), got {config.ema.decay}"
+    yield from config.parallel.problems()
     yield from config.loss.problems()
     causal = config.generator_type == "causal"
     yield from config.loss.run_problems(steps=config.steps, causal=causal)

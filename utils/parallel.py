@@ -1,35 +1,57 @@
 """Parallelism from the outside: recompute blocks, then shard them; no model file knows of it.
 
-The order per block is recompute, (compile,) shard: each step takes what the one before it made.
+The order per block is recompute, (compile,) offload, shard: each step takes what the one before it
+made.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
 
 from utils.distributed import Session
 from utils.errors import UserError
+from utils.recompute import offload_inputs, recompute_blocks
 
 M = TypeVar("M", bound=nn.Module)
+
+NOTHING_RUNS_AGAIN = (
+    "has no effect with parallel.activation_checkpoint=none; set that to block or selective"
+)
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """How a network is laid over the ranks."""
 
-    activation_checkpoint: Literal["none", "block"] = "none"  # block: recompute in backward
+    # Whether blocks run again in the backward pass: none; block: all of it, from its inputs;
+    # selective: all but attention, whose output is kept.
+    activation_checkpoint: Literal["none", "block", "selective"] = "none"
+    checkpoint_every: int = 1  # every n-th block runs again; the others keep what they need
+    offload_inputs: bool = False  # the inputs of blocks that run again wait in host memory
     # When ranks share gradients: after each micro-batch, so that a rank holds those of its shard;
     # or after the last alone, with less traffic, for 4 bytes per weight of the whole network.
     reduce_gradients: Literal["each", "last"] = "each"
+
+    def problems(self) -> Iterator[str]:
+        """What is impossible about these settings, one line each."""
+        recomputes = self.activation_checkpoint != "none"
+        if self.checkpoint_every < 1:
+            yield f"parallel.checkpoint_every: must be at least 1, got {self.checkpoint_every}"
+        elif self.checkpoint_every > 1 and not recomputes:
+            yield f"parallel.checkpoint_every: {self.checkpoint_every} {NOTHING_RUNS_AGAIN}"
+        if self.offload_inputs and not recomputes:
+            yield f"parallel.offload_inputs: true {NOTHING_RUNS_AGAIN}"
+
+
+AS_IT_IS = ParallelConfig()
 
 
 def build_mesh(session: Session, sharding_strategy: str) -> DeviceMesh:
@@ -46,19 +68,26 @@ def build_mesh(session: Session, sharding_strategy: str) -> DeviceMesh:
 def parallelize(
     module: M,
     blocks: nn.ModuleList,
-    mesh: DeviceMesh,
+    mesh: DeviceMesh | None,
     compute_dtype: torch.dtype,
-    *,
-    recompute: bool = False,
+    config: ParallelConfig = AS_IT_IS,
 ) -> M:
+    """Let `blocks` run again in the backward pass as `config` says, and shard all. In place."""
+    every = config.checkpoint_every
+    if config.activation_checkpoint != "none":
+        recompute_blocks(blocks, config.activation_checkpoint, every=every)
+    # Whatever compiles a block belongs here: it compiles what is recomputed, and copies nothing.
+    if config.offload_inputs:
+        offload_inputs(blocks, every=every)
+    return module if mesh is None else shard(module, blocks, mesh, compute_dtype)
+
+
+def shard(module: M, blocks: nn.ModuleList, mesh: DeviceMesh, compute_dtype: torch.dtype) -> M:
     """Shard `module` over `mesh`, one unit per block and one for the rest (FSDP2). In place.
 
     Weights stay in their own dtype; forward and backward run in `compute_dtype`, and gradients
     are reduced in fp32. One rank that computes in the dtype of the weights needs none of this.
-    recompute: whether blocks run again in the backward pass, in any layout.
     """
-    if recompute:
-        recompute_blocks(blocks)
     same_dtype = all(p.dtype == compute_dtype for p in module.parameters())
     if mesh.size() == 1 and same_dtype:
         return module
@@ -71,36 +100,6 @@ def parallelize(
     # The root too is resharded, or EMA and loading would read weights that forward does not use.
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return module
-
-
-def recompute_blocks(blocks: nn.ModuleList) -> None:
-    """Let blocks keep only their inputs for the backward pass, which runs them again. In place.
-
-    A block's forward pass takes the keyword `recomputed`, and draws no random number. Names of
-    weights stay as they are: it is `forward` that is exchanged, not the module.
-    """
-    for block in blocks:
-        block.forward = Recomputed(block.forward)
-
-
-@dataclass(frozen=True, eq=False)
-class Recomputed:
-    """A forward pass that runs again in the backward pass; without autograd it runs as it is."""
-
-    forward: Callable[..., Any]
-
-    def __call__(self, *args: Any, **words: Any) -> Any:
-        """What `forward` returns."""
-        if not torch.is_grad_enabled():
-            return self.forward(*args, **words)
-        return checkpoint(
-            self.forward,
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            recomputed=True,
-            **words,
-        )
 
 
 def sync_gradients(module: nn.Module, config: ParallelConfig, *, last: bool) -> None:
