@@ -7,7 +7,7 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from utils.distributed import Session
 from utils.ema import EMA
 from utils.errors import UserError
 from utils.metrics import Metrics, Tracker, not_finite
+from utils.parallel import keep_gathered
 from utils.seeding import StepRNG, step_rng
 
 log = logging.getLogger(__name__)
@@ -267,10 +268,10 @@ class Trainer(ABC):
 
     def show_samples(self, validator: Validator) -> None:
         """Write pictures of samples made with the averaged weights."""
-        with self.ema.swapped_in():
-            path = validator.show(
-                self.roles["generator"].network, self.parts.batches, self.state.step
-            )
+        generator = self.roles["generator"].network
+        kept = keep_gathered(generator) if self.config.parallel.keep_gathered else nullcontext()
+        with self.ema.swapped_in(), kept:
+            path = validator.show(generator, self.parts.batches, self.state.step)
         if self.session.is_main:
             for tracker in self.parts.trackers:
                 tracker.picture(self.state.step, "samples", path)

@@ -14,13 +14,14 @@ from model.base import Parts
 from model.conditioning import ConditioningEncoder, ImageEncoder
 from model.encoders.vae import VideoVAE
 from model.folders.loading import Placement, random_discriminator
+from model.types import Rollout
 from trainer.base import Trainer, TrainerParts
 from trainer.batches import BatchLoader
 from trainer.config import Config
 from trainer.inputs import Inputs, check_inputs
 from trainer.logdir import claim_logdir
 from trainer.registry import TRAINERS
-from trainer.roles import build_role
+from trainer.roles import GatheredRollout, build_role
 from trainer.run import Run, resolve
 from trainer.validation import Validator
 from utils import checkpoint
@@ -63,7 +64,7 @@ def build_trainer(config: Config, session: Session, options: RunOptions) -> Trai
     }
     parts = Parts(
         networks=networks,
-        rollout=run.rollout(vae),
+        rollout=_build_rollout(run, vae),
         sigmas=run.sampling.sigmas,
         layout=run.causal,
         parameters={name: list(role.parameters.values()) for name, role in roles.items()},
@@ -115,6 +116,14 @@ def _build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
             replace(moved, compute=torch.float32, parallel=ParallelConfig()),
         )
     return networks
+
+
+def _build_rollout(run: Run, vae: VideoVAE | None) -> Rollout | None:
+    """What makes samples of the generator, if the method needs them."""
+    rollout = run.rollout(vae)
+    if rollout is None or not run.config.parallel.keep_gathered:
+        return rollout
+    return GatheredRollout(rollout)
 
 
 def _build_vae(run: Run, session: Session, options: RunOptions, inputs: Inputs) -> VideoVAE | None:

@@ -80,7 +80,8 @@ class Config:
     distribution_loss: str | None = None  # a method's file in model/; None = the usual
     generator_type: Literal["bidirectional", "causal"] = "bidirectional"
     denoising_step_list: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])
-    sharding_strategy: Literal["full", "hybrid_full"] = "full"
+    # full: over all ranks; hybrid_full: over those of a node; none: each holds whole networks.
+    sharding_strategy: Literal["full", "hybrid_full", "none"] = "full"
 
     seed: int = 0
     steps: int = MISSING  # outer steps; training stops here

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -39,6 +40,10 @@ class ParallelConfig:
     # When ranks share gradients: after each micro-batch, so that a rank holds those of its shard;
     # or after the last alone, with less traffic, for 4 bytes per weight of the whole network.
     reduce_gradients: Literal["each", "last"] = "each"
+    prefetch: int = 1  # blocks ahead whose weights are gathered while one is computed
+    # Sharded weights stay gathered from one pass of a rollout to the next, where none learns: one
+    # exchange instead of one per pass, for the memory of the whole generator in compute precision.
+    keep_gathered: bool = False
 
     def problems(self) -> Iterator[str]:
         """What is impossible about these settings, one line each."""
@@ -49,17 +54,23 @@ class ParallelConfig:
             yield f"parallel.checkpoint_every: {self.checkpoint_every} {NOTHING_RUNS_AGAIN}"
         if self.offload_inputs and not recomputes:
             yield f"parallel.offload_inputs: true {NOTHING_RUNS_AGAIN}"
+        if self.prefetch < 1:
+            yield f"parallel.prefetch: must be at least 1, got {self.prefetch}"
 
 
 AS_IT_IS = ParallelConfig()
 
 
 def build_mesh(session: Session, sharding_strategy: str) -> DeviceMesh:
-    """The ranks as one shard axis (full), or as nodes x ranks of a node (hybrid_full)."""
+    """The ranks as one shard axis (full), or as replicas x shards of one.
+
+    Replicas are nodes, and shards the ranks of a node (hybrid_full); or each rank is a replica
+    (none), whose gathering FSDP2 then knows to be a cast at most.
+    """
     kind, world = session.device.type, session.world_size
     if sharding_strategy == "full":
         return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
-    inside = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    inside = 1 if sharding_strategy == "none" else int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if world % inside:
         raise UserError(f"hybrid_full needs nodes of equal size: {world} ranks, {inside} here")
     return init_device_mesh(kind, (world // inside, inside), mesh_dim_names=("replicate", "shard"))
@@ -79,10 +90,15 @@ def parallelize(
     # Whatever compiles a block belongs here: it compiles what is recomputed, and copies nothing.
     if config.offload_inputs:
         offload_inputs(blocks, every=every)
-    return module if mesh is None else shard(module, blocks, mesh, compute_dtype)
+    if mesh is not None:
+        shard(module, blocks, mesh, compute_dtype)
+        prefetch(module, blocks, config.prefetch)
+    return module
 
 
-def shard(module: M, blocks: nn.ModuleList, mesh: DeviceMesh, compute_dtype: torch.dtype) -> M:
+def shard(
+    module: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh, compute_dtype: torch.dtype
+) -> None:
     """Shard `module` over `mesh`, one unit per block and one for the rest (FSDP2). In place.
 
     Weights stay in their own dtype; forward and backward run in `compute_dtype`, and gradients
@@ -90,7 +106,7 @@ def shard(module: M, blocks: nn.ModuleList, mesh: DeviceMesh, compute_dtype: tor
     """
     same_dtype = all(p.dtype == compute_dtype for p in module.parameters())
     if mesh.size() == 1 and same_dtype:
-        return module
+        return
     # Inputs are not cast: fp32 timesteps rounded to bf16 would move to a neighbouring noise level.
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -99,7 +115,53 @@ def shard(module: M, blocks: nn.ModuleList, mesh: DeviceMesh, compute_dtype: tor
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     # The root too is resharded, or EMA and loading would read weights that forward does not use.
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    return module
+
+
+def prefetch(module: nn.Module, blocks: nn.ModuleList, ahead: int) -> None:
+    """Have the weights of so many blocks gathered while one is computed, in either direction.
+
+    One is what FSDP2 does by itself.
+    """
+    if ahead == 1 or not isinstance(module, FSDPModule):
+        return
+    units: list[Any] = list(blocks)
+    module.set_modules_to_forward_prefetch(units[:ahead])
+    for index, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + ahead])
+        unit.set_modules_to_backward_prefetch(units[max(0, index - ahead) : index][::-1])
+
+
+def sharded_roots(module: nn.Module) -> list[nn.Module]:
+    """The outermost sharded modules in `module`: itself, or networks beside each other."""
+    if isinstance(module, FSDPModule):
+        return [module]
+    return [root for child in module.children() for root in sharded_roots(child)]
+
+
+@contextmanager
+def keep_gathered(network: nn.Module) -> Iterator[None]:
+    """Within the body, weights stay gathered after passes without autograd; after it, none does.
+
+    A pass with autograd gives them back as ever: its activations need the memory. Weights must not
+    be written within the body.
+    """
+    roots: list[Any] = sharded_roots(network)
+
+    def follow(root: Any, inputs: object) -> None:
+        del inputs
+        root.set_reshard_after_forward(torch.is_grad_enabled())
+
+    handles = [root.register_forward_pre_hook(follow) for root in roots]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for root in roots:
+            root.set_reshard_after_forward(True)
+            for unit in root.modules():
+                if isinstance(unit, FSDPModule):
+                    unit.reshard()
 
 
 def sync_gradients(module: nn.Module, config: ParallelConfig, *, last: bool) -> None:

@@ -44,6 +44,7 @@ def minimal(tmp_path: Path) -> Path:
             ("parallel.offload_inputs=true",),
             f"parallel.offload_inputs: true {NOTHING_RUNS_AGAIN}",
         ),
+        (("parallel.prefetch=0",), "parallel.prefetch: must be at least 1, got 0"),
     ],
 )
 def test_an_impossible_setting_is_told_with_what_is_allowed(
