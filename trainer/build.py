@@ -17,7 +17,7 @@ from model.folders.loading import Placement, random_discriminator
 from model.types import Rollout
 from trainer.base import Trainer, TrainerParts
 from trainer.batches import BatchLoader
-from trainer.config import Config
+from trainer.config import Config, NetworkConfig
 from trainer.inputs import Inputs, check_inputs
 from trainer.logdir import claim_logdir
 from trainer.registry import TRAINERS
@@ -27,6 +27,7 @@ from trainer.validation import Validator
 from utils import checkpoint
 from utils.data.embeddings import EmbeddingReader
 from utils.distributed import Session
+from utils.float8 import store_float8
 from utils.metrics import JsonLines, Tracker, WandB, uses_wandb
 from utils.parallel import ParallelConfig, build_mesh
 from utils.seeding import derive_seed
@@ -100,13 +101,15 @@ def _build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
     networks: dict[str, nn.Module] = {}
     for role in needs.networks:
         model, trained = run.models[role], role in needs.trained
-        place = moved if trained else kept
+        place = moved if trained else _frozen(run, role, kept)
         if run.random_init(role):
             network = model.random_network(config.seed, place)
         else:
             what = f"{role} {model.path}"
             network = model.load_network(run.weights(role), place, what=what)
             network.requires_grad_(trained)
+        if not trained:
+            _store(run, role, network)
         networks[role] = network
     if needs.backbone is not None:
         networks["discriminator"] = random_discriminator(
@@ -116,6 +119,20 @@ def _build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
             replace(moved, compute=torch.float32, parallel=ParallelConfig()),
         )
     return networks
+
+
+def _frozen(run: Run, role: str, place: Placement) -> Placement:
+    """Where a network goes that is used as it is; `place` = over the ranks."""
+    settings = run.config.networks[role]
+    whole = isinstance(settings, NetworkConfig) and settings.whole
+    return replace(place, mesh=None) if whole else place
+
+
+def _store(run: Run, role: str, network: nn.Module) -> None:
+    """Exchange the weights of a network that is used as it is by what its settings ask for."""
+    settings = run.config.networks[role]
+    if isinstance(settings, NetworkConfig) and settings.storage == "fp8":
+        store_float8(network)
 
 
 def _build_rollout(run: Run, vae: VideoVAE | None) -> Rollout | None:

@@ -34,6 +34,21 @@ class NetworkConfig:
 
     model: str | None = None  # folder, or name below model_root; None = the generator's
     weights: str | None = None  # file or training checkpoint instead of the folder's weights
+    storage: Literal["fp8"] | None = None  # of its blocks' matrices; None = what is computed in
+    sharded: bool | None = None  # false: each rank holds a copy; None = false with fp8, else true
+
+    @property
+    def whole(self) -> bool:
+        """Whether each rank holds all of it."""
+        return self.storage is not None if self.sharded is None else not self.sharded
+
+    def problems(self, role: str) -> Iterator[str]:
+        """What is impossible about these settings of `role`, one line each."""
+        if self.storage is not None and self.sharded:
+            yield (
+                f"{role}.storage: {self.storage} needs whole weights on each rank, since a row's "
+                f"scale belongs to all of it; set {role}.sharded=false, or {role}.storage=null"
+            )
 
 
 @dataclass(frozen=True)
@@ -136,8 +151,8 @@ class Config:
 # A run may be continued with other values of these; every other key is part of what it is.
 CHANGEABLE = (
     "steps", "log_every", "save_every", "keep_checkpoints", "timeout_s", "model_root",
-    "data.path", "data.text_embeddings", "accumulation", "sharding_strategy", "parallel",
-    "validation", "logging", "sampling",
+    "data.path", "data.text_embeddings", "accumulation", "sharding_strategy", "teacher.sharded",
+    "parallel", "validation", "logging", "sampling",
 )  # fmt: skip
 
 
@@ -263,6 +278,10 @@ def _causal_problems(config: Config) -> Iterator[str]:
 
 
 def _role_problems(config: Config) -> Iterator[str]:
+    yield from config.teacher.problems("teacher")
+    idle = [name for name in ("storage", "sharded") if getattr(config.teacher, name) is not None]
+    if idle and "teacher" not in method_needs(config).networks:
+        yield f"teacher.{idle[0]}: has no effect on method '{method_name(config)}', without teacher"
     for name, settings in config.optimizers.items():
         yield from _optimizer_problems(name, settings)
     for name, network in config.trainable.items():

@@ -45,6 +45,19 @@ def minimal(tmp_path: Path) -> Path:
             f"parallel.offload_inputs: true {NOTHING_RUNS_AGAIN}",
         ),
         (("parallel.prefetch=0",), "parallel.prefetch: must be at least 1, got 0"),
+        (
+            ("teacher.storage=fp8", "teacher.sharded=true"),
+            "teacher.storage: fp8 needs whole weights on each rank, since a row's scale belongs "
+            "to all of it; set teacher.sharded=false, or teacher.storage=null",
+        ),
+        (
+            ("trainer=diffusion", "teacher.storage=fp8"),
+            "teacher.storage: has no effect on method 'diffusion', without teacher",
+        ),
+        (
+            ("trainer=ode", "teacher.sharded=false"),
+            "teacher.sharded: has no effect on method 'ode', without teacher",
+        ),
     ],
 )
 def test_an_impossible_setting_is_told_with_what_is_allowed(
@@ -58,3 +71,19 @@ def test_an_impossible_setting_is_told_with_what_is_allowed(
 def test_all_ways_to_recompute_go_together(minimal: Path) -> None:
     words = (RECOMPUTED, "parallel.checkpoint_every=2", "parallel.offload_inputs=true")
     assert list(load(minimal, words).parallel.problems()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "whole"),
+    [
+        ((), False),
+        (("teacher.sharded=true",), False),
+        (("teacher.sharded=false",), True),
+        (("teacher.storage=fp8",), True),
+        (("teacher.storage=fp8", "teacher.sharded=false"), True),
+    ],
+)
+def test_a_teacher_is_whole_on_each_rank_if_asked_or_if_its_storage_needs_it(
+    minimal: Path, words: tuple[str, ...], *, whole: bool
+) -> None:
+    assert load(minimal, words).teacher.whole is whole
