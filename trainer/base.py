@@ -55,6 +55,7 @@ class Phase:
     name: str  # of its randomness and its metrics
     loss: Callable[[Batch, StepRNG], LossOutput]
     roles: tuple[str, ...]  # whose weights it moves
+    hands_on: bool = False  # whether the phase after it is given the same samples of the data
 
 
 @dataclass
@@ -150,7 +151,7 @@ class Trainer(ABC):
         """
         with self.only_trainable(phase.roles):
             self.accumulate(phase)
-        self.state.draws += self.config.batch_size
+        self.state.draws = self.draws_after(phase)
         for role in phase.roles:
             self.apply_gradients(role)
             self.method.after_update(role)
@@ -170,7 +171,7 @@ class Trainer(ABC):
                     indices=indices,
                     device=self.session.device,
                 )
-            self.prefetch(part)
+            self.prefetch(phase, part)
             for role in phase.roles:
                 self.roles[role].sync_gradients(self.config.parallel, last=part == micro - 1)
             with record_function(f"{phase.name} loss"):
@@ -179,13 +180,16 @@ class Trainer(ABC):
                 torch.autograd.backward(output.loss / micro)
             self.metrics.add(phase.name, {"loss": output.loss.detach(), **output.metrics})
 
-    def prefetch(self, part: int) -> None:
+    def draws_after(self, phase: Phase) -> int:
+        """How many samples of the data are taken when `phase` is over."""
+        return self.state.draws + (0 if phase.hands_on else self.config.batch_size)
+
+    def prefetch(self, phase: Phase, part: int) -> None:
         """Let the data of the micro-batch after `part` be read while this one is computed."""
         if part + 1 < self.config.accumulation:
             self.parts.batches.prefetch(self.state.draws, self.micro_batch(part + 1))
         else:
-            draws = self.state.draws + self.config.batch_size
-            self.parts.batches.prefetch(draws, self.micro_batch(0))
+            self.parts.batches.prefetch(self.draws_after(phase), self.micro_batch(0))
 
     @contextmanager
     def only_trainable(self, names: Sequence[str]) -> Iterator[None]:

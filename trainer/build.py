@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.base import Parts
+from model.base import AlternatingConfig, Parts
 from model.conditioning import ConditioningEncoder, ImageEncoder
 from model.encoders.vae import VideoVAE
 from model.folders.loading import Placement, random_discriminator
 from model.types import Rollout
+from pipeline.reuse import ReusedRollout
 from trainer.base import Trainer, TrainerParts
 from trainer.batches import BatchLoader
 from trainer.config import Config, NetworkConfig
@@ -137,10 +138,13 @@ def _store(run: Run, role: str, network: nn.Module) -> None:
 
 def _build_rollout(run: Run, vae: VideoVAE | None) -> Rollout | None:
     """What makes samples of the generator, if the method needs them."""
-    rollout = run.rollout(vae)
-    if rollout is None or not run.config.parallel.keep_gathered:
-        return rollout
-    return GatheredRollout(rollout)
+    rollout, loss = run.rollout(vae), run.config.loss
+    if rollout is None:
+        return None
+    if run.config.parallel.keep_gathered:
+        rollout = GatheredRollout(rollout)
+    reuses = isinstance(loss, AlternatingConfig) and loss.reuse_rollout
+    return ReusedRollout(rollout) if reuses else rollout
 
 
 def _build_vae(run: Run, session: Session, options: RunOptions, inputs: Inputs) -> VideoVAE | None:

@@ -152,7 +152,7 @@ class Config:
 CHANGEABLE = (
     "steps", "log_every", "save_every", "keep_checkpoints", "timeout_s", "model_root",
     "data.path", "data.text_embeddings", "accumulation", "sharding_strategy", "teacher.sharded",
-    "parallel", "validation", "logging", "sampling",
+    "loss.batched_guidance", "parallel", "validation", "logging", "sampling",
 )  # fmt: skip
 
 
