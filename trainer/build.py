@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model.base import AlternatingConfig, Parts
 from model.conditioning import ConditioningEncoder, ImageEncoder
+from model.encoders.idle import Encoders
 from model.encoders.vae import VideoVAE
 from model.folders.loading import Placement, random_discriminator
 from model.types import Rollout
@@ -58,8 +59,9 @@ def build_trainer(config: Config, session: Session, options: RunOptions) -> Trai
     inputs = check_inputs(run, session)
     claim_logdir(run, inputs, session, options.logdir, allow_change=options.allow_change)
     trackers = _build_trackers(config, session, options)
-    vae = _build_vae(run, session, options, inputs)
-    encoder = build_encoder(run, session.device, run.compute, vae, inputs.embeddings)
+    encoders = Encoders(session.device, config.parallel.offload_encoders)
+    vae = _build_vae(run, encoders, options, inputs)
+    encoder = build_encoder(run, encoders, run.compute, vae, inputs.embeddings)
     networks = _build_networks(run, session)
     roles = {
         name: build_role(name, networks[name], run.optimizer(name)) for name in run.needs.trained
@@ -78,7 +80,7 @@ def build_trainer(config: Config, session: Session, options: RunOptions) -> Trai
             session=session,
             method=run.method(config.loss, parts),
             roles=roles,
-            batches=BatchLoader(run, inputs.dataset, encoder, session.device, vae),
+            batches=BatchLoader(run, inputs.dataset, encoder, encoders, vae),
             trackers=trackers,
             validator=_build_validator(run, session, options, inputs, vae),
             logdir=options.logdir,
@@ -147,7 +149,9 @@ def _build_rollout(run: Run, vae: VideoVAE | None) -> Rollout | None:
     return ReusedRollout(rollout) if reuses else rollout
 
 
-def _build_vae(run: Run, session: Session, options: RunOptions, inputs: Inputs) -> VideoVAE | None:
+def _build_vae(
+    run: Run, encoders: Encoders, options: RunOptions, inputs: Inputs
+) -> VideoVAE | None:
     """The autoencoder, if the run decodes or encodes anything."""
     causal = run.config.causal
     wanted = (
@@ -156,12 +160,14 @@ def _build_vae(run: Run, session: Session, options: RunOptions, inputs: Inputs) 
         causal.rollout_frames is not None,
         causal.given_first_frame and next(iter(inputs.dataset.buckets)).latents is None,
     )
-    return run.model.load_codec(session.device, run.compute) if any(wanted) else None
+    if not any(wanted):
+        return None
+    return encoders.codec(lambda device: run.model.load_codec(device, run.compute))
 
 
 def build_encoder(
     run: Run,
-    device: torch.device,
+    encoders: Encoders,
     dtype: torch.dtype,
     vae: VideoVAE | None,
     embeddings: EmbeddingReader | None = None,
@@ -171,17 +177,20 @@ def build_encoder(
     vae: needed by image-to-video models. embeddings: prompts that are encoded already; with them
     no text encoder is loaded.
     """
-    encode: Callable[[list[str]], Tensor] = embeddings or run.model.load_text_encoder(dtype).to(
-        device
+    encode: Callable[[list[str]], Tensor] = embeddings or encoders.encoder(
+        run.model.load_text_encoder(dtype)
     )
     images = None
     if run.model.images is not None:
         assert vae is not None, "an image-to-video model needs the VAE"
         clip = run.model.load_image_encoder(dtype)
         assert clip is not None, "an image-to-video model reads images"
-        images = ImageEncoder(clip.to(device), vae)
+        images = ImageEncoder(encoders.encoder(clip), vae)
     return ConditioningEncoder(
-        encode, negative_prompt=run.config.data.negative_prompt, device=device, images=images
+        encode,
+        negative_prompt=run.config.data.negative_prompt,
+        device=encoders.device,
+        images=images,
     )
 
 

@@ -44,6 +44,8 @@ class ParallelConfig:
     # Sharded weights stay gathered from one pass of a rollout to the next, where none learns: one
     # exchange instead of one per pass, for the memory of the whole generator in compute precision.
     keep_gathered: bool = False
+    # Encoders of text and images, and the codec, wait in host memory but while they are used.
+    offload_encoders: bool = False
 
     def problems(self) -> Iterator[str]:
         """What is impossible about these settings, one line each."""
