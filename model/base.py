@@ -107,6 +107,9 @@ class AlternatingConfig(MethodConfig):
     min_sigma: float = 0.02
     max_sigma: float = 0.98
     generator_every: int = 5  # outer steps per generator update; the opponent moves at each
+    # Where the generator moves, the opponent learns on the samples that moved it instead of its
+    # own: a rollout less, of a generator that is one update older, and half of the prompts.
+    reuse_rollout: bool = False
 
     @property
     def head_start(self) -> int:
@@ -136,6 +139,7 @@ class DistributionMatchingConfig(AlternatingConfig):
     """What score distillation methods have in common."""
 
     cfg_scale: float = 6.0  # of the teacher's score; uncond + cfg_scale (cond - uncond), 1 = off
+    batched_guidance: bool = True  # both passes in one batch; false: one by one, for less memory
 
     def problems(self) -> Iterator[str]:
         """See MethodConfig."""
@@ -278,6 +282,7 @@ class DistributionMatching(Method):
             batch.conditioning,
             batch.unconditional,
             cfg_scale=self.config.cfg_scale,
+            batched=self.config.batched_guidance,
         )
         return Scores(x, sigma, noise, velocity_to_x0(x, velocity, sigma), x0_critic)
 

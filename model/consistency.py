@@ -25,6 +25,7 @@ class ConsistencyConfig(MethodConfig):
     """The teacher's steps, and what a block sees of the blocks before it."""
 
     cfg_scale: float = 4.0  # of the teacher's step; uncond + cfg_scale (cond - uncond), 1 = off
+    batched_guidance: bool = True  # both passes in one batch; false: one by one, for less memory
     timestep_shift: float = 5.0  # of the grid of steps
     grid: int = 48  # Euler steps of the teacher from noise to data
     teacher_forcing: bool = True  # the clean past; false = the noisy one
@@ -76,6 +77,7 @@ class Consistency(RegressionMethod):
                 batch.conditioning,
                 batch.unconditional,
                 cfg_scale=config.cfg_scale,
+                batched=config.batched_guidance,
             )
             nearer = x + expand(less - sigma) * velocity
             target = student(nearer, less, batch.conditioning).x0

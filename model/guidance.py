@@ -19,16 +19,23 @@ def guided_velocity(
     *,
     cfg_scale: float,
     context: Context = FULL_ATTENTION,
+    batched: bool = True,
 ) -> Tensor:
     """uncond + cfg_scale (cond - uncond), as velocity [B, C, F, H, W], fp32.
 
     x: [B, C, F, H, W]; sigma: [B, 1] or [B, F]. At cfg_scale 1 the network sees one batch of B;
-    otherwise one batch of 2 B, so that sharded weights are gathered once. Guidance is linear, so
-    guiding the velocity and guiding x0 are the same thing. A cache in `context` must hold the
-    past of the same batch: of 2 B videos, those of the negative prompt behind, if guided.
+    otherwise one batch of 2 B, so that sharded weights are gathered once, or if not `batched` two
+    of B. Guidance is linear, so guiding the velocity and guiding x0 are the same thing. A cache in
+    `context` must hold the past of the same batch: of 2 B videos, those of the negative prompt
+    behind, if guided.
     """
     if cfg_scale == 1.0:
         return net(x, sigma, conditioning, context=context).velocity
+    if not batched:
+        assert context.cache is None, "a cache holds the past of both passes: batch them"
+        cond = net(x, sigma, conditioning, context=context).velocity
+        uncond = net(x, sigma, unconditional, context=context).velocity
+        return uncond + cfg_scale * (cond - uncond)
     both = concatenate(conditioning, unconditional)
     velocity = net(torch.cat([x, x]), torch.cat([sigma, sigma]), both, context=context).velocity
     cond, uncond = velocity.chunk(2)

@@ -36,7 +36,7 @@ from pipeline.causal import CausalConfig, SelfForcingTrainingPipeline
 from utils import start
 from utils.cli import USER_ERRORS, check_at_least, command_parser, fail, interruptible
 from utils.config import ConfigError
-from utils.parallel import recompute_blocks
+from utils.recompute import recompute_blocks
 from utils.seeding import step_rng
 
 SIGMAS = [1.0, 0.9375]

@@ -141,12 +141,20 @@ def waits(function: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
     if not any(isinstance(x, OnDevice) for x in inputs):
         return False
     if function.overloadpacket in COPIES:
-        return target_device(function, inputs, kwargs) == CPU
+        return target_device(function, inputs, kwargs) == CPU and not hastens(
+            function, args, kwargs
+        )
     if function.overloadpacket in INDEXING:  # by a mask: how many elements does it choose?
         return any(x.dtype in (torch.bool, torch.uint8) for x in tensors(args[1]))
     if kwargs.get("output_size") is not None:  # of repeat_interleave, so that it need not ask
         return False
     return bool(READS & set(function.tags)) or function is torch.ops.aten.is_nonzero.default
+
+
+def hastens(function: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a copy is asked not to wait, as from a GPU to pinned memory it does not."""
+    in_place = function is torch.ops.aten.copy_.default and len(args) > 2 and bool(args[2])
+    return in_place or bool(kwargs.get("non_blocking"))
 
 
 class Counting(TorchDispatchMode):

@@ -7,7 +7,7 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from utils.distributed import Session
 from utils.ema import EMA
 from utils.errors import UserError
 from utils.metrics import Metrics, Tracker, not_finite
+from utils.parallel import keep_gathered
 from utils.seeding import StepRNG, step_rng
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Phase:
     name: str  # of its randomness and its metrics
     loss: Callable[[Batch, StepRNG], LossOutput]
     roles: tuple[str, ...]  # whose weights it moves
+    hands_on: bool = False  # whether the phase after it is given the same samples of the data
 
 
 @dataclass
@@ -149,7 +151,7 @@ class Trainer(ABC):
         """
         with self.only_trainable(phase.roles):
             self.accumulate(phase)
-        self.state.draws += self.config.batch_size
+        self.state.draws = self.draws_after(phase)
         for role in phase.roles:
             self.apply_gradients(role)
             self.method.after_update(role)
@@ -169,7 +171,7 @@ class Trainer(ABC):
                     indices=indices,
                     device=self.session.device,
                 )
-            self.prefetch(part)
+            self.prefetch(phase, part)
             for role in phase.roles:
                 self.roles[role].sync_gradients(self.config.parallel, last=part == micro - 1)
             with record_function(f"{phase.name} loss"):
@@ -178,13 +180,16 @@ class Trainer(ABC):
                 torch.autograd.backward(output.loss / micro)
             self.metrics.add(phase.name, {"loss": output.loss.detach(), **output.metrics})
 
-    def prefetch(self, part: int) -> None:
+    def draws_after(self, phase: Phase) -> int:
+        """How many samples of the data are taken when `phase` is over."""
+        return self.state.draws + (0 if phase.hands_on else self.config.batch_size)
+
+    def prefetch(self, phase: Phase, part: int) -> None:
         """Let the data of the micro-batch after `part` be read while this one is computed."""
         if part + 1 < self.config.accumulation:
             self.parts.batches.prefetch(self.state.draws, self.micro_batch(part + 1))
         else:
-            draws = self.state.draws + self.config.batch_size
-            self.parts.batches.prefetch(draws, self.micro_batch(0))
+            self.parts.batches.prefetch(self.draws_after(phase), self.micro_batch(0))
 
     @contextmanager
     def only_trainable(self, names: Sequence[str]) -> Iterator[None]:
@@ -267,10 +272,10 @@ class Trainer(ABC):
 
     def show_samples(self, validator: Validator) -> None:
         """Write pictures of samples made with the averaged weights."""
-        with self.ema.swapped_in():
-            path = validator.show(
-                self.roles["generator"].network, self.parts.batches, self.state.step
-            )
+        generator = self.roles["generator"].network
+        kept = keep_gathered(generator) if self.config.parallel.keep_gathered else nullcontext()
+        with self.ema.swapped_in(), kept:
+            path = validator.show(generator, self.parts.batches, self.state.step)
         if self.session.is_main:
             for tracker in self.parts.trackers:
                 tracker.picture(self.state.step, "samples", path)

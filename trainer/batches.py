@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.conditioning import ConditioningEncoder, first_latents
+from model.encoders.idle import Encoders
 from model.encoders.vae import VideoVAE
 from model.types import Batch, Keyframes
 from trainer.run import Run
@@ -24,14 +25,18 @@ class BatchLoader:
         run: Run,
         dataset: Dataset,
         encoder: ConditioningEncoder,
-        device: torch.device,
+        encoders: Encoders,
         vae: VideoVAE | None = None,
     ) -> None:
-        """vae: for causal.given_first_frame of data with images but without latents."""
+        """encoders: what `encoder` and `vae` are made of.
+
+        vae: for causal.given_first_frame of data with images but without latents.
+        """
         self.run = run
         self.dataset = dataset
         self.encoder = encoder
-        self.device = device
+        self.encoders = encoders
+        self.device = encoders.device
         self.vae = vae
         config = run.config
         self.order = DataOrder(list(dataset.buckets.values()), config.batch_size, config.seed)
@@ -60,6 +65,10 @@ class BatchLoader:
 
     def batch(self, items: Sequence[RawItem]) -> Batch:
         """Records of one shape, encoded."""
+        with self.encoders.held():
+            return self._batch(items)
+
+    def _batch(self, items: Sequence[RawItem]) -> Batch:
         x0 = self._stack(item.latents for item in items)
         images = self._stack(item.image for item in items)
         first = None if images is None else to_signed(images)

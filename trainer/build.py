@@ -10,24 +10,28 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.base import Parts
+from model.base import AlternatingConfig, Parts
 from model.conditioning import ConditioningEncoder, ImageEncoder
+from model.encoders.idle import Encoders
 from model.encoders.vae import VideoVAE
 from model.folders.loading import Placement, random_discriminator
+from model.types import Rollout
+from pipeline.reuse import ReusedRollout
 from trainer.base import Trainer, TrainerParts
 from trainer.batches import BatchLoader
-from trainer.config import Config
+from trainer.config import Config, NetworkConfig
 from trainer.inputs import Inputs, check_inputs
 from trainer.logdir import claim_logdir
 from trainer.registry import TRAINERS
-from trainer.roles import build_role
+from trainer.roles import GatheredRollout, build_role
 from trainer.run import Run, resolve
 from trainer.validation import Validator
 from utils import checkpoint
 from utils.data.embeddings import EmbeddingReader
 from utils.distributed import Session
+from utils.float8 import store_float8
 from utils.metrics import JsonLines, Tracker, WandB, uses_wandb
-from utils.parallel import build_mesh
+from utils.parallel import ParallelConfig, build_mesh
 from utils.seeding import derive_seed
 
 log = logging.getLogger(__name__)
@@ -55,15 +59,16 @@ def build_trainer(config: Config, session: Session, options: RunOptions) -> Trai
     inputs = check_inputs(run, session)
     claim_logdir(run, inputs, session, options.logdir, allow_change=options.allow_change)
     trackers = _build_trackers(config, session, options)
-    vae = _build_vae(run, session, options, inputs)
-    encoder = build_encoder(run, session.device, run.compute, vae, inputs.embeddings)
+    encoders = Encoders(session.device, config.parallel.offload_encoders)
+    vae = _build_vae(run, encoders, options, inputs)
+    encoder = build_encoder(run, encoders, run.compute, vae, inputs.embeddings)
     networks = _build_networks(run, session)
     roles = {
         name: build_role(name, networks[name], run.optimizer(name)) for name in run.needs.trained
     }
     parts = Parts(
         networks=networks,
-        rollout=run.rollout(vae),
+        rollout=_build_rollout(run, vae),
         sigmas=run.sampling.sigmas,
         layout=run.causal,
         parameters={name: list(role.parameters.values()) for name, role in roles.items()},
@@ -75,7 +80,7 @@ def build_trainer(config: Config, session: Session, options: RunOptions) -> Trai
             session=session,
             method=run.method(config.loss, parts),
             roles=roles,
-            batches=BatchLoader(run, inputs.dataset, encoder, session.device, vae),
+            batches=BatchLoader(run, inputs.dataset, encoder, encoders, vae),
             trackers=trackers,
             validator=_build_validator(run, session, options, inputs, vae),
             logdir=options.logdir,
@@ -93,31 +98,60 @@ def _build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
         storage=run.compute,
         compute=run.compute,
         mesh=build_mesh(session, config.sharding_strategy),  # once: each makes process groups
-        recompute=config.parallel.activation_checkpoint == "block",
+        parallel=config.parallel,
     )
     moved = replace(kept, storage=torch.float32)
     networks: dict[str, nn.Module] = {}
     for role in needs.networks:
         model, trained = run.models[role], role in needs.trained
-        place = moved if trained else kept
+        place = moved if trained else _frozen(run, role, kept)
         if run.random_init(role):
             network = model.random_network(config.seed, place)
         else:
             what = f"{role} {model.path}"
             network = model.load_network(run.weights(role), place, what=what)
             network.requires_grad_(trained)
+        if not trained:
+            _store(run, role, network)
         networks[role] = network
     if needs.backbone is not None:
         networks["discriminator"] = random_discriminator(
             run.models[needs.backbone].features,
             config.discriminator,
             config.seed,
-            replace(moved, compute=torch.float32, recompute=False),
+            replace(moved, compute=torch.float32, parallel=ParallelConfig()),
         )
     return networks
 
 
-def _build_vae(run: Run, session: Session, options: RunOptions, inputs: Inputs) -> VideoVAE | None:
+def _frozen(run: Run, role: str, place: Placement) -> Placement:
+    """Where a network goes that is used as it is; `place` = over the ranks."""
+    settings = run.config.networks[role]
+    whole = isinstance(settings, NetworkConfig) and settings.whole
+    return replace(place, mesh=None) if whole else place
+
+
+def _store(run: Run, role: str, network: nn.Module) -> None:
+    """Exchange the weights of a network that is used as it is by what its settings ask for."""
+    settings = run.config.networks[role]
+    if isinstance(settings, NetworkConfig) and settings.storage == "fp8":
+        store_float8(network)
+
+
+def _build_rollout(run: Run, vae: VideoVAE | None) -> Rollout | None:
+    """What makes samples of the generator, if the method needs them."""
+    rollout, loss = run.rollout(vae), run.config.loss
+    if rollout is None:
+        return None
+    if run.config.parallel.keep_gathered:
+        rollout = GatheredRollout(rollout)
+    reuses = isinstance(loss, AlternatingConfig) and loss.reuse_rollout
+    return ReusedRollout(rollout) if reuses else rollout
+
+
+def _build_vae(
+    run: Run, encoders: Encoders, options: RunOptions, inputs: Inputs
+) -> VideoVAE | None:
     """The autoencoder, if the run decodes or encodes anything."""
     causal = run.config.causal
     wanted = (
@@ -126,12 +160,14 @@ def _build_vae(run: Run, session: Session, options: RunOptions, inputs: Inputs) 
         causal.rollout_frames is not None,
         causal.given_first_frame and next(iter(inputs.dataset.buckets)).latents is None,
     )
-    return run.model.load_codec(session.device, run.compute) if any(wanted) else None
+    if not any(wanted):
+        return None
+    return encoders.codec(lambda device: run.model.load_codec(device, run.compute))
 
 
 def build_encoder(
     run: Run,
-    device: torch.device,
+    encoders: Encoders,
     dtype: torch.dtype,
     vae: VideoVAE | None,
     embeddings: EmbeddingReader | None = None,
@@ -141,17 +177,20 @@ def build_encoder(
     vae: needed by image-to-video models. embeddings: prompts that are encoded already; with them
     no text encoder is loaded.
     """
-    encode: Callable[[list[str]], Tensor] = embeddings or run.model.load_text_encoder(dtype).to(
-        device
+    encode: Callable[[list[str]], Tensor] = embeddings or encoders.encoder(
+        run.model.load_text_encoder(dtype)
     )
     images = None
     if run.model.images is not None:
         assert vae is not None, "an image-to-video model needs the VAE"
         clip = run.model.load_image_encoder(dtype)
         assert clip is not None, "an image-to-video model reads images"
-        images = ImageEncoder(clip.to(device), vae)
+        images = ImageEncoder(encoders.encoder(clip), vae)
     return ConditioningEncoder(
-        encode, negative_prompt=run.config.data.negative_prompt, device=device, images=images
+        encode,
+        negative_prompt=run.config.data.negative_prompt,
+        device=encoders.device,
+        images=images,
     )
 
 

@@ -34,6 +34,21 @@ class NetworkConfig:
 
     model: str | None = None  # folder, or name below model_root; None = the generator's
     weights: str | None = None  # file or training checkpoint instead of the folder's weights
+    storage: Literal["fp8"] | None = None  # of its blocks' matrices; None = what is computed in
+    sharded: bool | None = None  # false: each rank holds a copy; None = false with fp8, else true
+
+    @property
+    def whole(self) -> bool:
+        """Whether each rank holds all of it."""
+        return self.storage is not None if self.sharded is None else not self.sharded
+
+    def problems(self, role: str) -> Iterator[str]:
+        """What is impossible about these settings of `role`, one line each."""
+        if self.storage is not None and self.sharded:
+            yield (
+                f"{role}.storage: {self.storage} needs whole weights on each rank, since a row's "
+                f"scale belongs to all of it; set {role}.sharded=false, or {role}.storage=null"
+            )
 
 
 @dataclass(frozen=True)
@@ -80,7 +95,8 @@ class Config:
     distribution_loss: str | None = None  # a method's file in model/; None = the usual
     generator_type: Literal["bidirectional", "causal"] = "bidirectional"
     denoising_step_list: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])
-    sharding_strategy: Literal["full", "hybrid_full"] = "full"
+    # full: over all ranks; hybrid_full: over those of a node; none: each holds whole networks.
+    sharding_strategy: Literal["full", "hybrid_full", "none"] = "full"
 
     seed: int = 0
     steps: int = MISSING  # outer steps; training stops here
@@ -135,8 +151,8 @@ class Config:
 # A run may be continued with other values of these; every other key is part of what it is.
 CHANGEABLE = (
     "steps", "log_every", "save_every", "keep_checkpoints", "timeout_s", "model_root",
-    "data.path", "data.text_embeddings", "accumulation", "sharding_strategy", "parallel",
-    "validation", "logging", "sampling",
+    "data.path", "data.text_embeddings", "accumulation", "sharding_strategy", "teacher.sharded",
+    "loss.batched_guidance", "parallel", "validation", "logging", "sampling",
 )  # fmt: skip
 
 
@@ -239,6 +255,7 @@ def problems(config: Config) -> Iterator[str]:
         yield from _causal_problems(config)
     if not 0.0 <= config.ema.decay < 1.0:
         yield f"ema.decay: must lie in [0, 1), got {config.ema.decay}"
+    yield from config.parallel.problems()
     yield from config.loss.problems()
     causal = config.generator_type == "causal"
     yield from config.loss.run_problems(steps=config.steps, causal=causal)
@@ -261,6 +278,10 @@ def _causal_problems(config: Config) -> Iterator[str]:
 
 
 def _role_problems(config: Config) -> Iterator[str]:
+    yield from config.teacher.problems("teacher")
+    idle = [name for name in ("storage", "sharded") if getattr(config.teacher, name) is not None]
+    if idle and "teacher" not in method_needs(config).networks:
+        yield f"teacher.{idle[0]}: has no effect on method '{method_name(config)}', without teacher"
     for name, settings in config.optimizers.items():
         yield from _optimizer_problems(name, settings)
     for name, network in config.trainable.items():

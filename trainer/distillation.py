@@ -37,7 +37,8 @@ class AlternatingTrainer(Trainer):
         """The generator first, so that both see the opponent of the step before."""
         since = step - self.head_start
         if since >= 0 and since % self.every == 0:
-            yield Phase("generator", self.losses.generator_loss, ("generator",))
+            again = self.losses.config.reuse_rollout
+            yield Phase("generator", self.losses.generator_loss, ("generator",), hands_on=again)
         yield Phase("critic", self.losses.critic_loss, self.opponents)
 
     def total_updates(self, role: str) -> int:

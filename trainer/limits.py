@@ -10,10 +10,12 @@ from pipeline.memory import available_memory
 from trainer.config import Config
 from utils.config import ConfigError
 from utils.distributed import Session
+from utils.parallel import ParallelConfig
 
 # Values per token, layer and unit of width that a backward pass keeps of a block, at least: its
-# input alone if blocks are recomputed, else also what its products and activations are made of.
-KEPT = {"block": 1, "none": 10}
+# input alone if it is recomputed, beside it what both kinds of attention return if all else is,
+# and otherwise all that products and activations are made of.
+KEPT = {"block": 1, "selective": 3, "none": 10}
 LATENTS = 4  # copies of a batch's latents, fp32: noise, clean, noised and their gradient
 
 
@@ -24,8 +26,15 @@ def training_bytes(
 
     tokens: of one sample. layers, width: of the trained transformer. latent_values: C x F x H x W.
     """
-    kept = KEPT[config.parallel.activation_checkpoint] * layers * width * tokens
+    kept = kept_per_layer(config.parallel, layers) * width * tokens
     return samples * (kept * (2 if config.mixed_precision else 4) + 4 * LATENTS * latent_values)
+
+
+def kept_per_layer(config: ParallelConfig, layers: int) -> int:
+    """Values per token and unit of width that all layers together keep at least."""
+    again = -(-layers // config.checkpoint_every)
+    elsewhere = again if config.offload_inputs else 0
+    return KEPT[config.activation_checkpoint] * again - elsewhere + KEPT["none"] * (layers - again)
 
 
 def device_bytes(device: torch.device) -> int:

@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule
 
+from model.types import Batch, Denoiser, Rollout, Sample
 from utils.optim import (
     OptimizerConfig,
     build_optimizers,
@@ -22,7 +22,14 @@ from utils.optim import (
     lr_factor,
     set_lr_factor,
 )
-from utils.parallel import ParallelConfig, fix_gradient_reduction, sync_gradients
+from utils.parallel import (
+    ParallelConfig,
+    fix_gradient_reduction,
+    keep_gathered,
+    sharded_roots,
+    sync_gradients,
+)
+from utils.seeding import StepRNG
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +54,7 @@ class Role:
 
     def sync_gradients(self, config: ParallelConfig, *, last: bool) -> None:
         """Say whether the next backward pass is the last before an update."""
-        for root in _sharded(self.module):
+        for root in sharded_roots(self.module):
             sync_gradients(root, config, last=last)
 
     def clip(self) -> Tensor:
@@ -84,6 +91,19 @@ class Role:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class GatheredRollout:
+    """A rollout through which the generator's weights stay gathered."""
+
+    rollout: Rollout
+
+    def __call__(self, generator: Denoiser, batch: Batch, rng: StepRNG, *, grad: bool) -> Sample:
+        """See model.types.Rollout."""
+        assert isinstance(generator, nn.Module), "a generator that is trained is a module"
+        with keep_gathered(generator):
+            return self.rollout(generator, batch, rng, grad=grad)
+
+
 def build_role(
     name: str, network: nn.Module, config: OptimizerConfig, own: Iterable[str] | None = None
 ) -> Role:
@@ -97,14 +117,7 @@ def build_role(
     named = dict(module.named_parameters())
     parameters = named if own is None else {key: named[key] for key in own}
     optimizers = build_optimizers(parameters, config)
-    for root in _sharded(module):
+    for root in sharded_roots(module):
         fix_gradient_reduction(root)
     initialise(module, optimizers)
     return Role(name, network, module, parameters, optimizers, config)
-
-
-def _sharded(module: nn.Module) -> list[nn.Module]:
-    """The outermost sharded modules in `module`: itself, or networks beside each other."""
-    if isinstance(module, FSDPModule):
-        return [module]
-    return [root for child in module.children() for root in _sharded(child)]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from model.encoders.idle import Encoders
 from model.families.base import Model
 from model.families.registry import check_model
 from model.folders.loading import Placement
@@ -79,7 +80,7 @@ def load_generator(source: Source, device: torch.device) -> VideoGenerator:
     return VideoGenerator(
         network=network,
         pipeline=run.pipeline(network),
-        encoder=build_encoder(run, device, dtype, vae),
+        encoder=build_encoder(run, Encoders(device), dtype, vae),
         vae=vae,
         capabilities=capabilities(run, device),
         device=device,

@@ -66,7 +66,11 @@ def build_optimizers(
     optimizers: list[torch.optim.Optimizer] = []
     if groups:
         betas = (config.betas[0], config.betas[1])
-        optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, foreach=True))
+        # One kernel reads and writes all that an update needs; on a CPU it would round otherwise.
+        fused = all(p.is_cuda for p in rest)
+        optimizers.append(
+            torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=fused, foreach=not fused)
+        )
     if matrices:
         assert config.muon_lr is not None, "matrices are chosen for Muon"
         optimizers.append(

@@ -1,12 +1,14 @@
 """Parallelism from the outside: recompute blocks, then shard them; no model file knows of it.
 
-The order per block is recompute, (compile,) shard: each step takes what the one before it made.
+The order per block is recompute, (compile,) offload, shard: each step takes what the one before it
+made.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -14,30 +16,63 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
 
 from utils.distributed import Session
 from utils.errors import UserError
+from utils.recompute import offload_inputs, recompute_blocks
 
 M = TypeVar("M", bound=nn.Module)
+
+NOTHING_RUNS_AGAIN = (
+    "has no effect with parallel.activation_checkpoint=none; set that to block or selective"
+)
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """How a network is laid over the ranks."""
 
-    activation_checkpoint: Literal["none", "block"] = "none"  # block: recompute in backward
+    # Whether blocks run again in the backward pass: none; block: all of it, from its inputs;
+    # selective: all but attention, whose output is kept.
+    activation_checkpoint: Literal["none", "block", "selective"] = "none"
+    checkpoint_every: int = 1  # every n-th block runs again; the others keep what they need
+    offload_inputs: bool = False  # the inputs of blocks that run again wait in host memory
     # When ranks share gradients: after each micro-batch, so that a rank holds those of its shard;
     # or after the last alone, with less traffic, for 4 bytes per weight of the whole network.
     reduce_gradients: Literal["each", "last"] = "each"
+    prefetch: int = 1  # blocks ahead whose weights are gathered while one is computed
+    # Sharded weights stay gathered from one pass of a rollout to the next, where none learns: one
+    # exchange instead of one per pass, for the memory of the whole generator in compute precision.
+    keep_gathered: bool = False
+    # Encoders of text and images, and the codec, wait in host memory but while they are used.
+    offload_encoders: bool = False
+
+    def problems(self) -> Iterator[str]:
+        """What is impossible about these settings, one line each."""
+        recomputes = self.activation_checkpoint != "none"
+        if self.checkpoint_every < 1:
+            yield f"parallel.checkpoint_every: must be at least 1, got {self.checkpoint_every}"
+        elif self.checkpoint_every > 1 and not recomputes:
+            yield f"parallel.checkpoint_every: {self.checkpoint_every} {NOTHING_RUNS_AGAIN}"
+        if self.offload_inputs and not recomputes:
+            yield f"parallel.offload_inputs: true {NOTHING_RUNS_AGAIN}"
+        if self.prefetch < 1:
+            yield f"parallel.prefetch: must be at least 1, got {self.prefetch}"
+
+
+AS_IT_IS = ParallelConfig()
 
 
 def build_mesh(session: Session, sharding_strategy: str) -> DeviceMesh:
-    """The ranks as one shard axis (full), or as nodes x ranks of a node (hybrid_full)."""
+    """The ranks as one shard axis (full), or as replicas x shards of one.
+
+    Replicas are nodes, and shards the ranks of a node (hybrid_full); or each rank is a replica
+    (none), whose gathering FSDP2 then knows to be a cast at most.
+    """
     kind, world = session.device.type, session.world_size
     if sharding_strategy == "full":
         return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
-    inside = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    inside = 1 if sharding_strategy == "none" else int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if world % inside:
         raise UserError(f"hybrid_full needs nodes of equal size: {world} ranks, {inside} here")
     return init_device_mesh(kind, (world // inside, inside), mesh_dim_names=("replicate", "shard"))
@@ -46,22 +81,34 @@ def build_mesh(session: Session, sharding_strategy: str) -> DeviceMesh:
 def parallelize(
     module: M,
     blocks: nn.ModuleList,
-    mesh: DeviceMesh,
+    mesh: DeviceMesh | None,
     compute_dtype: torch.dtype,
-    *,
-    recompute: bool = False,
+    config: ParallelConfig = AS_IT_IS,
 ) -> M:
+    """Let `blocks` run again in the backward pass as `config` says, and shard all. In place."""
+    every = config.checkpoint_every
+    if config.activation_checkpoint != "none":
+        recompute_blocks(blocks, config.activation_checkpoint, every=every)
+    # Whatever compiles a block belongs here: it compiles what is recomputed, and copies nothing.
+    if config.offload_inputs:
+        offload_inputs(blocks, every=every)
+    if mesh is not None:
+        shard(module, blocks, mesh, compute_dtype)
+        prefetch(module, blocks, config.prefetch)
+    return module
+
+
+def shard(
+    module: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh, compute_dtype: torch.dtype
+) -> None:
     """Shard `module` over `mesh`, one unit per block and one for the rest (FSDP2). In place.
 
     Weights stay in their own dtype; forward and backward run in `compute_dtype`, and gradients
     are reduced in fp32. One rank that computes in the dtype of the weights needs none of this.
-    recompute: whether blocks run again in the backward pass, in any layout.
     """
-    if recompute:
-        recompute_blocks(blocks)
     same_dtype = all(p.dtype == compute_dtype for p in module.parameters())
     if mesh.size() == 1 and same_dtype:
-        return module
+        return
     # Inputs are not cast: fp32 timesteps rounded to bf16 would move to a neighbouring noise level.
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -70,37 +117,53 @@ def parallelize(
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     # The root too is resharded, or EMA and loading would read weights that forward does not use.
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    return module
 
 
-def recompute_blocks(blocks: nn.ModuleList) -> None:
-    """Let blocks keep only their inputs for the backward pass, which runs them again. In place.
+def prefetch(module: nn.Module, blocks: nn.ModuleList, ahead: int) -> None:
+    """Have the weights of so many blocks gathered while one is computed, in either direction.
 
-    A block's forward pass takes the keyword `recomputed`, and draws no random number. Names of
-    weights stay as they are: it is `forward` that is exchanged, not the module.
+    One is what FSDP2 does by itself.
     """
-    for block in blocks:
-        block.forward = Recomputed(block.forward)
+    if ahead == 1 or not isinstance(module, FSDPModule):
+        return
+    units: list[Any] = list(blocks)
+    module.set_modules_to_forward_prefetch(units[:ahead])
+    for index, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + ahead])
+        unit.set_modules_to_backward_prefetch(units[max(0, index - ahead) : index][::-1])
 
 
-@dataclass(frozen=True, eq=False)
-class Recomputed:
-    """A forward pass that runs again in the backward pass; without autograd it runs as it is."""
+def sharded_roots(module: nn.Module) -> list[nn.Module]:
+    """The outermost sharded modules in `module`: itself, or networks beside each other."""
+    if isinstance(module, FSDPModule):
+        return [module]
+    return [root for child in module.children() for root in sharded_roots(child)]
 
-    forward: Callable[..., Any]
 
-    def __call__(self, *args: Any, **words: Any) -> Any:
-        """What `forward` returns."""
-        if not torch.is_grad_enabled():
-            return self.forward(*args, **words)
-        return checkpoint(
-            self.forward,
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            recomputed=True,
-            **words,
-        )
+@contextmanager
+def keep_gathered(network: nn.Module) -> Iterator[None]:
+    """Within the body, weights stay gathered after passes without autograd; after it, none does.
+
+    A pass with autograd gives them back as ever: its activations need the memory. Weights must not
+    be written within the body.
+    """
+    roots: list[Any] = sharded_roots(network)
+
+    def follow(root: Any, inputs: object) -> None:
+        del inputs
+        root.set_reshard_after_forward(torch.is_grad_enabled())
+
+    handles = [root.register_forward_pre_hook(follow) for root in roots]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for root in roots:
+            root.set_reshard_after_forward(True)
+            for unit in root.modules():
+                if isinstance(unit, FSDPModule):
+                    unit.reshard()
 
 
 def sync_gradients(module: nn.Module, config: ParallelConfig, *, last: bool) -> None:

@@ -20,7 +20,7 @@ from model.discriminator import (
 from model.folders.foreign import refuse_adapter
 from model.types import FeatureSpec
 from utils import checkpoint
-from utils.parallel import parallelize
+from utils.parallel import AS_IT_IS, ParallelConfig, parallelize
 from utils.seeding import generator
 from utils.weights import (
     CheckpointWeights,
@@ -43,7 +43,7 @@ class Placement:
     storage: torch.dtype = torch.float32  # of the weights
     compute: torch.dtype = torch.float32  # of forward and backward
     mesh: DeviceMesh | None = None  # None = a whole copy on this device
-    recompute: bool = False  # whether a transformer's blocks run again in the backward pass
+    parallel: ParallelConfig = AS_IT_IS  # of a transformer's blocks
 
 
 def open_weights(
@@ -90,8 +90,7 @@ def empty(build: Callable[[], M], place: Placement) -> M:
     """A network without values, laid over the ranks; `build` makes it, with its `blocks`."""
     with torch.device("meta"):
         model = build().to(place.storage)
-    if place.mesh is not None:
-        parallelize(model, blocks_of(model), place.mesh, place.compute, recompute=place.recompute)
+    parallelize(model, blocks_of(model), place.mesh, place.compute, place.parallel)
     model.to_empty(device=place.device)
     return model
 

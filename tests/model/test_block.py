@@ -17,7 +17,7 @@ from model.wan.config import WanConfig
 from model.wan.context import Context
 from model.wan.masks import FrameMask, block_causal
 from model.wan.transformer import WanTransformer
-from utils.parallel import recompute_blocks
+from utils.recompute import recompute_blocks
 
 WanFactory = Callable[..., WanTransformer]
 Run = Callable[[WanTransformer, KVCache], Tensor]

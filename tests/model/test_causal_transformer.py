@@ -19,7 +19,7 @@ from model.wan.context import FULL_ATTENTION, Context, Taps
 from model.wan.masks import block_causal, teacher_forcing
 from model.wan.rope import rotary_table, rotate
 from model.wan.transformer import WanTransformer
-from utils.parallel import recompute_blocks
+from utils.recompute import recompute_blocks
 
 WanFactory = Callable[..., WanTransformer]
 

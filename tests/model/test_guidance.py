@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from model.guidance import concatenate, guided_velocity
-from model.types import Conditioning
+from model.types import Conditioning, Context
+from model.wan.cache import KVCache
 from tests.gaussian import SHAPE, Exact, saying, streams
 
 X = streams(3).randn(SHAPE)
@@ -28,6 +29,21 @@ def test_with_guidance_the_network_sees_both_halves_in_one_forward() -> None:
     net = Exact()
     guided(net, 4.0)
     assert [size for size, _ in net.calls] == [6]
+
+
+def test_one_by_one_the_network_sees_the_batch_twice_and_the_result_is_the_same() -> None:
+    net = Exact()
+    found = guided_velocity(
+        net, X, SIGMA, saying(2.0, 3), saying(-1.0, 3), cfg_scale=4.0, batched=False
+    )
+    assert [size for size, _ in net.calls] == [3, 3]
+    torch.testing.assert_close(found, guided(Exact(), 4.0))
+
+
+def test_one_by_one_a_cache_is_refused_that_holds_the_past_of_both() -> None:
+    context, halves = Context(cache=KVCache()), (saying(2.0, 3), saying(-1.0, 3))
+    with pytest.raises(AssertionError, match="batch them"):
+        guided_velocity(Exact(), X, SIGMA, *halves, cfg_scale=4.0, context=context, batched=False)
 
 
 def test_scale_one_is_the_conditional_prediction() -> None:

@@ -15,7 +15,7 @@ from model.wan.config import PRESETS, WanConfig, diffusers_config
 from model.wan.transformer import WanTransformer, initial_value
 from model.wan.weights import to_diffusers
 from model.wan_wrapper import WanDiffusionWrapper
-from utils.parallel import recompute_blocks
+from utils.recompute import recompute_blocks
 
 WanFactory = Callable[..., WanTransformer]
 

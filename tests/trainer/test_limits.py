@@ -15,6 +15,7 @@ from trainer.config import Config, load
 from trainer.limits import check_memory, device_bytes, training_bytes
 from utils.config import ConfigError
 from utils.distributed import Session
+from utils.parallel import ParallelConfig
 
 ALONE = Session(0, 1, torch.device("cpu"))
 SHIPPED = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.name != "default_config.yaml")
@@ -40,6 +41,22 @@ def test_recomputed_blocks_keep_their_inputs_alone() -> None:
     run = config(mixed_precision=True)
     run = replace(run, parallel=replace(run.parallel, activation_checkpoint="block"))
     assert needed(run, 1, 20) == 4 * 128 * 20 * 2 + 4 * 4 * 1280
+
+
+@pytest.mark.parametrize(
+    ("parallel", "kept"),
+    [
+        (ParallelConfig("selective"), 3 + 3 + 3 + 3),
+        (ParallelConfig("block", checkpoint_every=3), 1 + 10 + 10 + 1),
+        (ParallelConfig("selective", checkpoint_every=2, offload_inputs=True), 2 + 10 + 2 + 10),
+        (ParallelConfig("block", offload_inputs=True), 0),
+    ],
+)
+def test_what_blocks_keep_depends_on_how_they_are_recomputed(
+    parallel: ParallelConfig, kept: int
+) -> None:
+    run = config(mixed_precision=True, parallel=parallel)
+    assert needed(run, 1, 20) == kept * 128 * 20 * 2 + 4 * 4 * 1280
 
 
 def test_a_machine_has_memory() -> None:

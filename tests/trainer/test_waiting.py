@@ -90,6 +90,31 @@ def test_only_the_log_waits_for_the_device_and_only_once(
     assert reads == Counter({"aten._to_copy.default in utils/metrics.py:read": 1})
 
 
+KEYS = {
+    "recomputed": ("dmd", "parallel.activation_checkpoint=block"),
+    "selective": ("self_forcing_dmd", "parallel.activation_checkpoint=selective"),
+    "offloaded": (
+        "self_forcing_dmd", "parallel.activation_checkpoint=block", "parallel.offload_inputs=true",
+    ),
+    "gathered": ("self_forcing_dmd", "parallel.keep_gathered=true", "parallel.prefetch=2"),
+    "whole": ("dmd", "teacher.sharded=false"),
+    "eight bits": ("sid", "teacher.storage=fp8"),
+    "reused": ("dmd", "loss.reuse_rollout=true"),
+    "one by one": ("dmd", "loss.batched_guidance=false"),
+    "resting": ("self_forcing_dmd", "parallel.offload_encoders=true", "causal.rollout_frames=9"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_no_key_that_saves_time_or_memory_waits_for_the_device(
+    key: str, configs: dict[str, Path], tmp_path: Path
+) -> None:
+    method, *words = KEYS[key]
+    with on_the_device(configs[method], tmp_path, *words) as (trained, reads):
+        trained.train()
+    assert reads == Counter({"aten._to_copy.default in utils/metrics.py:read": 1})
+
+
 def test_a_read_planted_in_a_loss_is_counted(configs: dict[str, Path], tmp_path: Path) -> None:
     with on_the_device(configs["diffusion"], tmp_path, *MICRO) as (trained, reads):
         loss, missed = trained.method.generator_loss, []

@@ -11,6 +11,7 @@ from utils.optim import (
     OptimizerConfig,
     build_optimizers,
     clip_gradients,
+    initialise,
     lr_factor,
     orthogonalise,
     set_lr_factor,
@@ -173,3 +174,34 @@ def test_small_gradients_are_not_scaled_up() -> None:
     layer.weight.grad = torch.tensor([[0.3, 0.4]])
     clip_gradients([layer.weight], 1.0)
     assert torch.equal(layer.weight.grad, torch.tensor([[0.3, 0.4]]))
+
+
+@pytest.mark.parametrize(
+    ("device", "fused"), [("cpu", False), pytest.param("cuda", True, marks=pytest.mark.gpu)]
+)
+def test_on_a_gpu_an_update_of_adamw_is_one_kernel(device: str, *, fused: bool) -> None:
+    weight = nn.Parameter(random(4, 4).to(device))
+    (optimizer,) = build_optimizers({"weight": weight}, OptimizerConfig(lr=0.1))
+    assert (optimizer.defaults["fused"], optimizer.defaults["foreach"]) == (fused, not fused)
+
+
+@pytest.mark.gpu
+def test_a_fused_update_goes_on_from_what_another_device_saved() -> None:
+    weights = []
+    for devices in (("cpu", "cpu"), ("cpu", "cuda")):
+        module = nn.Linear(4, 4)
+        module.weight.data = random(4, 4)
+        module.bias.data = random(4, seed=1)
+        state = None
+        for device in devices:
+            module.to(device)
+            optimizers = build_optimizers(dict(module.named_parameters()), OptimizerConfig(lr=0.1))
+            initialise(module, optimizers)
+            if state is not None:
+                optimizers[0].load_state_dict(state)
+            module.zero_grad()
+            module(random(2, 4, seed=2).to(device)).square().sum().backward()
+            optimizers[0].step()
+            state = optimizers[0].state_dict()
+        weights.append(module.weight.detach().cpu())
+    torch.testing.assert_close(*weights)

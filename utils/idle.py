@@ -1,0 +1,100 @@
+"""Frozen modules whose weights wait in host memory while nobody uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """Where a module keeps a weight or a buffer, and the host's copy of it, which never changes."""
+
+    owner: nn.Module
+    name: str
+    host: Tensor
+    weight: bool  # else a buffer
+
+    def put(self, value: Tensor) -> None:
+        """Let the module compute with `value`."""
+        if self.weight:
+            self.owner._parameters[self.name] = nn.Parameter(value, requires_grad=False)
+        else:
+            self.owner._buffers[self.name] = value
+
+
+class Idle:
+    """Brings a frozen module's weights to its device when they are asked for, and drops them after.
+
+    Nothing is copied back: the host keeps them all the time, pinned if the device is a GPU.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        """module: on the host; it stays there until it is used."""
+        self.module = module
+        self._device = device
+        self._slots = list(_slots(module, pin=device.type == "cuda"))
+        self._users = 0
+        self._held = False
+        self._here = False
+        self._put(lambda host: host)
+
+    @property
+    def here(self) -> bool:
+        """Whether the weights are on the device."""
+        return self._here
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Within the body the weights are on the device; they go when the last user has left."""
+        if not self._here:
+            self._put(lambda host: host.to(self._device, non_blocking=True))
+            self._here = True
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            self._leave()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the body weights that have come stay, so that many uses bring them once."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._here and not self._users and not self._held:
+            self._put(lambda host: host)
+            self._here = False
+
+    def _put(self, place: Callable[[Tensor], Tensor]) -> None:
+        placed: dict[int, Tensor] = {}  # weights that two modules share stay one
+        for slot in self._slots:
+            key = id(slot.host)
+            if key not in placed:
+                placed[key] = place(slot.host)
+            slot.put(placed[key])
+
+
+def _slots(module: nn.Module, *, pin: bool) -> Iterator[Slot]:
+    """All weights and buffers of `module`, and their copies in host memory."""
+    hosts: dict[int, Tensor] = {}
+    for owner in module.modules():
+        for tensors in (owner._parameters, owner._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in hosts:
+                    host = tensor.detach()
+                    hosts[id(tensor)] = host.pin_memory() if pin else host
+                weight = isinstance(tensor, nn.Parameter)
+                yield Slot(owner, name, hosts[id(tensor)], weight)
