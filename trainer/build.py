@@ -16,6 +16,7 @@ from model.encoders.idle import Encoders
 from model.encoders.vae import VideoVAE
 from model.folders.loading import Placement, random_discriminator
 from model.types import Rollout
+from model.wan.attention import use_kernel
 from pipeline.reuse import ReusedRollout
 from trainer.base import Trainer, TrainerParts
 from trainer.batches import BatchLoader
@@ -27,6 +28,7 @@ from trainer.roles import GatheredRollout, build_role
 from trainer.run import Run, resolve
 from trainer.validation import Validator
 from utils import checkpoint
+from utils.compiling import keep_compiled
 from utils.data.embeddings import EmbeddingReader
 from utils.distributed import Session
 from utils.float8 import store_float8
@@ -93,6 +95,8 @@ def build_trainer(config: Config, session: Session, options: RunOptions) -> Trai
 def _build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
     """Every role's network, laid over the ranks; the discriminator last."""
     config, needs = run.config, run.needs
+    if config.parallel.compile:
+        keep_compiled()
     kept = Placement(
         device=session.device,
         storage=run.compute,
@@ -111,6 +115,8 @@ def _build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
             what = f"{role} {model.path}"
             network = model.load_network(run.weights(role), place, what=what)
             network.requires_grad_(trained)
+        kernel = run.kernel(role, session.device, run.compute, grad=True)
+        use_kernel(network, session.from_main(kernel))  # the fastest on one rank, so on all
         if not trained:
             _store(run, role, network)
         networks[role] = network

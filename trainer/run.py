@@ -14,6 +14,7 @@ from model.encoders.vae import VideoVAE
 from model.families.base import Model
 from model.families.registry import find_model
 from model.types import Denoiser, Rollout
+from model.wan import kernels
 from pipeline.build import ROLLOUTS, SAMPLERS, Sampling
 from pipeline.causal import CausalConfig
 from pipeline.protocol import InferencePipeline
@@ -84,6 +85,16 @@ class Run:
     def optimizer(self, role: str) -> OptimizerConfig:
         """How a trained role's weights move."""
         return self.config.optimizers[role]
+
+    def kernel(self, role: str, device: torch.device, dtype: torch.dtype, *, grad: bool) -> str:
+        """The attention kernel of a role, which losses pass through if `grad`. Raises UserError."""
+        model = self.models[role]
+        shape = kernels.Shape(
+            tokens=model.latent.tokens(self.latent_shape),
+            heads=model.features.heads,
+            head_dim=model.features.width // model.features.heads,
+        )
+        return kernels.chosen(self.config.parallel.attention, shape, device, dtype, grad=grad)
 
     def rollout(self, vae: VideoVAE | None) -> Rollout | None:
         """What makes samples of the generator in training, if the method needs them."""

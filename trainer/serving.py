@@ -11,6 +11,7 @@ from model.encoders.idle import Encoders
 from model.families.base import Model
 from model.families.registry import check_model
 from model.folders.loading import Placement
+from model.wan.attention import use_kernel
 from pipeline.build import ADJUSTABLE
 from pipeline.generator import VideoGenerator
 from pipeline.memory import Footprint, available_memory
@@ -19,6 +20,8 @@ from trainer.build import build_encoder
 from trainer.config import Config
 from trainer.inputs import check_latent_shape
 from trainer.run import Run, resolve
+from utils.compiling import keep_compiled
+from utils.parallel import ParallelConfig
 from utils.weights import Weights
 
 
@@ -73,9 +76,13 @@ def capabilities(run: Run, device: torch.device) -> Capabilities:
 def load_generator(source: Source, device: torch.device) -> VideoGenerator:
     """Load what `check_source` found, for inference."""
     run, dtype = source.run, _dtype(source.run, device)
-    place = Placement(device, storage=dtype, compute=dtype)
+    parallel = ParallelConfig(compile=run.config.parallel.compile)
+    if parallel.compile:
+        keep_compiled()
+    place = Placement(device, storage=dtype, compute=dtype, parallel=parallel)
     what = f"generator {run.model.path}"
     network = run.model.load_network(source.weights, place, what=what).requires_grad_(False)
+    use_kernel(network, run.kernel("generator", device, dtype, grad=False))
     vae = run.model.load_codec(device, dtype)
     return VideoGenerator(
         network=network,

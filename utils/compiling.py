@@ -37,8 +37,7 @@ def compile_blocks(blocks: nn.ModuleList, *, backend: str = "inductor") -> None:
     from call to call, as a past does: their size is a variable of the graph, every other size a
     constant. Names of weights stay as they are. A graph that would break is an error.
     """
-    import torch._dynamo  # a second that runs without compilation need not wait
-
+    # torch loads its compiler when it is first spoken of, which takes a second.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, LIMIT)
     for block in blocks:
         grows = cast(Compilable, block).grows if hasattr(block, "grows") else ()
@@ -75,9 +74,7 @@ def mark_growing(argument: object) -> None:
 
 def graphs_made() -> int:
     """How many graphs this process has compiled."""
-    from torch._dynamo.utils import counters
-
-    return int(counters["stats"]["unique_graphs"])
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def keep_compiled(folder: Path | None = None) -> Path:

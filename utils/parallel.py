@@ -1,6 +1,6 @@
 """Parallelism from the outside: recompute blocks, then shard them; no model file knows of it.
 
-The order per block is recompute, (compile,) offload, shard: each step takes what the one before it
+The order per block is recompute, compile, offload, shard: each step takes what the one before it
 made.
 """
 
@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from utils.compiling import compile_blocks
 from utils.distributed import Session
 from utils.errors import UserError
 from utils.recompute import offload_inputs, recompute_blocks
@@ -41,6 +42,11 @@ class ParallelConfig:
     # or after the last alone, with less traffic, for 4 bytes per weight of the whole network.
     reduce_gradients: Literal["each", "last"] = "each"
     prefetch: int = 1  # blocks ahead whose weights are gathered while one is computed
+    # Each block is compiled as one graph: faster steps, after minutes at the first one.
+    compile: bool = False
+    # Attention kernel: sdpa (torch's choice), cudnn, flash, efficient, math, flash2, flash3, or for
+    # inference alone sage; auto = the fastest exact one of this GPU, measured at the start.
+    attention: str = "auto"
     # Sharded weights stay gathered from one pass of a rollout to the next, where none learns: one
     # exchange instead of one per pass, for the memory of the whole generator in compute precision.
     keep_gathered: bool = False
@@ -89,7 +95,8 @@ def parallelize(
     every = config.checkpoint_every
     if config.activation_checkpoint != "none":
         recompute_blocks(blocks, config.activation_checkpoint, every=every)
-    # Whatever compiles a block belongs here: it compiles what is recomputed, and copies nothing.
+    if config.compile:  # what is recomputed belongs to the graph, copies to the host do not
+        compile_blocks(blocks)
     if config.offload_inputs:
         offload_inputs(blocks, every=every)
     if mesh is not None:
