@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.flow import add_noise, constant_sigma
 from model.types import FULL_ATTENTION, Conditioning, Context, Denoiser
-from model.wan.cache import KeyValue
+from model.wan.cache import KeyValue, KVCache
 from utils.seeding import SampleRNG
 
 OnStep = Callable[[int, int], None]  # called with (steps done, steps in total)
@@ -34,7 +34,7 @@ def few_step(
 
     noise: [B, C, F, H, W], standard normal. Costs one network evaluation per sigma.
     """
-    x = noise
+    x, context = noise, remembering(context)
     for step, value in enumerate(sigmas):
         if step:
             x = renoise(x, value, rng)
@@ -67,6 +67,12 @@ def backward_simulation(
             x = renoise(x, sigmas[-1], rng)
     with torch.set_grad_enabled(grad):
         return predict_x0(net, x, sigmas[-1], conditioning, replace(context, keys=keys))
+
+
+def remembering(context: Context) -> Context:
+    """`context` for several passes over one video: what they read of the text is computed once."""
+    alone = context.cache is None and context.mask is None
+    return replace(context, cache=KVCache()) if alone else context
 
 
 def predict_x0(

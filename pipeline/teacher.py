@@ -12,7 +12,7 @@ from torch import Tensor
 from model.flow import TIMESTEPS, constant_sigma
 from model.guidance import guided_velocity
 from model.types import FULL_ATTENTION, Conditioning, Context, Denoiser
-from pipeline.few_step import OnStep
+from pipeline.few_step import OnStep, remembering
 from pipeline.protocol import refuse_initial
 from utils.seeding import SampleRNG
 
@@ -111,7 +111,7 @@ def trajectory(
 ) -> Iterator[Tensor]:
     """All states of the guided ODE [B, C, F, H, W], the noise first and clean latents last."""
     scheduler = build_scheduler(config)
-    x = noise
+    x, context = noise, remembering(context)
     yield x
     for step, timestep in enumerate(scheduler.timesteps):
         # UniPC rounds its timesteps to integers; the noise level itself is exact.
