@@ -28,7 +28,7 @@ from trainer.roles import GatheredRollout, build_role
 from trainer.run import Run, resolve
 from trainer.validation import Validator
 from utils import checkpoint
-from utils.compiling import keep_compiled
+from utils.compiling import say_where_graphs_are_kept
 from utils.data.embeddings import EmbeddingReader
 from utils.distributed import Session
 from utils.float8 import store_float8
@@ -96,7 +96,7 @@ def _build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
     """Every role's network, laid over the ranks; the discriminator last."""
     config, needs = run.config, run.needs
     if config.parallel.compile:
-        keep_compiled()
+        say_where_graphs_are_kept()
     kept = Placement(
         device=session.device,
         storage=run.compute,

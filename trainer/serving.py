@@ -20,7 +20,7 @@ from trainer.build import build_encoder
 from trainer.config import Config
 from trainer.inputs import check_latent_shape
 from trainer.run import Run, resolve
-from utils.compiling import keep_compiled
+from utils.compiling import say_where_graphs_are_kept
 from utils.parallel import ParallelConfig
 from utils.weights import Weights
 
@@ -78,7 +78,7 @@ def load_generator(source: Source, device: torch.device) -> VideoGenerator:
     run, dtype = source.run, _dtype(source.run, device)
     parallel = ParallelConfig(compile=run.config.parallel.compile)
     if parallel.compile:
-        keep_compiled()
+        say_where_graphs_are_kept()
     place = Placement(device, storage=dtype, compute=dtype, parallel=parallel)
     what = f"generator {run.model.path}"
     network = run.model.load_network(source.weights, place, what=what).requires_grad_(False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import logging
 import os
 import tempfile
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from utils.start import COMPILED
+
 log = logging.getLogger(__name__)
 
-CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # Graphs per block of code before torch gives up: networks differ in precision and in what learns,
 # passes in shape and in whether they report; a self-forcing run with three networks makes about 20.
 LIMIT = 64
@@ -77,25 +77,12 @@ def graphs_made() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def keep_compiled(folder: Path | None = None) -> Path:
-    """Let the compiler keep what it makes for the next start, and say where.
-
-    folder: None = that of TORCHINDUCTOR_CACHE_DIR, or one in the user's cache.
-    """
-    chosen = folder or Path(os.environ.get(CACHE) or _user_cache() / "fewstep" / "compiled")
-    os.environ[CACHE] = str(chosen)
-    held = any(chosen.iterdir()) if chosen.is_dir() else False
+def say_where_graphs_are_kept() -> None:
+    """Log the compiler's folder, and whether a first step will find anything there."""
+    folder = Path(os.environ.get(COMPILED) or tempfile.gettempdir())
+    held = COMPILED in os.environ and folder.is_dir() and any(folder.iterdir())
     log.info(
         "blocks are compiled at their first call; graphs are kept in %s (%s)",
-        chosen,
-        "some are there" if held else "it is empty: the first step takes minutes",
+        folder,
+        "some are there" if held else "none are there yet: the first step takes minutes",
     )
-    return chosen
-
-
-def _user_cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return Path(home) if home else Path.home() / ".cache"
-    except RuntimeError:  # no home
-        return Path(tempfile.gettempdir()) / getpass.getuser()

@@ -16,6 +16,9 @@ from types import FrameType
 SPINS = "1000"
 _SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # a user's own word counts
 
+# Where torch's compiler keeps its graphs: by itself in a folder that the next boot empties.
+COMPILED = "TORCHINDUCTOR_CACHE_DIR"
+
 INTERRUPTED = 130  # exit status
 
 
@@ -23,6 +26,8 @@ def begin() -> None:
     """Prepare a command's process; called before torch is imported, and only by commands."""
     if not any(name in os.environ for name in _SETTINGS):
         os.environ["GOMP_SPINCOUNT"] = SPINS
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    os.environ.setdefault(COMPILED, os.path.join(home, "fewstep", "compiled"))
     # Who starts a command in the background may have it ignore Ctrl-C.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)

@@ -18,10 +18,11 @@ from model.wan.transformer import WanTransformer
 from model.wan_wrapper import WanDiffusionWrapper
 from pipeline.causal import CausalConfig, CausalInferencePipeline, SelfForcingTrainingPipeline
 from tests.conftest import MINIATURE, build_wan
-from utils.compiling import CACHE, compile_blocks, graphs_made, keep_compiled
+from utils.compiling import compile_blocks, graphs_made, say_where_graphs_are_kept
 from utils.parallel import ParallelConfig, parallelize
 from utils.recompute import recompute_blocks
 from utils.seeding import sample_rng, step_rng
+from utils.start import COMPILED
 
 CPU = torch.device("cpu")
 SIGMAS = [1.0, 0.9, 0.5]
@@ -157,16 +158,17 @@ def test_compilation_says_what_it_takes(caplog: pytest.LogCaptureFixture) -> Non
     assert told[0].startswith("compiled a block's graph number ")
 
 
-def test_graphs_are_kept_where_the_user_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("files", "told"), [(0, "none are there yet"), (1, "some are there")])
+def test_a_run_says_where_graphs_are_kept(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    files: int,
+    told: str,
 ) -> None:
-    monkeypatch.setenv(CACHE, str(tmp_path / "mine"))
-    assert keep_compiled() == tmp_path / "mine"
-
-
-def test_graphs_are_kept_in_the_users_cache_otherwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(CACHE, "")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert keep_compiled() == tmp_path / "fewstep" / "compiled"
+    monkeypatch.setenv(COMPILED, str(tmp_path))
+    for number in range(files):
+        (tmp_path / str(number)).touch()
+    with caplog.at_level(logging.INFO):
+        say_where_graphs_are_kept()
+    assert f"graphs are kept in {tmp_path} ({told}" in caplog.text

@@ -21,8 +21,8 @@ SLOW = "import pathlib, time; pathlib.Path(r'{mark}').touch(); time.sleep(60)"
 
 
 def python(code: str, **environment: str) -> str:
-    """What `code` prints in a fresh interpreter, with no word of a user about threads."""
-    names = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    """What `code` prints in a fresh interpreter, with no word of a user but these."""
+    names = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "TORCHINDUCTOR_CACHE_DIR"}
     inherited = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -51,6 +51,21 @@ def test_threads_are_told_to_sleep_soon_before_torch_is_imported() -> None:
 )
 def test_a_user_s_own_word_about_threads_counts(setting: dict[str, str], kept: str) -> None:
     assert python(SHOW, **setting) == f"{kept} False"
+
+
+@pytest.mark.parametrize(
+    ("setting", "folder"),
+    [
+        ({"XDG_CACHE_HOME": "/cache"}, "/cache/fewstep/compiled"),
+        ({"HOME": "/home/me", "XDG_CACHE_HOME": ""}, "/home/me/.cache/fewstep/compiled"),
+        ({"TORCHINDUCTOR_CACHE_DIR": "/mine"}, "/mine"),
+    ],
+)
+def test_compiled_graphs_outlive_a_boot_unless_the_user_says_where(
+    setting: dict[str, str], folder: str
+) -> None:
+    code = "import os; from utils import start; start.begin(); print(os.environ[start.COMPILED])"
+    assert python(code, **setting) == folder
 
 
 def test_importing_a_command_changes_nothing_of_the_process() -> None:
