@@ -116,7 +116,8 @@ def _build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
             network = model.load_network(run.weights(role), place, what=what)
             network.requires_grad_(trained)
         kernel = run.kernel(role, session.device, run.compute, grad=True)
-        use_kernel(network, session.from_main(kernel))  # the fastest on one rank, so on all
+        kernel = session.from_main(kernel)  # the fastest on one rank, so on all
+        use_kernel(network, kernel, config.parallel.masked_attention)
         if not trained:
             _store(run, role, network)
         networks[role] = network

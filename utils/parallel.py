@@ -47,6 +47,9 @@ class ParallelConfig:
     # Attention kernel: sdpa (torch's choice), cudnn, flash, efficient, math, flash2, flash3, or for
     # inference alone sage; auto = the fastest exact one of this GPU, measured at the start.
     attention: str = "auto"
+    # Attention under a mask of frames: flex, FlexAttention; or blocks, calls of the kernel above on
+    # groups of frames, which a GPU may do faster; auto = flex on CUDA.
+    masked_attention: Literal["auto", "flex", "blocks"] = "auto"
     # Sharded weights stay gathered from one pass of a rollout to the next, where none learns: one
     # exchange instead of one per pass, for the memory of the whole generator in compute precision.
     keep_gathered: bool = False

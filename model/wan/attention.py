@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from model.wan.masks import FrameMask
 FLEX_TILE = 128  # tokens on each side of the tiles that FlexAttention skips or computes
 
 
+MaskedBy = Literal["auto", "flex", "blocks"]
 Mask = FrameMask | BlockMask  # constants, in the form that a device's attention reads
 
 
@@ -35,12 +36,16 @@ def attend(
     return attend_blocks(q, k, v, mask, kernel=kernel)
 
 
-def device_mask(mask: FrameMask, per_frame: int, device: torch.device) -> Mask:
-    """`mask` between frames of so many tokens, as `attend` reads it fastest on `device`.
+def device_mask(
+    mask: FrameMask, per_frame: int, device: torch.device, by: MaskedBy = "auto"
+) -> Mask:
+    """`mask` between frames of so many tokens, in the form that `by` reads.
 
-    FlexAttention serves CUDA, where it is compiled, and a loop over blocks the rest.
+    flex: FlexAttention, one kernel that is compiled. blocks: a loop over groups of frames, each a
+    call of the plain kernel on what it sees. auto: the first on CUDA, the second elsewhere.
     """
-    return flex_mask(mask, per_frame, device) if device.type == "cuda" else mask
+    flex = device.type == "cuda" if by == "auto" else by == "flex"
+    return flex_mask(mask, per_frame, device) if flex else mask
 
 
 def attend_blocks(
@@ -150,8 +155,13 @@ class Attend(Protocol):
         """[B, N, heads, head_dim]."""
 
 
-def use_kernel(network: nn.Module, kernel: str) -> None:
-    """Let every attention of `network` be computed by the kernel of that name. In place."""
+def use_kernel(network: nn.Module, kernel: str, masked_by: MaskedBy = "auto") -> None:
+    """Let every attention of `network` be computed by the kernel of that name. In place.
+
+    masked_by: see `device_mask`.
+    """
     for module in network.modules():
         if hasattr(module, "attend"):
             setattr(module, "attend", functools.partial(attend, kernel=kernel))  # noqa: B010
+        if hasattr(module, "masked_by"):
+            setattr(module, "masked_by", masked_by)  # noqa: B010

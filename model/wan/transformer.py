@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.wan.attention import Mask, device_mask
+from model.wan.attention import Mask, MaskedBy, device_mask
 from model.wan.block import Block, Call, Head, LayerPast, Wanted
 from model.wan.cache import KeyValue, Past, TextKeys, TimeStates
 from model.wan.config import WanConfig
@@ -37,6 +37,7 @@ class WanTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.exchange: Exchange = Alone()
+        self.masked_by: MaskedBy = "auto"
         self.memo = Memo(MEMO_BYTES)  # of shapes and positions; no weight, nothing to save
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
@@ -143,7 +144,8 @@ class WanTransformer(nn.Module):
         if mask is None:
             return None
         return self.memo.get(
-            ("mask", mask, per_frame, device), lambda: device_mask(mask, per_frame, device)
+            ("mask", mask, per_frame, device, self.masked_by),
+            lambda: device_mask(mask, per_frame, device, self.masked_by),
         )
 
     def texts(

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from model.wan import kernels
 from model.wan.attention import attend, use_kernel
+from model.wan.context import Context
 from model.wan.kernels import BACKENDS, KERNELS, PACKAGES, Shape, chosen, compute, fault, measure
-from model.wan.masks import block_causal
+from model.wan.masks import FrameMask, block_causal
 from model.wan.transformer import WanTransformer
 from tests.devices import difference
 from utils.errors import UserError
@@ -258,6 +260,19 @@ def test_a_network_computes_all_attention_by_the_kernel_it_is_told(
     x, text = torch.zeros(1, 16, 2, 4, 4), torch.zeros(1, 12, 64)
     model(x, torch.ones(1, 1), text)
     assert seen == ["math", "math"] * len(model.blocks)
+
+
+def test_a_network_computes_masked_attention_as_it_is_told(tiny_wan: WanFactory) -> None:
+    model, x, text = tiny_wan(), torch.ones(1, 16, 4, 4, 4), torch.zeros(1, 12, 64)
+    found = []
+    for way in ("blocks", "flex"):
+        use_kernel(model, "sdpa", way)
+        with torch.no_grad():
+            context = Context(mask=block_causal([2, 2]))
+            found.append(model(x, torch.ones(1, 1), text, context=context))
+    kinds = {type(mask) for key, mask in model.memo._values.items() if key[0] == "mask"}
+    assert kinds == {FrameMask, BlockMask}
+    torch.testing.assert_close(*found, atol=1e-5, rtol=0.0)
 
 
 def test_masked_attention_uses_the_kernel_too() -> None:
