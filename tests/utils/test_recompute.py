@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 
 from model.wan.cache import KVCache
 from model.wan.transformer import WanTransformer
 from tests.conftest import MINIATURE, build_wan
 from tests.model.test_block import MODES, call, compile_blocks, first_frames, outcome
 from utils.parallel import ParallelConfig, parallelize
-from utils.recompute import HostMemory, offload_inputs, recompute_blocks
+from utils.recompute import ATTENTION as ATTENTION_OPERATORS
+from utils.recompute import HostMemory, keep_attention, offload_inputs, recompute_blocks
 
 LAYERS = 4
 WAYS = {
@@ -81,6 +83,12 @@ def test_selective_recomputing_computes_attention_once_and_all_else_again(
     assert plain[ATTENTION] == 2 * LAYERS  # self-attention and cross-attention
     assert found[ATTENTION] == times * plain[ATTENTION]
     assert plain[PRODUCT] < 1.5 * plain[PRODUCT] < found[PRODUCT]
+
+
+def test_kernels_of_packages_are_kept_as_torch_s_own_are() -> None:
+    names = (torch.ops.fewstep.attention.default, *ATTENTION_OPERATORS)
+    assert {keep_attention(None, name) for name in names} == {CheckpointPolicy.MUST_SAVE}
+    assert keep_attention(None, torch.ops.aten.mm.default) == CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @pytest.mark.parametrize(("every", "again"), [(1, {0, 1, 2, 3}), (2, {0, 2}), (3, {0, 3})])
