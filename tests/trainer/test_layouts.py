@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from tests.ranks import run_on_ranks
-from tests.runs import write_config
-from tests.trainer.test_ranks import difference, gradient_difference, whole
+from tests.runs import rows, write_config
+from tests.trainer.test_ranks import gradient_difference, whole
 from trainer.base import Trainer
 from trainer.build import RunOptions, build_trainer
 from trainer.config import load
@@ -170,6 +170,12 @@ class Runs:
         return self.seen[key]
 
 
+def losses(logdir: Path) -> list[dict[str, float]]:
+    """A run's losses and norms of gradients, per step. Means of logits of either sign are none."""
+    kept = ("/loss", "/grad_norm")
+    return [{k: v for k, v in row.items() if k.endswith(kept)} for row in rows(logdir)]
+
+
 def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """The length of the difference of each role's gradients, relative to theirs."""
     assert found.keys() == expected.keys()
@@ -197,7 +203,9 @@ def test_losses_and_gradients_are_those_of_one_process(
 ) -> None:
     _, method, way = case
     found, alone = runs.case(case), runs.alone(method, RECIPES.get(way, ()))
-    assert difference(found.logdir, alone.logdir) < TOLERANCE
+    assert losses(found.logdir) == [
+        pytest.approx(row, rel=TOLERANCE) for row in losses(alone.logdir)
+    ]
     for role, error in errors(found.gradients, alone.gradients).items():
         assert error < TOLERANCE, role
     assert gradient_difference(found.gradients, alone.gradients) < EACH
