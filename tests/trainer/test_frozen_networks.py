@@ -53,3 +53,13 @@ def test_a_teacher_in_eight_bits_gives_losses_near_those_of_a_whole_one(
         losses = [key for key in full if key.endswith("/loss")]
         assert [low[key] for key in losses] == pytest.approx([full[k] for k in losses], rel=0.2)
         assert low != full
+
+
+def test_a_teacher_in_eight_bits_serves_a_run_in_bf16(
+    configs: dict[str, Path], tmp_path: Path
+) -> None:
+    run(configs["sid"], tmp_path / "full", BF16, *SHORT)
+    run(configs["sid"], tmp_path / "fp8", BF16, *SHORT, FP8, "parallel.activation_checkpoint=block")
+    for low, full in zip(rows(tmp_path / "fp8"), rows(tmp_path / "full"), strict=True):
+        assert low["critic/loss"] == pytest.approx(full["critic/loss"], rel=0.2)
+        assert low != full

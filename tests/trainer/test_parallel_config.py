@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from tests.sources import ROOT
 from trainer.config import load
 from utils.config import ConfigError
+from utils.parallel import ParallelConfig
 
 MINIMAL = """
 trainer: score_distillation
@@ -66,6 +69,13 @@ def test_an_impossible_setting_is_told_with_what_is_allowed(
     with pytest.raises(ConfigError) as caught:
         load(minimal, words)
     assert str(caught.value) == message
+
+
+def test_the_page_on_memory_and_traffic_explains_each_key() -> None:
+    page = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| `")]
+    keys = [f"`parallel.{item.name}`" for item in fields(ParallelConfig)]
+    assert [key for key in keys if key not in rows] == []
 
 
 def test_all_ways_to_recompute_go_together(minimal: Path) -> None:

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 
 from model.wan.cache import KVCache
+from model.wan.context import Context
+from model.wan.masks import FrameMask, block_causal
 from model.wan.transformer import WanTransformer
 from tests.conftest import MINIATURE, build_wan
 from tests.model.test_block import MODES, call, compile_blocks, first_frames, outcome
 from utils.parallel import ParallelConfig, parallelize
-from utils.recompute import HostMemory, offload_inputs, recompute_blocks
+from utils.recompute import ATTENTION as ATTENTION_OPERATORS
+from utils.recompute import HostMemory, keep_attention, offload_inputs, recompute_blocks
 
 LAYERS = 4
 WAYS = {
@@ -81,6 +85,12 @@ def test_selective_recomputing_computes_attention_once_and_all_else_again(
     assert plain[ATTENTION] == 2 * LAYERS  # self-attention and cross-attention
     assert found[ATTENTION] == times * plain[ATTENTION]
     assert plain[PRODUCT] < 1.5 * plain[PRODUCT] < found[PRODUCT]
+
+
+def test_kernels_of_packages_are_kept_as_torch_s_own_are() -> None:
+    names = (torch.ops.fewstep.attention.default, *ATTENTION_OPERATORS)
+    assert {keep_attention(None, name) for name in names} == {CheckpointPolicy.MUST_SAVE}
+    assert keep_attention(None, torch.ops.aten.mm.default) == CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @pytest.mark.parametrize(("every", "again"), [(1, {0, 1, 2, 3}), (2, {0, 2}), (3, {0, 3})])
@@ -173,14 +183,19 @@ def test_a_selectively_recomputed_block_is_one_graph_and_its_input_may_wait_on_t
 
 @pytest.mark.gpu
 @every_way
-def test_on_a_gpu_recomputing_changes_no_gradient(config: ParallelConfig) -> None:
+@pytest.mark.parametrize("mask", [None, block_causal([2, 2])], ids=["whole", "masked"])
+def test_on_a_gpu_recomputing_changes_no_gradient(
+    config: ParallelConfig, mask: FrameMask | None
+) -> None:
     found = []
     for model in (network(), network(config)):
         model.to("cuda")
         text, x = torch.ones(1, 12, 64, device="cuda"), torch.ones(1, 16, 4, 32, 32, device="cuda")
+        context = Context(mask=mask)
         for _ in range(2):  # the second reuses memory of the first
             model.zero_grad()
-            model(x, torch.full((1, 1), 600.0, device="cuda"), text).square().sum().backward()
+            output = model(x, torch.full((1, 1), 600.0, device="cuda"), text, context=context)
+            output.square().sum().backward()
         found.append([weight.grad for weight in model.parameters()])
     for gradient, expected in zip(*found, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
