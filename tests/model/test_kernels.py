@@ -262,6 +262,7 @@ def test_a_network_computes_all_attention_by_the_kernel_it_is_told(
     assert seen == ["math", "math"] * len(model.blocks)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
 def test_a_network_computes_masked_attention_as_it_is_told(tiny_wan: WanFactory) -> None:
     model, x, text = tiny_wan(), torch.ones(1, 16, 4, 4, 4), torch.zeros(1, 12, 64)
     found = []
