@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from utils.board import ROUND, Board, fail_early, meet
 from utils.errors import UserError, words
 from utils.liveness import working
-from utils.watch import ROUND, STORE_GONE, Board, find_loss, meet, watched
+from utils.watch import STORE_GONE, find_loss, watched
 
 T = TypeVar("T")
 
@@ -134,8 +135,9 @@ class Launch:
             board = _board(store)
             prefix = "fewstep/apart" if board is None else board.prefix
             store.set(f"{prefix}/failure/{self.rank}", text)
+            fail_early(store, self.rank, "; ".join(text.splitlines()))
             if board is not None:
-                board.fail(self.rank, text.partition("\n")[0])
+                board.fail(self.rank, "; ".join(text.splitlines()))
             if self.rank == 0:
                 return False
             store.wait([f"{prefix}/failure/0"], timedelta(seconds=TOLD_S))

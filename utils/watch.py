@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
-import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
+
+from utils.board import AGAIN, DONE, STATUS, Board, Loss
 
 BEAT_S = 2.0  # between two signs of life, and between two looks at those of others
 # A rank that has missed so many beats is gone. Looks are counted, not seconds: whoever was stopped
@@ -22,99 +20,13 @@ BEAT_S = 2.0  # between two signs of life, and between two looks at those of oth
 DEAD_BEATS = 20
 URGENT_BEATS = 5  # once a connection has broken
 GRACE_BEATS = 15  # what a rank may take to end by itself once another has failed
-ASKED_BEATS = 4 + URGENT_BEATS  # how long is asked for who that is
+ASKED_BEATS = 4 + URGENT_BEATS  # how long is asked for who is gone
 ASK_S = 0.5
 ANSWER_S = 10.0  # what the store may take
-STATUS = 2  # of a rank that is ended
-MEET_S = 0.01  # between two looks for ranks that have yet to come
-ROUND = "fewstep/round"  # where the main rank writes the prefix of the present board
-DONE = "done"  # the last sign of life of a rank that left in order
-AGAIN = "run the same command again to continue"
 STORE_GONE = (
     "the store that ranks share does not answer: rank 0's host, or its torchrun, is gone or cannot "
     f"be reached; {AGAIN}"
 )
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Ranks that are gone, and what to say of them."""
-
-    ranks: list[int]
-    hosts: list[str]
-    text: str
-    told: bool = False  # by the rank itself, on its host
-
-    def to_json(self) -> str:
-        """As it lies in the store."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Loss | None:
-        """What `to_json` gave; None for an empty text: nobody is gone."""
-        return cls(**json.loads(text)) if text else None
-
-    def told_by(self, rank: int, local_rank: int) -> bool:
-        """Whether `rank` says it: one of each host, and the first that is left, do."""
-        if self.told and self.hosts == [socket.gethostname()]:
-            return False
-        first_left = next(r for r in itertools.count() if r not in self.ranks)
-        return local_rank == 0 or rank == first_left
-
-
-@dataclass(frozen=True)
-class Board:
-    """What ranks tell each other in the store, in one round: one start of all of them.
-
-    Each key but `name` and `beat` is written by whoever is first, and is there from the beginning.
-    """
-
-    store: dist.Store
-    prefix: str  # of this round
-
-    def key(self, what: str, rank: int | None = None) -> str:
-        """The store's key; rank: whose it is, None = all ranks'."""
-        return f"{self.prefix}/{what}" + ("" if rank is None else f"/{rank}")
-
-    def open(self, rank: int) -> None:
-        """Write this rank's keys, and on the main one those of all. Before anyone reads."""
-        self.store.set(self.key("name", rank), socket.gethostname())
-        self.store.set(self.key("beat", rank), "0")
-        if rank == 0:
-            for what in ("lost", "failed", "urgent"):
-                self.store.set(self.key(what), "")
-
-    def read(self, *keys: str) -> list[str]:
-        """The values of keys that are there."""
-        return [value.decode(errors="replace") for value in self.store.multi_get(list(keys))]
-
-    def loss(self) -> Loss | None:
-        """Who is gone, if anyone has noticed."""
-        return Loss.from_json(self.read(self.key("lost"))[0])
-
-    def failure(self) -> Loss | None:
-        """Which rank has failed and told why, if one has."""
-        return Loss.from_json(self.read(self.key("failed"))[0])
-
-    def fail(self, rank: int, text: str) -> None:
-        """Tell that `rank` fails, and why; the first to fail is remembered."""
-        host = socket.gethostname()
-        failed = Loss([rank], [host], f"rank {rank} (host {host}) failed: {text}", told=True)
-        self.store.compare_set(self.key("failed"), "", failed.to_json())
-
-    def lose(self, ranks: list[int], missed: int) -> Loss:
-        """Tell that `ranks` are gone: they have missed so many beats."""
-        hosts = self.read(*(self.key("name", rank) for rank in ranks))
-        named = ", ".join(f"{r} (host {h})" for r, h in zip(ranks, hosts, strict=True))
-        who = f"rank {named} has" if len(ranks) == 1 else f"ranks {named} have"
-        lost = Loss(
-            ranks,
-            hosts,
-            f"{who} shown no life for {missed * BEAT_S:g} s: killed or stopped, or the host is "
-            f"gone; {AGAIN}",
-        )
-        self.store.set(self.key("lost"), lost.to_json())
-        return lost
 
 
 class Stillness:
@@ -133,50 +45,6 @@ class Stillness:
     def longer_than(self, looks: int) -> list[int]:
         """Positions of the values that have stood still for more looks than that."""
         return [i for i, count in enumerate(self.looks) if count > looks]
-
-
-def meet(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> Board:
-    """The board of this start of all ranks, on which each has written its keys. Collective.
-
-    timeout_s: how long the main rank waits for the others, who wait as long as `store` does.
-
-    A launcher that starts ranks again keeps its store, and with it what the former ones wrote. So
-    each rank says hello under a name of its own, and the main one answers to that name.
-    """
-    own = uuid.uuid4().hex
-    if rank == 0:
-        board = Board(store, f"fewstep/{own}")
-        board.open(0)
-        store.set(ROUND, board.prefix)
-        _welcome(store, board, world_size, timeout_s)
-        return board
-    store.set(f"fewstep/hello/{rank}", own)
-    board = Board(store, store.get(f"fewstep/welcome/{own}").decode())
-    board.open(rank)
-    store.set(f"fewstep/thanks/{own}", "")
-    store.wait([board.key("begin")])
-    return board
-
-
-def _welcome(store: dist.Store, board: Board, world_size: int, timeout_s: float) -> None:
-    """Answer all other ranks until each has thanked; hellos of former ones never get thanks."""
-    since = time.monotonic()
-    answered: dict[int, str] = {}
-    absent = set(range(1, world_size))
-    while absent:
-        for rank in sorted(absent):
-            if not store.check([f"fewstep/hello/{rank}"]):
-                continue
-            name = store.get(f"fewstep/hello/{rank}").decode()
-            if answered.get(rank) != name:
-                answered[rank] = name
-                store.set(f"fewstep/welcome/{name}", board.prefix)
-            elif store.check([f"fewstep/thanks/{name}"]):
-                absent.remove(rank)
-        if absent and time.monotonic() - since > timeout_s:
-            raise dist.DistStoreError(f"ranks {sorted(absent)} did not come within {timeout_s:g} s")
-        time.sleep(MEET_S)
-    store.set(board.key("begin"), "")
 
 
 def end_process(text: str) -> None:
@@ -252,7 +120,7 @@ class Watch:
         allowed = URGENT_BEATS if urgent else DEAD_BEATS
         dead = [] if self._loss else self._still.longer_than(allowed)
         if dead:
-            self._loss = board.lose(dead, allowed)
+            self._loss = board.lose(dead, allowed * BEAT_S)
 
     def _judge(self) -> None:
         """Seconds are counted in beats here too, for the same reason."""
@@ -318,6 +186,6 @@ def find_loss(board: Board, rank: int) -> Loss | None:
             return found
         main.look(beat)
         if rank != 0 and main.longer_than(int(URGENT_BEATS * BEAT_S / ASK_S)):
-            return board.lose([0], URGENT_BEATS)
+            return board.lose([0], URGENT_BEATS * BEAT_S)
         time.sleep(ASK_S)
     return None

@@ -1,4 +1,4 @@
-"""A rank that is gone, or fails, ends those that wait for it, who say which it was; no other does."""
+"""A rank that is gone, or fails, ends those that wait for it, who name it; a slow one does not."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore, TCPStore
 
+from tests.commands import main_and_stderr
 from tests.ranks import HOST, PRELOAD, Place, run_on_ranks
-from utils import watch
+from utils import board, watch
+from utils.cli import fail
 from utils.distributed import Launch, Session, distributed_session
-from utils.watch import STORE_GONE, Loss, Stillness, meet
+from utils.errors import UserError
+from utils.board import Loss, meet
+from utils.watch import STORE_GONE, Stillness
 
 BEAT_S = 0.1
 DEAD_S = watch.DEAD_BEATS * BEAT_S
@@ -188,7 +192,7 @@ def test_whoever_looks_rarely_does_not_find_the_others_dead() -> None:
     for beat in range(3):
         still.look([str(beat), "0"])
     assert still.longer_than(2) == [1]
-    still.look(["3", watch.DONE])
+    still.look(["3", board.DONE])
     assert still.longer_than(0) == []
 
 
@@ -199,12 +203,12 @@ def rounds() -> list[str]:
     store = TCPStore(HOST, int(os.environ["MASTER_PORT"]), is_master=False)
     for world in (2, 2, 1):
         if launch.rank < world:
-            board = meet(store, launch.rank, world, 20.0)
-            names.append(board.prefix)
-            assert board.failure() is None, "a former start's failure counts"
-            if world == 2 and launch.rank == 1:
-                board.fail(1, "done with")
-            store.barrier(f"after {board.prefix}", world) if world == 2 else None
+            here = meet(store, launch.rank, world, 20.0)
+            names.append(here.prefix)
+            assert here.failure() is None, "a former start's failure counts"
+            if launch.rank == 1:
+                here.fail(1, "done with")
+            store.barrier(f"after {here.prefix}", world)
     return names
 
 
@@ -212,6 +216,30 @@ def test_each_start_over_a_kept_store_has_a_board_of_its_own() -> None:
     first, second = run_on_ranks(2, rounds)
     assert first[:2] == second
     assert len(set(first)) == 3
+
+
+def fail_before_meeting() -> tuple[int, str]:
+    """Rank 1 finds its configuration at fault, before any process group."""
+    board.FAILED_S = 0.2
+
+    def command(_: object) -> int:
+        if Launch.here().rank == 1:
+            return fail(UserError("a: unknown key\nb: unknown key"))
+        try:
+            with distributed_session(timeout_s=60.0):
+                raise AssertionError("rank 1 came")
+        except SystemExit as stop:
+            return int(str(stop.code))
+
+    return main_and_stderr(command, [])
+
+
+def test_ranks_do_not_wait_for_one_that_failed_before_they_met() -> None:
+    """What the others say, on another host, is written to the file descriptor."""
+    answers = run_on_ranks(3, fail_before_meeting)
+    assert [status for status, _ in answers] == [2, 2, 2]
+    told = "error: rank 1: a: unknown key\nerror: rank 1: b: unknown key\n"
+    assert [text for _, text in answers] == ["", told, ""]
 
 
 def test_a_rank_that_never_comes_is_named() -> None:
