@@ -76,6 +76,20 @@ class Session:
         if told:
             raise UserError(told)
 
+    def together(self, task: Callable[[], object]) -> None:
+        """Do `task` on every rank; where it fails on any, every rank raises. Collective."""
+        failure, told = None, ""
+        try:
+            task()
+        except Exception as error:
+            failure, told = error, words(error) or f"failed: {type(error).__name__}: {error}"
+        texts = self.gather(told)
+        if failure is not None and (words(failure) is None or len(set(texts)) == 1):
+            raise failure
+        lines = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
+        if lines:
+            raise UserError("\n".join(lines)) from failure
+
     @contextlib.contextmanager
     def uneven_work(self) -> Iterator[None]:
         """Around what takes each rank its own time: at its end all wait for the slowest.

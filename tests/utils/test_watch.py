@@ -20,10 +20,10 @@ from torch.distributed import HashStore, TCPStore
 from tests.commands import main_and_stderr
 from tests.ranks import HOST, PRELOAD, Place, run_on_ranks
 from utils import board, watch
+from utils.board import Loss, meet
 from utils.cli import fail
 from utils.distributed import Launch, Session, distributed_session
 from utils.errors import UserError
-from utils.board import Loss, meet
 from utils.watch import STORE_GONE, Stillness
 
 BEAT_S = 0.1
