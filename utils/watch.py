@@ -50,7 +50,7 @@ class Stillness:
 def end_process(text: str) -> None:
     """Say why on stderr and end at once: the main thread waits in a collective, for ever."""
     if text:
-        os.write(2, f"error: {text}\n".encode())
+        os.write(2, f"\nerror: {text}\n".encode())  # a progress bar ends without a line break
     os._exit(STATUS)
 
 

@@ -120,19 +120,19 @@ def test_all_ranks_that_wait_for_a_killed_one_end_and_name_it(tmp_path: Path) ->
     with ranks(3, tmp_path, hang) as processes:
         assert [end(processes[rank]) for rank in (1, 0, 2)] == [-signal.SIGKILL, 2, 2]
     for rank in (0, 2):
-        assert said(tmp_path, rank) == f"error: rank {rank}: {lost(1)}"
+        assert said(tmp_path, rank) == f"\nerror: rank {rank}: {lost(1)}"
 
 
 def test_a_stopped_rank_is_named_too(tmp_path: Path) -> None:
     with ranks(2, tmp_path, stand_still) as processes:
         assert end(processes[0]) == 2
-    assert said(tmp_path, 0) == f"error: rank 0: {lost(1)}"
+    assert said(tmp_path, 0) == f"\nerror: rank 0: {lost(1)}"
 
 
 def test_a_main_rank_that_is_killed_is_named_by_the_others(tmp_path: Path) -> None:
     with ranks(3, tmp_path, lose_the_first) as processes:
         assert [end(process) for process in processes] == [-signal.SIGKILL, 2, 2]
-    assert said(tmp_path, 1) == f"error: rank 1: {lost(0)}"
+    assert said(tmp_path, 1) == f"\nerror: rank 1: {lost(0)}"
 
 
 def test_a_rank_that_fails_ends_those_that_wait_without_a_connection(tmp_path: Path) -> None:
