@@ -101,6 +101,11 @@ class Board:
         return lost
 
 
+def spoken(rank: int, line: str) -> str:
+    """A line as `rank` says it: others than the main one begin with their number."""
+    return f"rank {rank}: {line}" if rank else line
+
+
 def meet(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> Board:
     """The board of this start of all ranks, on which each has written its keys. Collective.
 
@@ -125,7 +130,7 @@ def meet(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> Boa
     loss = Loss.from_json(failed)
     if loss is not None:
         if loss.told_by(rank, int(os.environ.get("LOCAL_RANK", "0"))):
-            os.write(2, f"error: rank {rank}: {loss.text}\n".encode())
+            os.write(2, f"error: {spoken(rank, loss.text)}\n".encode())
         raise SystemExit(STATUS)
     return board
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from utils.board import spoken
 from utils.config import ConfigError
 from utils.distributed import Launch
 from utils.errors import UserError, words
@@ -66,9 +67,8 @@ def fail(error: Exception) -> int:
     else:
         quiet = launch.told_by_main(text)
     if not quiet:
-        name = f"rank {launch.rank}: " if launch.rank else ""
         for line in text.splitlines():
-            print(f"error: {name}{line}", file=sys.stderr)
+            print(f"error: {spoken(launch.rank, line)}", file=sys.stderr)
     return 2
 
 

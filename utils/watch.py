@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from utils.board import AGAIN, DONE, STATUS, Board, Loss
+from utils.board import AGAIN, DONE, STATUS, Board, Loss, spoken
 
 BEAT_S = 2.0  # between two signs of life, and between two looks at those of others
 # A rank that has missed so many beats is gone. Looks are counted, not seconds: whoever was stopped
@@ -21,7 +21,7 @@ DEAD_BEATS = 20
 URGENT_BEATS = 5  # once a connection has broken
 GRACE_BEATS = 15  # what a rank may take to end by itself once another has failed
 ASKED_BEATS = 4 + URGENT_BEATS  # how long is asked for who is gone
-ASK_S = 0.5
+ASKS = 4  # in each beat
 ANSWER_S = 10.0  # what the store may take
 STORE_GONE = (
     "the store that ranks share does not answer: rank 0's host, or its torchrun, is gone or cannot "
@@ -92,9 +92,12 @@ class Watch:
     def close(self) -> None:
         """End it in order: the others expect no more life of this rank."""
         self._over.set()
-        for thread in self._threads:
-            thread.join(BEAT_S)
-        if not self._threads[0].is_alive():
+        self._threads[1].join(BEAT_S)
+        self._say_done()
+
+    def _say_done(self) -> None:
+        self._threads[0].join(BEAT_S)
+        if not self._threads[0].is_alive():  # else the store does not answer
             with contextlib.suppress(dist.DistError):  # without a store nobody looks
                 self._board.store.set(self._board.key("beat", self._rank), DONE)
 
@@ -128,7 +131,7 @@ class Watch:
         while not self._over.wait(BEAT_S):
             answers.look([str(self._looks)])
             losing += self._loss is not None
-            failing += self._failure is not None
+            failing += self._failure is not None and self._rank not in self._failure.ranks
             if losing > 1 and self._loss is not None:  # the main thread may be about to say it
                 self._leave(self._loss)
             elif failing > GRACE_BEATS and self._failure is not None:
@@ -142,8 +145,10 @@ class Watch:
     def _leave(self, loss: Loss) -> None:
         if self._over.is_set():
             return
+        self._over.set()
+        self._say_done()  # nobody should take this rank for the one that was lost
         speaks = loss.told_by(self._rank, self._local_rank)
-        self._end(f"rank {self._rank}: {loss.text}" if speaks else "")
+        self._end(spoken(self._rank, loss.text) if speaks else "")
 
 
 @contextlib.contextmanager
@@ -179,13 +184,13 @@ def find_loss(board: Board, rank: int) -> Loss | None:
     """
     board.store.set(board.key("urgent"), "1")
     main = Stillness(1)
-    for _ in range(int(ASKED_BEATS * BEAT_S / ASK_S)):
+    for _ in range(ASKED_BEATS * ASKS):
         found = board.failure() or board.loss()
         beat = board.read(board.key("beat", 0))
         if found is not None or (beat == [DONE] and rank != 0):
             return found
         main.look(beat)
-        if rank != 0 and main.longer_than(int(URGENT_BEATS * BEAT_S / ASK_S)):
+        if rank != 0 and main.longer_than(URGENT_BEATS * ASKS):
             return board.lose([0], URGENT_BEATS * BEAT_S)
-        time.sleep(ASK_S)
+        time.sleep(BEAT_S / ASKS)
     return None

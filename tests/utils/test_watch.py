@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import pytest
 from torch.distributed import HashStore, TCPStore
 
 from tests.commands import main_and_stderr
-from tests.ranks import HOST, PRELOAD, Place, run_on_ranks
+from tests.ranks import BEAT_S, HOST, lone_ranks, run_on_ranks
 from utils import board, watch
 from utils.board import Loss, meet
 from utils.cli import fail
@@ -26,44 +25,25 @@ from utils.distributed import Launch, Session, distributed_session
 from utils.errors import UserError
 from utils.watch import STORE_GONE, Stillness
 
-BEAT_S = 0.1
 DEAD_S = watch.DEAD_BEATS * BEAT_S
 HERE = socket.gethostname()
-Body = Callable[[Session], None]
 
 
-def work(place: Place, said: Path, body: Body) -> None:
-    """A rank with a fast pulse, whose stderr goes to `said`."""
-    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
-    os.environ.update(place.environment())
-    watch.BEAT_S = BEAT_S
+def in_session(body: Callable[[Session], None]) -> int:
+    """What a rank of these tests does."""
     with distributed_session(timeout_s=600.0) as session:
         session.barrier()
         body(session)
-    sys.exit(0)
+    return 0
 
 
 @contextmanager
 def ranks(
-    world: int, folder: Path, body: Body, store: TCPStore | None = None
+    world: int, folder: Path, body: Callable[[Session], None], store: TCPStore | None = None
 ) -> Iterator[list[BaseProcess]]:
-    """Ranks that run `body`; what they say lies in <folder>/<rank>."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    store = store or TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-    places = [Place(rank, world, 1, store.port) for rank in range(world)]
-    processes = [
-        context.Process(target=work, args=(place, folder / str(place.rank), body))
-        for place in places
-    ]
-    try:
-        for process in processes:
-            process.start()
+    """Ranks that run `body` within a process group; what they say lies in <folder>/<rank>."""
+    with lone_ranks(world, folder, in_session, body, store=store) as processes:
         yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
 
 
 def end(process: BaseProcess) -> int | None:
@@ -119,14 +99,14 @@ def said(folder: Path, rank: int) -> str:
 def test_all_ranks_that_wait_for_a_killed_one_end_and_name_it(tmp_path: Path) -> None:
     with ranks(3, tmp_path, hang) as processes:
         assert [end(processes[rank]) for rank in (1, 0, 2)] == [-signal.SIGKILL, 2, 2]
-    for rank in (0, 2):
-        assert said(tmp_path, rank) == f"\nerror: rank {rank}: {lost(1)}"
+    for rank, name in ((0, ""), (2, "rank 2: ")):
+        assert said(tmp_path, rank) == f"\nerror: {name}{lost(1)}"
 
 
 def test_a_stopped_rank_is_named_too(tmp_path: Path) -> None:
     with ranks(2, tmp_path, stand_still) as processes:
         assert end(processes[0]) == 2
-    assert said(tmp_path, 0) == f"\nerror: rank 0: {lost(1)}"
+    assert said(tmp_path, 0) == f"\nerror: {lost(1)}"
 
 
 def test_a_main_rank_that_is_killed_is_named_by_the_others(tmp_path: Path) -> None:
@@ -160,8 +140,8 @@ def test_ranks_whose_store_is_gone_end_and_say_so(tmp_path: Path) -> None:
         time.sleep(2.0)
         host.kill()
         assert [end(process) for process in processes] == [2, 2]
-    for rank in range(2):
-        assert said(tmp_path, rank).endswith(f"error: rank {rank}: {STORE_GONE}\n")
+    for rank, name in ((0, ""), (1, "rank 1: ")):
+        assert said(tmp_path, rank).endswith(f"error: {name}{STORE_GONE}\n")
 
 
 def keep_store(answer: multiprocessing.connection.Connection) -> None:
