@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+STOPPED = "stopped; run the same command again to continue"  # as utils/cli.py, without torch
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 INET6 = Path("/proc/net/if_inet6")
 
@@ -130,6 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HostError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(STOPPED, file=sys.stderr)
+        return 130
     return 0
 
 
