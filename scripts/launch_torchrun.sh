@@ -90,6 +90,9 @@ else
         --rdzv_backend c10d --rdzv_endpoint "$endpoint" --rdzv_id "${RDZV_ID:-fewstep}"
         --rdzv_conf "is_host=$is_host${RDZV_CONF:+,$RDZV_CONF}" --local_addr "$address"
     )
+    # A store of each start's own. The shared one is announced to the first round of hosts alone: in
+    # torch 2.13 a host that comes later waits for it in vain, and takes the others down.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
     export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
 fi

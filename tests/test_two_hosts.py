@@ -46,6 +46,17 @@ def variables(meeting: Host) -> dict[str, str]:
     }
 
 
+def train_words(config: Path, logdir: Path) -> list[str]:
+    line = ["--config_path", str(config), "--logdir", str(logdir), "--disable-wandb"]
+    return ["bash", LAUNCHER, *line, *SETTINGS]
+
+
+def assert_same_losses(logdir: Path, uninterrupted: Path) -> None:
+    assert len(rows(logdir)) == STEPS
+    for row, expected in zip(rows(logdir), rows(uninterrupted), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+
+
 def wait_for(there: Callable[[], bool], what: str, said: Path, limit_s: float = 120.0) -> None:
     until = time.monotonic() + limit_s
     while not there():
@@ -75,10 +86,10 @@ def test_the_host_that_is_left_names_the_other_and_ends_with_the_losses_of_an_un
     tmp_path: Path,
 ) -> None:
     logdir, said = tmp_path / "run", [tmp_path / "a.txt", tmp_path / "b.txt"]
-    line = ["--config_path", str(configs["diffusion"]), "--logdir", str(logdir), "--disable-wandb"]
+    line = train_words(configs["diffusion"], logdir)
     with two_hosts(version) as hosts:
         runs = [
-            host.start(["bash", LAUNCHER, *line, *SETTINGS], text, variables(hosts[0]))
+            host.start(line, text, variables(hosts[0]))
             for host, text in zip(hosts, said, strict=True)
         ]
         wait_for(step_folder(logdir, SAVED).exists, f"step {SAVED}", said[0])
@@ -100,6 +111,28 @@ def test_the_host_that_is_left_names_the_other_and_ends_with_the_losses_of_an_un
     resumed = re.findall(r"resumed .*step_(\d+)", text)
     assert len(resumed) == 1
     assert SAVED <= int(resumed[0]) <= lost_at + 1 < STEPS
-    assert len(rows(logdir)) == STEPS
-    for row, expected in zip(rows(logdir), rows(uninterrupted), strict=True):
-        assert row == pytest.approx(expected, rel=1e-5)
+    assert_same_losses(logdir, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_host_that_is_killed_and_started_again_joins_the_one_that_waits_for_it(
+    uninterrupted: Path, configs: dict[str, Path], tmp_path: Path
+) -> None:
+    logdir, said = tmp_path / "run", [tmp_path / name for name in ("a.txt", "b.txt", "again.txt")]
+    line = train_words(configs["diffusion"], logdir)
+    with two_hosts(4) as hosts:
+        both = {**variables(hosts[0]), "NNODES": "2"}
+        first = hosts[0].start(line, said[0], both)
+        hosts[1].start(line, said[1], both)
+        wait_for(step_folder(logdir, SAVED).exists, f"step {SAVED}", said[0])
+        hosts[1].kill()
+        second = hosts[1].start(line, said[2], both)
+        try:
+            statuses = [first.wait(200.0), second.wait(30.0)]
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"the run does not end\n{said[0].read_text()}\n{said[2].read_text()}")
+    text = said[0].read_text()
+    assert statuses == [0, 0], text
+    assert text.count("over 2 ranks") == 2
+    assert len(re.findall(r"resumed .*step_(\d+)", text)) == 1
+    assert_same_losses(logdir, uninterrupted)

@@ -141,7 +141,7 @@ def fail_early(store: dist.Store, rank: int, text: str) -> None:
 
 
 def _hello(rank: int) -> str:
-    return f"fewstep/hello/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
+    return f"fewstep/hello/{rank}"  # not the count of restarts, which hosts that came later lack
 
 
 def _failed(rank: int, text: str) -> Loss:

@@ -24,8 +24,8 @@ ASKED_BEATS = 4 + URGENT_BEATS  # how long is asked for who is gone
 ASKS = 4  # in each beat
 ANSWER_S = 10.0  # what the store may take
 STORE_GONE = (
-    "the store that ranks share does not answer: rank 0's host, or its torchrun, is gone or cannot "
-    f"be reached; {AGAIN}"
+    "the store that ranks share does not answer: rank 0 was killed, or its host or its torchrun is "
+    f"gone or cannot be reached; {AGAIN}"
 )
 
 
@@ -175,6 +175,17 @@ def watched(board: Board, rank: int, world_size: int, local_rank: int) -> Iterat
         raise
     finally:
         watch.close()
+        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            _linger(board, world_size)
+
+
+def _linger(board: Board, world_size: int) -> None:
+    """Stay while others read why this run ends: the store goes with the main rank's process."""
+    beats = [board.key("beat", rank) for rank in range(world_size)]
+    for _ in range(URGENT_BEATS * ASKS):
+        if board.failure() is None or board.read(*beats) == [DONE] * world_size:
+            return
+        time.sleep(BEAT_S / ASKS)
 
 
 def find_loss(board: Board, rank: int) -> Loss | None:

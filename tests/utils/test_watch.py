@@ -144,6 +144,31 @@ def test_ranks_whose_store_is_gone_end_and_say_so(tmp_path: Path) -> None:
         assert said(tmp_path, rank).endswith(f"error: {name}{STORE_GONE}\n")
 
 
+def hosted_by_rank_0(port: int) -> int:
+    """Rank 0 holds the store, as where torchrun shares none; it fails when rank 1 waits for it."""
+    rank = os.environ["RANK"]
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
+    socket.gethostname = lambda: f"host-{rank}"
+    with distributed_session(timeout_s=600.0) as session:
+        session.barrier()
+        if session.rank == 0:
+            raise TypeError("no such thing")
+        threading.Event().wait()
+    return 0
+
+
+def test_a_main_rank_that_holds_the_store_and_fails_stays_until_the_others_know_why(
+    tmp_path: Path,
+) -> None:
+    with socket.socket() as free:
+        free.bind((HOST, 0))
+        port = free.getsockname()[1]
+    with lone_ranks(2, tmp_path, hosted_by_rank_0, port) as processes:
+        assert [end(process) for process in processes] == [1, 2]
+    told = "rank 0 (host host-0) failed: TypeError: no such thing"
+    assert said(tmp_path, 1).endswith(f"\nerror: rank 1: {told}\n")  # torch speaks too
+
+
 def keep_store(answer: multiprocessing.connection.Connection) -> None:
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     answer.send(store.port)
