@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 import train
 from tests.ranks import BEAT_S, lone_ranks
 from trainer.base import Phase, Trainer
@@ -85,6 +87,7 @@ def test_of_a_killed_rank_the_others_say_that_it_is_gone_and_the_last_checkpoint
     assert checkpoint.step_of(saved) == DEADLY_STEP
 
 
+@pytest.mark.slow
 def test_of_a_stopped_rank_too_although_no_connection_breaks(
     configs: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -119,6 +122,7 @@ def test_on_the_same_host_it_is_said_once(configs: dict[str, Path], tmp_path: Pa
     assert "error: rank 1: full/disk" in words[1]
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_waited_for(configs: dict[str, Path], tmp_path: Path) -> None:
     assert ends(sleep_for_long, configs["diffusion"], tmp_path)[0] == [0, 0]
 

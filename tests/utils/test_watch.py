@@ -211,6 +211,7 @@ def rounds() -> list[str]:
             here = meet(store, launch.rank, world, 20.0)
             names.append(here.prefix)
             assert here.failure() is None, "a former start's failure counts"
+            store.barrier(f"read {here.prefix}", world)
             if launch.rank == 1:
                 here.fail(1, "done with")
             store.barrier(f"after {here.prefix}", world)
