@@ -20,6 +20,7 @@ from scripts import (
     make_tiny_world,
     precompute_prompts,
     report,
+    this_host,
     validate_dataset,
 )
 from tests.commands import own_logging, refusal
@@ -43,6 +44,7 @@ MINIMAL: dict[ModuleType, tuple[str, ...]] = {
     make_tiny_world: (),
     precompute_prompts: ("--config_path", "a.yaml", "--output_path", "out"),
     report: ("--run_folder", "runs"),
+    this_host: ("--rdzv_host", "host", "--port", "1"),
     validate_dataset: ("--data_path", "d"),
 }
 FIRST_CALL = {  # what each calls early, once its arguments are read
@@ -57,6 +59,7 @@ FIRST_CALL = {  # what each calls early, once its arguments are read
     make_tiny_world: "make_folder",
     precompute_prompts: "load",
     report: "summarise",
+    this_host: "describe",
     validate_dataset: "shard_paths",
 }
 SCRIPTS = [pytest.param(script, id=script.__name__) for script in MINIMAL]

@@ -37,6 +37,7 @@ from utils.seeding import StepRNG, step_rng
 log = logging.getLogger(__name__)
 
 AGAIN = "run the same command again to continue"
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ECHO_S = 2.0  # a second Ctrl-C within this time is the first one, passed on
 
 
@@ -320,9 +321,10 @@ class Trainer(ABC):
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Turn Ctrl-C or SIGTERM into a stop after the current step; a later Ctrl-C stops at once.
+        """Turn a signal into a stop after the current step; a later Ctrl-C stops at once.
 
-        A launcher passes Ctrl-C on, so that the same one arrives twice: echoes are ignored.
+        SIGTERM and SIGUSR1 are how clusters announce that time is up. A launcher passes Ctrl-C on,
+        so that the same one arrives twice: echoes are ignored.
         """
         first = 0.0
 
@@ -336,7 +338,7 @@ class Trainer(ABC):
             elif signum == signal.SIGINT and now - first > ECHO_S:
                 raise KeyboardInterrupt
 
-        previous = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+        previous = {s: signal.signal(s, request) for s in STOPPING}
         try:
             yield
         finally:

@@ -18,11 +18,12 @@ from model.folders.loading import Placement, random_discriminator
 from model.types import Rollout
 from model.wan.attention import use_kernel
 from pipeline.reuse import ReusedRollout
+from trainer.agreement import check_same_run
 from trainer.base import Trainer, TrainerParts
 from trainer.batches import BatchLoader
 from trainer.config import Config, NetworkConfig
 from trainer.inputs import Inputs, check_inputs
-from trainer.logdir import claim_logdir
+from trainer.logdir import check_shared, claim_logdir
 from trainer.registry import TRAINERS
 from trainer.roles import GatheredRollout, build_role
 from trainer.run import Run, resolve
@@ -51,15 +52,28 @@ class RunOptions:
     wandb_folder: Path | None = None  # None = the log directory
     allow_change: bool = False  # continue although data, weights or settings have changed
 
+    @property
+    def flags(self) -> dict[str, object]:
+        """What all ranks must agree on, as the command line calls it."""
+        return {
+            "--logdir": self.logdir,
+            "--no_save": not self.save,
+            "--no_visualize": not self.visualize,
+            "--allow_config_change": self.allow_change,
+        }
+
 
 def build_trainer(config: Config, session: Session, options: RunOptions) -> Trainer:
     """Check everything, claim the log directory, load the networks, wire the trainer.
 
     Raises ConfigError, FileNotFoundError or ValueError for what its user can mend.
     """
+    check_same_run(config, options.flags, session)
     run = resolve(config)
     inputs = check_inputs(run, session)
     claim_logdir(run, inputs, session, options.logdir, allow_change=options.allow_change)
+    if options.save:
+        check_shared(session, options.logdir)
     trackers = _build_trackers(config, session, options)
     encoders = Encoders(session.device, config.parallel.offload_encoders)
     vae = _build_vae(run, encoders, options, inputs)

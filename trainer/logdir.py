@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
+import time
+import uuid
 from pathlib import Path
 from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from trainer.agreement import check_same_inputs, named_ranks
 from trainer.config import CHANGEABLE, Config, read_run
 from trainer.fingerprint import Fingerprint, fingerprint
 from trainer.inputs import Inputs
@@ -20,6 +24,7 @@ from utils.files import write_text
 
 log = logging.getLogger(__name__)
 
+SHARED_S = 20.0  # what a shared file system may take to show a file to other hosts
 FINGERPRINT = "fingerprint.json"  # of what a run reads, beside its config.yaml
 
 
@@ -57,11 +62,41 @@ def claim_logdir(
     session.on_main(begin)
 
 
+def check_shared(session: Session, logdir: Path) -> None:
+    """Raise ConfigError on all ranks unless each sees what the main one writes there. Collective.
+
+    Otherwise a checkpoint would lack the shards of those that write elsewhere.
+    """
+    if session.world_size == 1:
+        return
+    mark = logdir / f".shared.{session.from_main(uuid.uuid4().hex)}"
+    session.on_main(mark.touch)
+    hosts = session.gather(socket.gethostname())
+    blind = [rank for rank, seen in enumerate(session.gather(_appears(mark))) if not seen]
+    session.on_main(mark.unlink)
+    if blind:
+        raise ConfigError(
+            f"--logdir {logdir}: {named_ranks(blind, hosts)} cannot see what rank 0 "
+            f"(host {hosts[0]}) writes there; checkpoints need a folder that all hosts share"
+        )
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file that another rank has made is there; file systems of networks may lag."""
+    until = time.monotonic() + SHARED_S
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
 def _fingerprint(run: Run, inputs: Inputs, session: Session) -> Fingerprint:
-    """The main rank's, on every rank; what it meets while reading is raised on all. Collective."""
-    found: list[str] = []
-    session.on_main(lambda: found.append(fingerprint(run, inputs).to_json()))
-    return Fingerprint.from_json(session.from_main("".join(found)))
+    """That of all ranks, which must read the same; what one meets is raised on all. Collective."""
+    found: list[Fingerprint] = []
+    session.together(lambda: found.append(fingerprint(run, inputs)))
+    check_same_inputs(found[0], session)
+    return found[0]
 
 
 def _changed_settings(config: Config, logdir: Path) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from utils.board import spoken
 from utils.config import ConfigError
 from utils.distributed import Launch
 from utils.errors import UserError, words
@@ -53,18 +54,21 @@ def fail(error: Exception) -> int:
     """Print one line per problem; returns the exit status 2.
 
     The main rank speaks for all that fail with the same words; a rank that fails alone, or with
-    other words, says so with its number. A rank that only lost one that failed is silent. Raises
+    other words, says so with its number. A rank that only lost one that failed is silent on that
+    one's host; where one was killed or another host is gone, a rank of each host names it. Raises
     `error` again if no user can mend it, so that a bug keeps its traceback.
     """
     launch, text = Launch.here(), words(error)
     if text is None:
-        if launch.lost_a_failed_rank(error):
-            return 2
-        raise error
-    if not launch.told_by_main(text):
-        name = f"rank {launch.rank}: " if launch.rank else ""
+        text = launch.lost_rank(error)
+        if text is None:
+            raise error
+        quiet = not text
+    else:
+        quiet = launch.told_by_main(text)
+    if not quiet:
         for line in text.splitlines():
-            print(f"error: {name}{line}", file=sys.stderr)
+            print(f"error: {spoken(launch.rank, line)}", file=sys.stderr)
     return 2
 
 

@@ -154,6 +154,11 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def leaves(config: Any) -> dict[str, Any]:
+    """The values of a configuration that are no sections, by their dotted keys."""
+    return dict(_leaves(OmegaConf.structured(config)))
+
+
 def differences(old: DictConfig, new: DictConfig) -> dict[str, tuple[Any, Any]]:
     """Leaf keys whose values differ between two configurations, with both values."""
     left, right = dict(_leaves(old)), dict(_leaves(new))

@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from utils.board import ROUND, Board, fail_early, meet
 from utils.errors import UserError, words
 from utils.liveness import working
+from utils.watch import STORE_GONE, find_loss, watched
 
 T = TypeVar("T")
 
@@ -74,6 +76,20 @@ class Session:
         if told:
             raise UserError(told)
 
+    def together(self, task: Callable[[], object]) -> None:
+        """Do `task` on every rank; where it fails on any, every rank raises. Collective."""
+        failure, told = None, ""
+        try:
+            task()
+        except Exception as error:
+            failure, told = error, words(error) or f"failed: {type(error).__name__}: {error}"
+        texts = self.gather(told)
+        if failure is not None and (words(failure) is None or len(set(texts)) == 1):
+            raise failure
+        lines = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
+        if lines:
+            raise UserError("\n".join(lines)) from failure
+
     @contextlib.contextmanager
     def uneven_work(self) -> Iterator[None]:
         """Around what takes each rank its own time: at its end all wait for the slowest.
@@ -112,12 +128,13 @@ class Launch:
 
     rank: int
     world_size: int
+    local_rank: int = 0
 
     @classmethod
     def here(cls) -> Launch:
         """Of this process; without a launcher it is alone."""
-        rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-        return cls(rank, world_size)
+        usual = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        return cls(*(int(os.environ.get(key, default)) for key, default in usual))
 
     def told_by_main(self, text: str) -> bool:
         """Note that this rank fails with `text`; whether the main rank does with the same words.
@@ -129,23 +146,36 @@ class Launch:
             return False
         try:
             store = self._store()
-            store.set(_failure(self.rank), text)
-            store.set(_failure("any"), str(self.rank))
+            board = _board(store)
+            prefix = "fewstep/apart" if board is None else board.prefix
+            store.set(f"{prefix}/failure/{self.rank}", text)
+            fail_early(store, self.rank, "; ".join(text.splitlines()))
+            if board is not None:
+                board.fail(self.rank, "; ".join(text.splitlines()))
             if self.rank == 0:
                 return False
-            store.wait([_failure(0)], timedelta(seconds=TOLD_S))
-            return store.get(_failure(0)).decode() == text
+            store.wait([f"{prefix}/failure/0"], timedelta(seconds=TOLD_S))
+            return store.get(f"{prefix}/failure/0").decode() == text
         except RuntimeError:  # torch.distributed's errors: the main rank does not fail, or is gone
             return False
 
-    def lost_a_failed_rank(self, error: BaseException) -> bool:
-        """Whether `error` says no more than that another rank went, and that rank told why."""
+    def lost_rank(self, error: BaseException) -> str | None:
+        """What to say of `error` if it tells no more than that another rank went.
+
+        Empty if nothing needs to be said: the other one told why, or another of this host does.
+        None if it is another error, or the other rank left in order. Waits until it is known who
+        is gone.
+        """
         if self.world_size == 1 or not _LOST.search(str(error)):
-            return False
+            return None
         try:
-            return self._store().check([_failure("any")])
+            board = _board(self._store())
+            loss = None if board is None else find_loss(board, self.rank)
         except RuntimeError:
-            return False
+            return STORE_GONE
+        if loss is None:
+            return None
+        return loss.text if loss.told_by(self.rank, self.local_rank) else ""
 
     def _store(self) -> dist.Store:
         return dist.TCPStore(
@@ -156,15 +186,17 @@ class Launch:
         )
 
 
-def _failure(rank: int | str) -> str:
-    return f"fewstep/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
+def _board(store: dist.Store) -> Board | None:
+    """The present board in the launcher's store; None = ranks have not met yet."""
+    return Board(store, store.get(ROUND).decode()) if store.check([ROUND]) else None
 
 
 @contextlib.contextmanager
 def distributed_session(*, timeout_s: float = TIMEOUT_S) -> Iterator[Session]:
     """Open the process group that torchrun describes, or a group of one, and close it at the end.
 
-    A rank that waits longer than `timeout_s` for another raises instead of hanging.
+    A rank that waits longer than `timeout_s` for another raises instead of hanging; one that waits
+    for a rank that is gone is ended within a minute.
     """
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -179,15 +211,18 @@ def distributed_session(*, timeout_s: float = TIMEOUT_S) -> Iterator[Session]:
         store.set_timeout(timeout)
     else:
         store, rank, world_size = dist.HashStore(), 0, 1
+    board = meet(store, rank, world_size, timeout_s)
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("group", store),
+        store=dist.PrefixStore(f"{board.prefix}/group", store),
         rank=rank,
         world_size=world_size,
         timeout=timeout,
     )
+    own_store = dist.PrefixStore(f"{board.prefix}/session", store)
     try:
-        yield Session(rank, world_size, device, dist.PrefixStore("session", store), timeout_s)
+        with watched(board, rank, world_size, local_rank):
+            yield Session(rank, world_size, device, own_store, timeout_s)
     finally:
         dist.destroy_process_group()
         # gloo's threads have yet to drop the last collective's tensors, which takes the GIL; asked
