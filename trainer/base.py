@@ -219,8 +219,8 @@ class Trainer(ABC):
 
     def micro_batch(self, part: int) -> list[int]:
         """Positions in the global batch of this rank's samples of micro-batch `part`."""
-        size = self.config.batch_size // self.config.accumulation // self.session.world_size
-        first = (part * self.session.world_size + self.session.rank) * size
+        size = self.config.batch_size // self.config.accumulation // self.session.data_world
+        first = (part * self.session.data_world + self.session.data_rank) * size
         return list(range(first, first + size))
 
     def hooks(self) -> Iterator[Hook]:

@@ -30,6 +30,7 @@ from trainer.run import Run, resolve
 from trainer.validation import Validator
 from utils import checkpoint
 from utils.compiling import say_where_graphs_are_kept
+from utils.context_parallel import context_mesh
 from utils.data.embeddings import EmbeddingReader
 from utils.distributed import Session
 from utils.float8 import store_float8
@@ -69,7 +70,7 @@ def build_trainer(config: Config, session: Session, options: RunOptions) -> Trai
     Raises ConfigError, FileNotFoundError or ValueError for what its user can mend.
     """
     check_same_run(config, options.flags, session)
-    run = resolve(config)
+    run, session = resolve(config), replace(session, group=config.parallel.context)
     inputs = check_inputs(run, session)
     claim_logdir(run, inputs, session, options.logdir, allow_change=options.allow_change)
     if options.save:
@@ -117,6 +118,7 @@ def _build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
         compute=run.compute,
         mesh=build_mesh(session, config.sharding_strategy),  # once: each makes process groups
         parallel=config.parallel,
+        context=context_mesh(session),
     )
     moved = replace(kept, storage=torch.float32)
     networks: dict[str, nn.Module] = {}
@@ -140,7 +142,7 @@ def _build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
             run.models[needs.backbone].features,
             config.discriminator,
             config.seed,
-            replace(moved, compute=torch.float32, parallel=ParallelConfig()),
+            replace(moved, compute=torch.float32, parallel=ParallelConfig(), context=None),
         )
     return networks
 
@@ -252,9 +254,10 @@ def _announce(config: Config, session: Session, networks: Mapping[str, nn.Module
         count = sum(p.numel() for p in network.parameters())
         log.info("%s: %.3f M parameters", role, count / 1e6)
     log.info(
-        "mesh: %s over %d ranks on %s, %s",
+        "mesh: %s over %d ranks (%d to a sample) on %s, %s",
         config.sharding_strategy,
         session.world_size,
+        session.group,
         session.device.type,
         "bf16" if config.mixed_precision else "fp32",
     )

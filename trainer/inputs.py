@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from model.discriminator import tapped_layers
@@ -14,6 +14,7 @@ from trainer.config import Config
 from trainer.limits import check_memory
 from trainer.run import Run
 from utils.config import ConfigError
+from utils.context_parallel import ranks_at_hand, sharing_problems
 from utils.data.dataset import Dataset, RawItem, TrajectoryManifest, open_dataset
 from utils.data.embeddings import EmbeddingReader, check_embeddings
 from utils.data.prompts import read_prompt_file
@@ -34,12 +35,14 @@ class Inputs:
 
 def check_inputs(run: Run, session: Session) -> Inputs:
     """Look at every file and number that the run depends on; nothing heavy is read."""
-    config = run.config
-    share = config.accumulation * session.world_size
+    config, session = run.config, replace(session, group=run.config.parallel.context)
+    _check_sharing(run, session)
+    share = config.accumulation * session.data_world
     if config.batch_size % share:
+        who = "ranks" if session.group == 1 else f"groups of {session.group} ranks"
         raise ConfigError(
-            f"batch_size: {config.batch_size} samples do not divide over {session.world_size} "
-            f"ranks x {config.accumulation} micro-batches; use a multiple of {share}"
+            f"batch_size: {config.batch_size} samples do not divide over {session.data_world} "
+            f"{who} x {config.accumulation} micro-batches; use a multiple of {share}"
         )
     _check_models(run)
     model = run.model
@@ -50,6 +53,23 @@ def check_inputs(run: Run, session: Session) -> Inputs:
     if run.needs.backbone is not None:
         tapped_layers(run.models[run.needs.backbone].features, config.discriminator)
     return Inputs(dataset, _shown(run, dataset), _open_embeddings(run, dataset))
+
+
+def _check_sharing(run: Run, session: Session) -> None:
+    """Ranks that share samples must be able to divide the heads and tokens of every network."""
+    counts = {
+        f"attention heads of {role} {model.path}": model.features.heads
+        for role, model in run.models.items()
+    }
+    counts |= _frame_tokens(run, run.latent_shape) | ranks_at_hand(session.world_size)
+    for problem in sharing_problems("parallel.context", session.group, counts):
+        raise ConfigError(problem)
+
+
+def _frame_tokens(run: Run, shape: Sequence[int]) -> dict[str, int]:
+    """The tokens of a frame of latents [C, F, H, W], as `sharing_problems` has them."""
+    tokens = run.model.latent.tokens((shape[0], 1, *shape[2:]))
+    return {f"tokens of a frame of latents {list(shape)}": tokens}
 
 
 def _check_models(run: Run) -> None:
@@ -173,6 +193,9 @@ def _check_shapes(run: Run, dataset: Dataset) -> None:
             check_latent_shape(shape, model)
         except ConfigError as error:
             raise ConfigError(f"data.path: {path} holds what does not fit: {error}") from error
+        ranks, tokens = config.parallel.context, _frame_tokens(run, shape)
+        for problem in sharing_problems("parallel.context", ranks, tokens):
+            raise ConfigError(f"data.path: {path}: {problem}")
         for problem in () if run.causal is None else run.causal.problems(shape[1]):
             raise ConfigError(f"data.path: {path} holds {list(shape)}: {problem}")
 

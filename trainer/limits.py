@@ -48,12 +48,12 @@ def check_memory(config: Config, session: Session, *, tokens: int, layers: int, 
 
     A lower bound: what passes may still be too much. The arguments are `training_bytes`'.
     """
-    samples = config.batch_size // (config.accumulation * session.world_size)
+    samples = config.batch_size // (config.accumulation * session.data_world)
     channels, frames, height, width_ = config.latent_shape
     needed = training_bytes(
         config,
         samples,
-        tokens=tokens,
+        tokens=tokens // session.group,
         layers=layers,
         width=width,
         latent_values=channels * frames * height * width_,

@@ -36,6 +36,22 @@ class Session:
     device: torch.device
     store: dist.Store | None = None  # shared by all ranks; None = there is one rank
     timeout_s: float = TIMEOUT_S  # how long a rank may keep the others waiting
+    group: int = 1  # so many neighbouring ranks work on the same samples
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the samples is this rank's, from 0 on."""
+        return self.rank // self.group
+
+    @property
+    def data_world(self) -> int:
+        """How many shares of the samples there are."""
+        return self.world_size // self.group
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes what its group makes."""
+        return self.rank % self.group == 0
 
     @property
     def is_main(self) -> bool:

@@ -1,7 +1,7 @@
 """Parallelism from the outside: recompute blocks, then shard them; no model file knows of it.
 
-The order per block is recompute, compile, offload, shard: each step takes what the one before it
-made.
+The order per block is recompute, compile, offload, share tokens, shard: each step takes what the
+one before it made.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from utils.compiling import compile_blocks
+from utils.context_parallel import context_parallel
 from utils.distributed import Session
 from utils.errors import UserError
 from utils.recompute import offload_inputs, recompute_blocks
@@ -53,6 +54,8 @@ class ParallelConfig:
     # Sharded weights stay gathered from one pass of a rollout to the next, where none learns: one
     # exchange instead of one per pass, for the memory of the whole generator in compute precision.
     keep_gathered: bool = False
+    # Ulysses: so many neighbouring ranks of a host share each sample's tokens, and its memory.
+    context: int = 1
     # Encoders of text and images, and the codec, wait in host memory but while they are used.
     offload_encoders: bool = False
 
@@ -65,6 +68,8 @@ class ParallelConfig:
             yield f"parallel.checkpoint_every: {self.checkpoint_every} {NOTHING_RUNS_AGAIN}"
         if self.offload_inputs and not recomputes:
             yield f"parallel.offload_inputs: true {NOTHING_RUNS_AGAIN}"
+        if self.context < 1:
+            yield f"parallel.context: must be at least 1, got {self.context}"
         if self.prefetch < 1:
             yield f"parallel.prefetch: must be at least 1, got {self.prefetch}"
 
@@ -93,8 +98,13 @@ def parallelize(
     mesh: DeviceMesh | None,
     compute_dtype: torch.dtype,
     config: ParallelConfig = AS_IT_IS,
+    *,
+    context: DeviceMesh | None = None,
 ) -> M:
-    """Let `blocks` run again in the backward pass as `config` says, and shard all. In place."""
+    """Let `blocks` run again in the backward pass as `config` says, and shard all. In place.
+
+    context: the ranks that share a sample's tokens; None = each has samples of its own.
+    """
     every = config.checkpoint_every
     if config.activation_checkpoint != "none":
         recompute_blocks(blocks, config.activation_checkpoint, every=every)
@@ -102,6 +112,8 @@ def parallelize(
         compile_blocks(blocks)
     if config.offload_inputs:
         offload_inputs(blocks, every=every)
+    if context is not None:
+        context_parallel(module, context)
     if mesh is not None:
         shard(module, blocks, mesh, compute_dtype)
         prefetch(module, blocks, config.prefetch)

@@ -44,6 +44,7 @@ class Placement:
     compute: torch.dtype = torch.float32  # of forward and backward
     mesh: DeviceMesh | None = None  # None = a whole copy on this device
     parallel: ParallelConfig = AS_IT_IS  # of a transformer's blocks
+    context: DeviceMesh | None = None  # ranks that share a sample's tokens; None = there are none
 
 
 def open_weights(
@@ -90,7 +91,8 @@ def empty(build: Callable[[], M], place: Placement) -> M:
     """A network without values, laid over the ranks; `build` makes it, with its `blocks`."""
     with torch.device("meta"):
         model = build().to(place.storage)
-    parallelize(model, blocks_of(model), place.mesh, place.compute, place.parallel)
+    blocks = blocks_of(model)
+    parallelize(model, blocks, place.mesh, place.compute, place.parallel, context=place.context)
     model.to_empty(device=place.device)
     return model
 
