@@ -55,9 +55,9 @@ class Case:
 FAST = (
     Case("dmd-adamw"),
     Case("self_forcing_dmd-adamw"),
-    Case("gan-adamw"),
 )
 SLOW = (
+    Case("gan-adamw"),
     Case("dmd-muon"),
     Case("dmd-adamw", (BLOCK, MICRO)),
     Case("self_forcing_dmd-adamw", (BLOCK, *WINDOW)),

@@ -197,42 +197,63 @@ def check(ranks: list[Learnt], mode: str) -> None:
         assert error < TOLERANCE, f"{name}: {error:.1e}"
 
 
-WAYS = ("plain", "recomputed", "eager", "recomputed eager", "aot_eager", "recomputed aot_eager")
-ALL = [(mode, way) for mode in MODES for way in WAYS]
 FAST = [(mode, "plain") for mode in MODES] + [("bidirectional", "recomputed")]
-every_way = pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=[] if c in FAST else pytest.mark.slow, id="-".join(c)) for c in ALL],
-)
+SLOW = [(mode, "recomputed") for mode in MODES if mode != "bidirectional"]
+ONE_GRAPH = [
+    *((mode, "recomputed eager") for mode in MODES),
+    *((mode, "aot_eager") for mode in ("bidirectional", "masked")),
+    ("bidirectional", "recomputed aot_eager"),
+]
 Cases = dict[tuple[str, str], list[Learnt]]
 
 
-@pytest.fixture(scope="module")
-def fast_on_two() -> Cases:
-    found = run_on_ranks(2, learn_together, FAST)
-    return dict(zip(FAST, map(list, zip(*found, strict=True)), strict=True))
-
-
-@pytest.fixture(scope="module")
-def slow_on_two() -> Cases:
-    cases = [case for case in ALL if case not in FAST]
-    found = run_on_ranks(2, learn_together, cases, timeout_s=280.0)
+def learn_on(ranks: int, cases: list[tuple[str, str]]) -> Cases:
+    found = run_on_ranks(ranks, learn_together, cases, timeout_s=280.0)
     return dict(zip(cases, map(list, zip(*found, strict=True)), strict=True))
 
 
 @pytest.fixture(scope="module")
+def fast_on_two() -> Cases:
+    return learn_on(2, FAST)
+
+
+@pytest.fixture(scope="module")
+def slow_on_two() -> Cases:
+    return learn_on(2, SLOW)
+
+
+@pytest.fixture(scope="module")
+def compiled_on_two() -> Cases:
+    return learn_on(2, ONE_GRAPH)
+
+
+@pytest.fixture(scope="module")
 def on_four() -> Cases:
-    found = run_on_ranks(4, learn_together, FAST)
-    return dict(zip(FAST, map(list, zip(*found, strict=True)), strict=True))
+    return learn_on(4, FAST)
 
 
-@every_way
+@pytest.mark.parametrize("case", FAST, ids="-".join)
 def test_the_average_of_two_ranks_gradients_is_the_gradient_of_one(
-    case: tuple[str, str], request: pytest.FixtureRequest
+    case: tuple[str, str], fast_on_two: Cases
 ) -> None:
     """Forward passes are exact whatever factors the backward pass has; this alone tells."""
-    cases = request.getfixturevalue("fast_on_two" if case in FAST else "slow_on_two")
-    check(cases[case], case[0])
+    check(fast_on_two[case], case[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW, ids="-".join)
+def test_gradients_of_blocks_that_run_again_average_to_those_of_one_rank(
+    case: tuple[str, str], slow_on_two: Cases
+) -> None:
+    check(slow_on_two[case], case[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ONE_GRAPH, ids="-".join)
+def test_a_block_with_its_exchanges_is_one_graph(
+    case: tuple[str, str], compiled_on_two: Cases
+) -> None:
+    check(compiled_on_two[case], case[0])
 
 
 @pytest.mark.slow
