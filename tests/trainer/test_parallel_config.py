@@ -48,6 +48,7 @@ def minimal(tmp_path: Path) -> Path:
             f"parallel.offload_inputs: true {NOTHING_RUNS_AGAIN}",
         ),
         (("parallel.prefetch=0",), "parallel.prefetch: must be at least 1, got 0"),
+        (("parallel.context=0",), "parallel.context: must be at least 1, got 0"),
         (
             ("teacher.storage=fp8", "teacher.sharded=true"),
             "teacher.storage: fp8 needs whole weights on each rank, since a row's scale belongs "
