@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,11 @@ from pipeline.request import (
     footprint_problem,
     joint_problems,
 )
-from pipeline.teacher import adjusted
 from trainer.bars import Bars
-from trainer.config import Config, causal_config, generator_model, load
-from trainer.serving import Source, capabilities, check_source, load_generator
+from trainer.config import Config, generator_model, load
+from trainer.serving import Source, capabilities, check_source, load_generator, sampling_settings
 from trainer.starts import check_images, footage, read_start
+from trainer.teams import Team, add_team_flags, check_team, read_team, team_meshes
 from utils.cli import USER_ERRORS, command_parser, fail, path_word, start_logging, stopped
 from utils.config import ConfigError
 from utils.data.dataset import open_dataset
@@ -83,6 +83,7 @@ class Plan:
     shared: Request  # what all clips have in common; its prompt stands for theirs
     jobs: list[Job]  # all clips to make, in order
     start: Given | None  # what they begin with
+    team: Team  # the ranks that make a clip together
 
 
 def parser() -> argparse.ArgumentParser:
@@ -124,6 +125,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--batch_size", type=int, default=1, help="clips at a time on each process")
     add("--fps", type=float, default=None, help="of the files; default: the model's")
+    add_team_flags(result)
     add("overrides", nargs="*", metavar="key=value", help="settings to override")
     return result
 
@@ -134,14 +136,16 @@ def prepare(args: argparse.Namespace) -> Plan:
     check_arguments(args)
     source = check_source(config, args.checkpoint_path, use_ema=args.use_ema)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = capabilities(source.run, device)
+    team = read_team(args)
+    model = capabilities(source.run, device, context=team.context)
     shared = read_shared(args, model)
     start = read_start(config, model, shared, args.initial_path, images=args.i2v)
     jobs = list_jobs(args, model, replace(shared, initial=footage(start)))
     items = [job.item for job in jobs] if args.i2v else None
     check_images(source.model.path, model, shared, items)
     check_jobs(args, model, jobs)
-    return Plan(config, source, model, shared, jobs, start)
+    check_team(team, model, source.model.features.heads, shared, [job.size for job in jobs])
+    return Plan(config, source, model, shared, jobs, start, team)
 
 
 def read_shared(args: argparse.Namespace, model: Capabilities) -> Request:
@@ -280,16 +284,7 @@ def settings_of(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     wanted["mixed_precision"] = config.mixed_precision
     negative = shared.negative_prompt
     wanted["negative_prompt"] = config.data.negative_prompt if negative is None else negative
-    if model.sampling is not None:
-        sampling = adjusted(model.sampling, shared.steps, shared.cfg_scale)
-        wanted["sampling"] = asdict(sampling)
-    else:  # a few steps without a solver or guidance
-        wanted["denoising_step_list"] = config.denoising_step_list
-        wanted["timestep_shift"] = config.timestep_shift
-    causal = causal_config(config)
-    if causal is not None and shared.frames is not None:
-        causal = replace(causal, rollout_frames=None)  # of training; a clip may be longer
-    wanted["causal"] = None if causal is None else asdict(causal)
+    wanted |= sampling_settings(config, model, shared)
     wanted["weights"] = plan.source.weights.path  # a log directory's newest checkpoint moves on
     return dict(json.loads(json.dumps(wanted, default=str)))
 
@@ -316,20 +311,23 @@ def records(jobs: Sequence[Job], folder: Path) -> list[ClipRecord]:
 
 def run(args: argparse.Namespace, plan: Plan, session: Session) -> None:
     """Make what is missing. Batches are cut before ranks, so a clip's neighbours never change."""
-    jobs = plan.jobs
+    jobs, team = plan.jobs, team_meshes(plan.team, session)
     mine = [
         batch
-        for batch in list(batches(jobs, args.batch_size))[session.rank :: session.world_size]
+        for batch in list(batches(jobs, args.batch_size))[session.data_rank :: session.data_world]
         if not all(job.file.is_file() for job in batch)
     ]
     with session.uneven_work():
         if mine:
-            model = load_generator(plan.source, session.device)
+            model = load_generator(plan.source, session.device, team)
             count = model.network_evaluations(plan.shared)
             log.info("%d network evaluations per clip", count)
             with Bars(sum(map(len, mine)), shown=session.is_main) as bars:
                 for batch in mine:
-                    make(batch, model, rate(args, plan), bars.inner)
+                    if session.leads:
+                        make(batch, model, rate(args, plan), bars.inner)
+                    else:  # the leader writes what its team samples
+                        model.latents([job.request for job in batch])
                     bars.outer(len(batch))
     if session.is_main:
         shown = jobs[:SHEET_CLIPS]
@@ -377,7 +375,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(error)
     except KeyboardInterrupt:
         return stopped(log)
-    with distributed_session(timeout_s=plan.config.timeout_s) as session:
+    with distributed_session(timeout_s=plan.config.timeout_s) as all_ranks:
+        session = replace(all_ranks, group=plan.team.ranks)
         start_logging(main_rank=session.is_main)
         try:
             settings, clips = settings_of(args, plan), records(plan.jobs, args.output_folder)

@@ -32,6 +32,7 @@ class Footprint:
     layers: int
     number_bytes: int  # of a number within it
     available: Memory
+    context: int = 1  # ranks that share the tokens
 
     def needed(
         self, shape: Sequence[int], latent: LatentSpec, layout: CausalLayout | None
@@ -50,7 +51,7 @@ class Footprint:
             together = min(frames, layout.num_frame_per_block)
             kept = min(frames, layout.local_attn_size or frames)
         # Hidden states, queries, keys and values; of the past, keys and values of each layer.
-        numbers = self.width * tokens * (4 * together + 2 * self.layers * kept)
+        numbers = self.width * tokens * (4 * together + 2 * self.layers * kept) // self.context
         device = latents + self.number_bytes * numbers
         if self.available.device is None:
             return Memory(4 * pixels + device)  # pixels are fp32 until they are written

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,11 +16,13 @@ from model.wan.attention import use_kernel
 from pipeline.build import ADJUSTABLE
 from pipeline.generator import VideoGenerator
 from pipeline.memory import Footprint, available_memory
-from pipeline.request import Capabilities
+from pipeline.request import Capabilities, Request
+from pipeline.teacher import adjusted
 from trainer.build import build_encoder
-from trainer.config import Config
+from trainer.config import Config, causal_config
 from trainer.inputs import check_latent_shape
 from trainer.run import Run, resolve
+from trainer.teams import ALONE, TeamMeshes
 from utils.compiling import say_where_graphs_are_kept
 from utils.parallel import ParallelConfig
 from utils.weights import Weights
@@ -53,8 +56,8 @@ def check_source(config: Config, checkpoint_path: Path, *, use_ema: bool | None)
     return Source(run, weights)
 
 
-def capabilities(run: Run, device: torch.device) -> Capabilities:
-    """What a run's generator can be asked for on `device`."""
+def capabilities(run: Run, device: torch.device, *, context: int = 1) -> Capabilities:
+    """What a run's generator can be asked for on `device`, by so many ranks that share tokens."""
     _, frames, height, width = run.latent_shape
     latent, features, images = run.model.latent, run.model.features, run.model.images
     sampling = run.sampling.many_step if run.needs.sampler in ADJUSTABLE else None
@@ -68,30 +71,47 @@ def capabilities(run: Run, device: torch.device) -> Capabilities:
         layout=run.causal,
         images=0 if images is None else images.count,
         footprint=Footprint(
-            features.width, features.layers, number_bytes, available_memory(device)
+            features.width, features.layers, number_bytes, available_memory(device), context
         ),
     )
 
 
-def load_generator(source: Source, device: torch.device) -> VideoGenerator:
-    """Load what `check_source` found, for inference."""
+def load_generator(
+    source: Source, device: torch.device, team: TeamMeshes = ALONE
+) -> VideoGenerator:
+    """Load what `check_source` found, for inference; `team`: with whom this rank makes clips."""
     run, dtype = source.run, _dtype(source.run, device)
     parallel = ParallelConfig(compile=run.config.parallel.compile)
     if parallel.compile:
         say_where_graphs_are_kept()
-    place = Placement(device, storage=dtype, compute=dtype, parallel=parallel)
+    place = Placement(device, storage=dtype, compute=dtype, parallel=parallel, context=team.context)
     what = f"generator {run.model.path}"
     network = run.model.load_network(source.weights, place, what=what).requires_grad_(False)
     use_kernel(network, run.kernel("generator", device, dtype, grad=False))
     vae = run.model.load_codec(device, dtype)
     return VideoGenerator(
         network=network,
-        pipeline=run.pipeline(network),
+        pipeline=run.pipeline(team.denoiser(network)),
         encoder=build_encoder(run, Encoders(device), dtype, vae),
         vae=vae,
-        capabilities=capabilities(run, device),
+        capabilities=capabilities(run, device, context=team.tokens_shared),
         device=device,
     )
+
+
+def sampling_settings(config: Config, model: Capabilities, shared: Request) -> dict[str, Any]:
+    """What of a configuration decides how clips are sampled, as `shared` changes it."""
+    wanted: dict[str, Any] = {}
+    if model.sampling is not None:
+        wanted["sampling"] = asdict(adjusted(model.sampling, shared.steps, shared.cfg_scale))
+    else:  # a few steps without a solver or guidance
+        wanted["denoising_step_list"] = config.denoising_step_list
+        wanted["timestep_shift"] = config.timestep_shift
+    causal = causal_config(config)
+    if causal is not None and shared.frames is not None:
+        causal = replace(causal, rollout_frames=None)  # of training; a clip may be longer
+    wanted["causal"] = None if causal is None else asdict(causal)
+    return wanted
 
 
 def _dtype(run: Run, device: torch.device) -> torch.dtype:

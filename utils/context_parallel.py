@@ -56,12 +56,12 @@ class Ulysses:
     def to_heads(self, x: Tensor, frames: int) -> Tensor:
         """See Exchange. x: [B, F m, H, head_dim] to [B, F n, H / P, head_dim]."""
         sent = x.unflatten(2, (self.size, -1)).movedim(2, 0)  # [P, B, F m, H / P, head_dim]
-        return self._frames_joined(self._all_to_all(sent), frames)
+        return self._frames_joined(self.all_to_all(sent), frames)
 
     def to_tokens(self, x: Tensor, frames: int) -> Tensor:
         """See Exchange. x: [B, F n, H / P, head_dim] to [B, F m, H, head_dim]."""
         parts = x.unflatten(1, (frames, self.size, -1)).movedim(2, 0)  # [P, B, F, m, ...]
-        received = self._all_to_all(parts.flatten(2, 3))  # [P, B, F m, H / P, head_dim]
+        received = self.all_to_all(parts.flatten(2, 3))  # [P, B, F m, H / P, head_dim]
         return received.movedim(0, 2).flatten(2, 3)
 
     def own_part(self, x: Tensor, frames: int) -> Tensor:
@@ -76,7 +76,7 @@ class Ulysses:
         received = collectives.wait_tensor(gather(sent, self.size, self.group))
         return self._frames_joined(received.unflatten(0, (self.size, -1)), frames)
 
-    def _all_to_all(self, x: Tensor) -> Tensor:
+    def all_to_all(self, x: Tensor) -> Tensor:
         """Send x[r] to rank r, for x [P, ...]; row r of what returns came from rank r."""
         rows = [1] * self.size
         exchange = torch.ops._c10d_functional.all_to_all_single  # a compiler's graph can hold it
@@ -135,6 +135,15 @@ def context_parallel(network: nn.Module, mesh: DeviceMesh) -> None:
     ulysses = Ulysses(mesh.get_group().group_name, mesh.get_local_rank(), mesh.size())
     for module in places:
         module.exchange = ulysses
+
+
+def gather_rows(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The rows [P B, ...] of all ranks of `mesh`, in their order; no gradient. Collective."""
+    gather = torch.ops._c10d_functional.all_gather_into_tensor
+    rows: Tensor = collectives.wait_tensor(
+        gather(x.contiguous(), mesh.size(), mesh.get_group().group_name)
+    )
+    return rows
 
 
 def sharing_problems(key: str, ranks: int, counts: Mapping[str, int]) -> Iterator[str]:
