@@ -245,6 +245,17 @@ def test_the_cache_of_a_window_does_not_grow_with_the_clip() -> None:
     assert needed(301, None) > 9 * needed(31, None)
 
 
+def test_ranks_that_share_a_clip_s_tokens_share_their_memory() -> None:
+    alone = Footprint(1536, 30, 2, Memory(64 * GIB, 80 * GIB))
+    shape = (16, 21, 60, 104)
+    latents = 2 * 4 * 16 * 21 * 60 * 104
+    one, four = (made.needed(shape, WAN, None) for made in (alone, replace(alone, context=4)))
+    assert one.device is not None
+    assert four.device is not None
+    assert one.device - latents == 4 * (four.device - latents)
+    assert one.host == four.host
+
+
 # ---- equality
 
 

@@ -15,8 +15,9 @@ from model.wan.config import write_wan_config
 from scripts.make_tiny_world import NAME
 from tests.conftest import MINIATURE
 from tests.ranks import run_on_ranks
-from tests.runs import built, run, write_config
+from tests.runs import built, cut_after, run, write_config
 from tests.trainer.test_ranks import (
+    HYBRID,
     MICRO,
     RECOMPUTED,
     TOLERANCE,
@@ -39,6 +40,7 @@ BLOCK = RECOMPUTED[0]
 STRAIGHT = RECOMPUTED[1]
 WINDOW = ("causal.local_attn_size=4", "causal.sink_size=1")
 PAIRS, FOURS = "parallel.context=2", "parallel.context=4"
+COMPILE = "parallel.compile=true"
 COPIES = "sharding_strategy=none"
 
 
@@ -73,6 +75,11 @@ SLOW = (
     Case("consistency-adamw"),
     Case("gan-adamw", (BLOCK, MICRO)),
     Case("dmd_gan-adamw"),
+    Case("dmd-adamw", ("validation.every=2",)),
+)
+COMPILED = (
+    Case("dmd-adamw", (COMPILE, BLOCK)),
+    Case("self_forcing_dmd-adamw", (COMPILE, *WINDOW)),
 )
 WIDE = (
     Case("dmd-adamw"),
@@ -125,6 +132,11 @@ def slow_pairs(base: Path, root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
+def compiled_pairs(base: Path, root: Path) -> None:
+    train_on(2, [job_of(base, root, "1x2", case, PAIRS) for case in COMPILED])
+
+
+@pytest.fixture(scope="module")
 def fours(base: Path, root: Path) -> list[Findings]:
     """All four ranks to a sample, and two pairs, sharded over all or each pair a copy."""
     jobs = [
@@ -135,9 +147,9 @@ def fours(base: Path, root: Path) -> list[Findings]:
     return train_on(4, jobs, [job_of(base, root, "2x2-first", FIRST, PAIRS)])
 
 
-def check(base: Path, root: Path, layout: str, case: Case) -> None:
+def check(base: Path, root: Path, layout: str, case: Case, plain: Case | None = None) -> None:
     """The run in `layout` reports the numbers of one process, which runs here if it has not yet."""
-    alone = job_of(base, root, "1", case)
+    alone = job_of(base, root, "1", plain or case)
     if not alone.logdir.exists():
         run(alone.config, alone.logdir, *alone.overrides)
     assert difference(job_of(base, root, layout, case).logdir, alone.logdir) < TOLERANCE
@@ -161,6 +173,16 @@ def test_two_ranks_to_a_sample_report_the_losses_and_gradient_norms_of_one_in_an
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", COMPILED, ids=str)
+@pytest.mark.usefixtures("compiled_pairs")
+def test_compiled_blocks_of_two_ranks_to_a_sample_report_the_numbers_of_one_rank_uncompiled(
+    case: Case, base: Path, root: Path
+) -> None:
+    alone = Case(case.name, case.overrides[1:])
+    check(base, root, "1x2", case, alone)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WIDE, ids=str)
 @pytest.mark.parametrize("layout", FOUR_RANKS)
 @pytest.mark.usefixtures("fours")
@@ -168,6 +190,27 @@ def test_four_ranks_report_the_losses_and_gradient_norms_of_one(
     layout: str, case: Case, base: Path, root: Path
 ) -> None:
     check(base, root, layout, case)
+
+
+@pytest.mark.slow
+def test_pairs_of_two_hosts_each_with_its_shards_report_the_numbers_of_one_rank(
+    base: Path, root: Path
+) -> None:
+    case = Case("dmd-adamw")
+    one = job_of(base, root, "2x2-hybrid", case, PAIRS, HYBRID)
+    run_on_ranks(4, train_all, [one], [], local_world=2)
+    check(base, root, "2x2-hybrid", case)
+
+
+@pytest.mark.slow
+def test_a_run_of_one_rank_goes_on_where_two_share_a_sample(base: Path, root: Path) -> None:
+    case = Case("dmd-adamw")
+    alone = job_of(base, root, "1-saved", case, "save_every=1")
+    run(alone.config, alone.logdir, *alone.overrides)
+    part = cut_after(alone.logdir, base / "1-then-2", 1)
+    later = replace(alone, logdir=part, overrides=(*alone.overrides, PAIRS))
+    run_on_ranks(2, train_all, [later], [])
+    assert difference(part, alone.logdir) < TOLERANCE
 
 
 @pytest.fixture(scope="module")

@@ -73,6 +73,16 @@ def test_only_a_rank_s_share_of_a_batch_counts() -> None:
     check_memory(config(batch_size=4), replace(ALONE, world_size=4), **sizes)
 
 
+def test_ranks_that_share_a_sample_share_the_memory_of_its_tokens() -> None:
+    run = config(batch_size=1)
+    token = needed(run, 1, 2) - needed(run, 1, 1)
+    tokens = 3 * (device_bytes(ALONE.device) // token) // 2  # one and a half memories
+    sizes = {"tokens": tokens, "layers": 4, "width": 128}
+    with pytest.raises(ConfigError, match="1 samples at once"):
+        check_memory(run, ALONE, **sizes)
+    check_memory(run, replace(ALONE, world_size=2, group=2), **sizes)
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=[str(p.relative_to(ROOT)) for p in SHIPPED])
 def test_no_shipped_configuration_is_refused_on_what_it_is_made_for(
     path: Path, monkeypatch: pytest.MonkeyPatch

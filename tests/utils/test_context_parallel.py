@@ -171,6 +171,8 @@ def learn_together(jobs: list[tuple[str, str]]) -> list[Learnt]:
             model = build_wan(CONFIG)
             if "recomputed" in way:
                 recompute_blocks(model.blocks)
+            if "selective" in way:
+                recompute_blocks(model.blocks, "selective")
             if "eager" in way:
                 torch.compiler.reset()
                 compiled(model, way.split()[-1])
@@ -198,7 +200,7 @@ def check(ranks: list[Learnt], mode: str) -> None:
 
 
 FAST = [(mode, "plain") for mode in MODES] + [("bidirectional", "recomputed")]
-SLOW = [(mode, "recomputed") for mode in MODES if mode != "bidirectional"]
+SLOW = [(mode, way) for mode in MODES for way in ("recomputed", "selective")]
 ONE_GRAPH = [
     *((mode, "recomputed eager") for mode in MODES),
     *((mode, "aot_eager") for mode in ("bidirectional", "masked")),
