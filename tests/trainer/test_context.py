@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -33,6 +35,7 @@ from tests.trainer.test_ranks import (
 from trainer.config import load
 from trainer.inputs import check_inputs
 from trainer.run import resolve
+from utils.compiling import compile_blocks
 from utils.config import ConfigError
 from utils.distributed import Session
 
@@ -83,6 +86,7 @@ COMPILED = (
 )
 WIDE = (
     Case("dmd-adamw"),
+    Case("dmd-adamw", (BLOCK, MICRO)),
     Case("self_forcing_dmd-adamw", (STRAIGHT, *WINDOW)),
     Case("causal_diffusion-adamw", (BLOCK,)),
     Case("gan-adamw"),
@@ -112,6 +116,13 @@ def job_of(base: Path, root: Path, layout: str, case: Case, *more: str) -> Job:
     return job(base, root, f"{layout}-{case}", case.name, *case.overrides, *more)
 
 
+def train_compiled(jobs: list[Job]) -> None:
+    """On each rank: all jobs, in graphs that are traced but not made into machine code."""
+    traced = partial(compile_blocks, backend="aot_eager")
+    with patch("utils.parallel.compile_blocks", traced):
+        train_all(jobs, [])
+
+
 def train_on(ranks: int, jobs: list[Job], gradient_jobs: Sequence[Job] = ()) -> list[Findings]:
     """What each rank reports of all jobs; one spawn."""
     found: list[Findings] = run_on_ranks(
@@ -133,7 +144,8 @@ def slow_pairs(base: Path, root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def compiled_pairs(base: Path, root: Path) -> None:
-    train_on(2, [job_of(base, root, "1x2", case, PAIRS) for case in COMPILED])
+    jobs = [job_of(base, root, "1x2", case, PAIRS) for case in COMPILED]
+    run_on_ranks(2, train_compiled, jobs, timeout_s=280.0)
 
 
 @pytest.fixture(scope="module")
