@@ -82,7 +82,7 @@ SLOW = (
 )
 COMPILED = (
     Case("dmd-adamw", (COMPILE, BLOCK)),
-    Case("self_forcing_dmd-adamw", (COMPILE, *WINDOW)),
+    Case("self_forcing_dmd-adamw", (COMPILE,)),
 )
 WIDE = (
     Case("dmd-adamw"),
