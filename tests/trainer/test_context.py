@@ -73,6 +73,7 @@ SLOW = (
     Case("sid-adamw"),
     Case("causal_diffusion-adamw"),
     Case("causal_diffusion-adamw", (BLOCK, MICRO)),
+    Case("diffusion-adamw"),
     Case("causvid-adamw"),
     Case("ode-adamw"),
     Case("consistency-adamw"),
