@@ -91,7 +91,7 @@ class Run:
         model = self.models[role]
         shape = kernels.Shape(
             tokens=model.latent.tokens(self.latent_shape),
-            heads=model.features.heads,
+            heads=max(1, model.features.heads // self.config.parallel.context),
             head_dim=model.features.width // model.features.heads,
         )
         return kernels.chosen(self.config.parallel.attention, shape, device, dtype, grad=grad)

@@ -102,6 +102,8 @@ class KVCache:
         learns = torch.is_grad_enabled()
         rooms = None
         if self._storage and not learns and not self.relative_positions:
+            if self.sink and sum(b - a for a, b in spans) < self.frames:
+                self._set_sink_apart()  # what a pass writes to may share no storage with the rest
             begin, spans = self._split_off(spans)
             rooms = self._rooms(begin, new)
         parts = [piece for span in spans for piece in self._pieces(span)]
@@ -252,11 +254,8 @@ class KVCache:
         dropped = self.frames - kept
         if not dropped:
             return
-        if self.sink and not self._sink:
-            first, last = self._begin, self._begin + self.sink
-            views = [self._view(layer, first, last) for layer in self._storage]
-            self._sink = [(k.clone(), v.clone()) for k, v in views]
-            self._begin += self.sink
+        if self.sink:
+            self._set_sink_apart()
         self._begin += dropped
         self._index = torch.cat([self._index[:0], *(self._index[a:b] for a, b in seen)])
         oldest = self._committed - (kept - self._apart())
@@ -265,6 +264,15 @@ class KVCache:
             for graft in self._grafts
             if graft.frames[1] > oldest or graft.frames[0] < self._apart()
         ]
+
+    def _set_sink_apart(self) -> None:
+        """Give the first frames a storage of their own, before others behind them are dropped."""
+        if self._sink:
+            return
+        first, last = self._begin, self._begin + self.sink
+        views = [self._view(layer, first, last) for layer in self._storage]
+        self._sink = [(k.clone(), v.clone()) for k, v in views]
+        self._begin += self.sink
 
 
 def _allocate(like: Sequence[KeyValue], tokens: int) -> list[KeyValue]:

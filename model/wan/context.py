@@ -24,16 +24,17 @@ class Context:
     """How one transformer serves bidirectional, block-causal and streaming use."""
 
     mask: FrameMask | None = None  # None = every token sees every token
-    cache: KVCache | None = None  # the clean past; read in any mode, never beside a mask
+    # The clean past, never beside a mask; and what passes over one video share, so that one to
+    # which nothing is committed changes no result, and may be ignored.
+    cache: KVCache | None = None
     commit: bool = False  # append this call's keys and values to the cache; no_grad only
     frame_index: Tensor | None = None  # [F] on the CPU, rotary time positions; None = 0 .. F-1
     # The noise level in [0, 1] of all frames, where the host knows it: the cache keeps what the
     # network computes from one that comes again. None = it is computed.
     level: float | None = None
     taps: Taps | None = None
-    keys: list[KeyValue] | None = (
-        None  # filled with each layer's keys and values, rotated as the cache's
-    )
+    # Filled with each layer's keys and values, which are rotated where a cache keeps them so.
+    keys: list[KeyValue] | None = None
 
 
 FULL_ATTENTION = Context()

@@ -73,7 +73,7 @@ class ToyDenoiser(nn.Module):
         context: Context = FULL_ATTENTION,
     ) -> Prediction:
         """See model.types.Denoiser."""
-        if context.mask is not None or context.cache is not None:
+        if context.mask is not None or context.commit:
             raise ValueError("the toy makes whole videos; it has no causal form")
         dtype = self.model.patch.weight.dtype
         velocity = self.model(x.to(dtype), sigma, conditioning.text, context).float()
