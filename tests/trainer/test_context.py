@@ -83,7 +83,7 @@ SLOW = (
 )
 COMPILED = (
     Case("dmd-adamw", (COMPILE, BLOCK)),
-    Case("self_forcing_dmd-adamw", (COMPILE,)),
+    Case("self_forcing_dmd-adamw", (COMPILE, *WINDOW)),
 )
 WIDE = (
     Case("dmd-adamw"),
