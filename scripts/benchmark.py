@@ -28,7 +28,7 @@ if __name__ == "__main__":  # a checkout's packages, and no torch before the fir
 
 import torch
 
-from scripts.benchmarking import inference, training
+from scripts.benchmarking import attention, inference, training
 from scripts.benchmarking.parts import parts_of_steps
 from scripts.benchmarking.rows import Row, table
 from scripts.benchmarking.shapes import (
@@ -107,6 +107,8 @@ def check(args: argparse.Namespace) -> torch.device:
     """Refuse what cannot be timed, before anything is made."""
     check_at_least(args, timed_steps=1, warmup_steps=0)
     device = choose_device(args.device)
+    if args.mode == "attention" and args.shape is None:
+        raise ConfigError("attention: kernels are timed at --shape, not at a configuration")
     if args.shape is not None:
         check_device(args.shape, device, force=args.force)
     return device
@@ -174,6 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             load(args.config_path, args.overrides)  # before a process group is opened
     except USER_ERRORS as error:
         return fail(error)
+    if args.mode == "attention":
+        for timed in attention.measure(args.shape, device):
+            print(timed.json(), timed.table(), sep="\n\n", end="\n\n", flush=True)
+        return 0
     with session_on(device) as session, tempfile.TemporaryDirectory() as own:
         start_logging(main_rank=session.is_main)
         found = []

@@ -14,7 +14,7 @@ from pipeline.generator import VideoGenerator
 from pipeline.protocol import sample
 from pipeline.request import Request
 from scripts.benchmarking import plain
-from scripts.benchmarking.meters import FlopMeter, LivePeak, device_name, peak_flops, timed
+from scripts.benchmarking.meters import Clock, FlopMeter, LivePeak, device_name, peak_flops
 from scripts.benchmarking.rows import Row, predicted
 from scripts.benchmarking.shapes import make_heads_differ
 from scripts.benchmarking.training import Rounds
@@ -51,12 +51,17 @@ def unlike(run: Run, network: nn.Module) -> str | None:
 class Measured:
     """One figure per timed clip."""
 
-    network: list[float] = field(default_factory=list)  # s, latents alone
-    plain: list[float] = field(default_factory=list)
-    first: list[float] = field(default_factory=list)  # s, a request to its first decoded frames
-    whole: list[float] = field(default_factory=list)  # s, to all of them
+    ours: Clock  # latents alone
+    plain: Clock
+    first: Clock  # a request to its first decoded frames
+    whole: Clock  # to all of them
     flops: list[int] = field(default_factory=list)
     differences: list[float] = field(default_factory=list)  # of latents, relative to the largest
+
+
+def nothing_measured(device: torch.device) -> Measured:
+    """Where a measurement begins."""
+    return Measured(Clock(device), Clock(device), Clock(device), Clock(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,33 +94,32 @@ class Clips:
 
     def stream(self, number: int, found: Measured) -> None:
         """A request to its decoded frames, timed."""
-        device = self.generator.device
         pieces = self.generator.stream(Request(PROMPT, seed=number))
-        first: list[float] = []
-        with timed(found.whole, device):
-            with timed(first, device):
+        with found.whole():
+            with found.first():
                 next(pieces)
             for _ in pieces:
                 pass
-        found.first += first
 
 
 def time_clips(clips: Clips, rounds: Rounds) -> Measured:
     """Clips after a warm-up; the plain version's between them, of the same noise."""
-    found, device = Measured(), clips.generator.device
+    device = clips.generator.device
+    found = nothing_measured(device)
     meter = FlopMeter({"generator": clips.generator.network})
     for number in range(rounds.warmup + rounds.timed):
         if number == rounds.warmup:
-            found = Measured()
+            found = nothing_measured(device)
         meter.take()
-        with timed(found.network, device):
+        with found.ours():
             latents = clips.ours(number)
         found.flops.append(meter.take())
         if clips.yardstick is not None:
-            with timed(found.plain, device):
+            with found.plain():
                 same = clips.plainly(clips.yardstick, number)
             found.differences.append(float((latents - same).abs().max() / same.abs().max()))
         clips.stream(number, found)
+    meter.close()
     return found
 
 
@@ -148,8 +152,7 @@ def measure(run: Run, generator: VideoGenerator, name: str, rounds: Rounds) -> R
     peak = peak_bytes(Clips(run, generator, conditioning, None))
     counted = sizes_of(network) is not None
     limit, source = peak_flops(generator.device, dtype)
-    place, step = device_name(generator.device), statistics.median(found.network)
-    pairs = zip(found.network, found.plain, strict=False)
+    place, step = device_name(generator.device), statistics.median(found.ours.wall)
     return Row(
         name=name,
         mode="inference",
@@ -160,18 +163,20 @@ def measure(run: Run, generator: VideoGenerator, name: str, rounds: Rounds) -> R
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         latent_shape=list(run.latent_shape),
         samples=1,
-        rounds=len(found.network),
+        rounds=len(found.ours.wall),
         step_s=step,
         samples_per_s=1.0 / step,
         peak_gib=peak / 2**30,
         model_tflop=statistics.mean(found.flops) / 1e12 if counted else None,
-        mfu=sum(found.flops) / sum(found.network) / limit if counted else None,
+        mfu=sum(found.flops) / sum(found.ours.wall) / limit if counted else None,
         peak_tflop_s=limit / 1e12,
         peak_source=source,
-        first_frame_s=statistics.median(found.first),
-        fps=run.model.latent.pixel_frames(run.latent_shape[1]) / statistics.median(found.whole),
-        plain_s=statistics.median(found.plain) if found.plain else None,
-        plain_ratio=statistics.median(a / b for a, b in pairs) if found.plain else None,
+        first_frame_s=statistics.median(found.first.wall),
+        fps=run.model.latent.pixel_frames(run.latent_shape[1])
+        / statistics.median(found.whole.wall),
+        plain_s=statistics.median(found.plain.wall) if found.plain.wall else None,
+        plain_ratio=found.ours.ratio(found.plain),
+        plain_cpu_ratio=found.ours.cpu_ratio(found.plain),
         plain_difference=max(found.differences) if found.differences else None,
         prediction=predicted(run.config, serving=True, device=place, ranks=1),
         notes=notes,

@@ -6,10 +6,11 @@ Letters as in model/types.py; n tokens per frame.
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 import weakref
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.types import Context
 from model.wan.config import WanConfig
 
-MATMUL = 1536  # rows of the matrices whose product tells a CPU's peak
+# Rows of the matrices whose product tells a CPU's peak, and how many are tried: each is so short
+# that some run undisturbed beside other processes.
+MATMUL, PRODUCTS = 768, 60
 
 # Dense bf16 peaks with fp32 accumulation, FLOP/s, by a part of the device's name; data sheets.
 PEAKS = {
@@ -46,14 +49,38 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-@contextlib.contextmanager
-def timed(seconds: list[float], device: torch.device) -> Iterator[None]:
-    """Append the seconds of the body, its device work included."""
-    finish(device)
-    begin = time.perf_counter()
-    yield
-    finish(device)
-    seconds.append(time.perf_counter() - begin)
+@dataclass(eq=False)
+class Clock:
+    """Seconds of several bodies, one after the other."""
+
+    device: torch.device
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)  # of all threads of this process
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Note the body's time, its device work included."""
+        finish(self.device)
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        finish(self.device)
+        self.wall.append(time.perf_counter() - wall)
+        self.cpu.append(time.process_time() - cpu)
+
+    def ratio(self, other: Clock) -> float | None:
+        """The median of this clock's seconds over the other's, pair by pair."""
+        return median_ratio(self.wall, other.wall)
+
+    def cpu_ratio(self, other: Clock) -> float | None:
+        """The same of CPU seconds; None on a device of its own, or with none to compare."""
+        return median_ratio(self.cpu, other.cpu) if self.device.type == "cpu" else None
+
+
+def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
+    """The median of ours / theirs, pair by pair; None without pairs."""
+    if not theirs:
+        return None
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
@@ -67,11 +94,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
             if part in name:
                 return peak, "data sheet, bf16"
     a = torch.ones(MATMUL, MATMUL, device=device, dtype=dtype)
-    seconds: list[float] = []
-    for _ in range(6):
-        with timed(seconds, device):
+    clock = Clock(device)
+    for _ in range(PRODUCTS):
+        with clock():
             a @ a
-    return 2 * MATMUL**3 / min(seconds), "measured by a matrix product"
+    return 2 * MATMUL**3 / min(clock.wall), "measured by a matrix product"
 
 
 def forward_flops(
@@ -125,10 +152,17 @@ class FlopMeter:
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
         self.flops = 0
+        self._handles = []
         for network in networks.values():
             sizes = getattr(getattr(network, "model", None), "config", None)
             if isinstance(sizes, WanConfig):
-                network.register_forward_pre_hook(self._count, with_kwargs=True)
+                handle = network.register_forward_pre_hook(self._count, with_kwargs=True)
+                self._handles.append(handle)
+
+    def close(self) -> None:
+        """Count no more."""
+        for handle in self._handles:
+            handle.remove()
 
     def take(self) -> int:
         """Those since the last call."""
@@ -158,14 +192,6 @@ def backward_passes(network: nn.Module, x: Tensor) -> int:
         return 0
     learnt = any(parameter.requires_grad for parameter in network.parameters())
     return 2 if learnt else int(x.requires_grad)
-
-
-@dataclass(frozen=True)
-class Peak:
-    """Bytes of tensors at their most, and where the figure is from."""
-
-    bytes: int
-    how: str
 
 
 class LivePeak(TorchDispatchMode):

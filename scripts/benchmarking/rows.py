@@ -42,17 +42,20 @@ class Row:
     rounds: int  # steps or clips that were timed
     step_s: float  # median of a training step, or of a clip in the network
     samples_per_s: float
-    peak_gib: float | None
     model_tflop: float | None  # mean of a step or clip, per device
     mfu: float | None  # of the dense peak
     peak_tflop_s: float
     peak_source: str
+    peak_gib: float | None = None  # memory per device
     data_wait_s: float | None = None  # median of a step
     save_stall_s: float | None = None
     first_frame_s: float | None = None  # prompt to the first decoded frames
     fps: float | None = None  # decoded pixel frames per second of a whole clip
+    traffic_gib: float | None = None  # that a rank receives in a step; see traffic.py
+    traffic_formula_gib: float | None = None
     plain_s: float | None = None  # median of the same by plain.py
     plain_ratio: float | None = None  # median of ours / plain, round by round
+    plain_cpu_ratio: float | None = None  # the same of CPU seconds, which neighbours disturb less
     plain_difference: float | None = None  # largest relative difference of losses or latents
     prediction: Prediction = field(default_factory=Prediction)
     notes: Sequence[str] = ()
@@ -74,6 +77,7 @@ def _train_cells(row: Row) -> dict[str, str]:
         "plan": number(plan.step_s),
         "plain": number(row.plain_s, ".4g"),
         "ours / plain": number(row.plain_ratio, ".3f"),
+        "of CPU time": number(row.plain_cpu_ratio, ".3f"),
         "samples / s": number(row.samples_per_s),
         "peak GiB": number(row.peak_gib),
         "plan GiB": number(plan.peak_gib),
@@ -82,6 +86,8 @@ def _train_cells(row: Row) -> dict[str, str]:
         "MFU": number(row.mfu, ".1%"),
         "data wait ms": number(row.data_wait_s, ".2f", 1e3),
         "save s": number(row.save_stall_s),
+        "traffic GiB": number(row.traffic_gib),
+        "by formula": number(row.traffic_formula_gib),
     }
 
 
@@ -92,6 +98,7 @@ def _inference_cells(row: Row) -> dict[str, str]:
         "plan": number(plan.step_s),
         "plain": number(row.plain_s, ".4g"),
         "ours / plain": number(row.plain_ratio, ".3f"),
+        "of CPU time": number(row.plain_cpu_ratio, ".3f"),
         "first frame s": number(row.first_frame_s),
         "plan first s": number(plan.first_frame_s),
         "frames / s": number(row.fps),

@@ -1,4 +1,4 @@
-"""Bytes that a rank receives in a training step: counted collective by collective, and a formula."""
+"""Bytes that a rank receives in a training step: counted collective by collective; a formula."""
 
 from __future__ import annotations
 
@@ -116,6 +116,7 @@ class Passes:
     forwards: int  # calls, with and without a gradient
     learning: int  # of these, those with one
     backwards: int  # backward passes, each through one or more calls: one per micro-batch
+    scatters: int  # of these, those that end with a reduction
     updates: int
 
 
@@ -135,10 +136,10 @@ class Layout:
         With s shards, a rank that gathers or scatters P values receives P (s - 1) / s of them.
         Every forward pass gathers all units once, in the compute dtype. A backward pass gathers
         each block once more for every call that it passes through (a rollout has several), and the
-        rest once; and it scatters each unit's gradients once, in fp32: autograd has summed them
-        over the calls. With r replicas each update all-reduces the shard's gradients, P / s, of
-        which a rank receives 2 (r - 1) / r. P counts rows that are filled up. What is recomputed is
-        not gathered again; norms, two numbers per update, are left out.
+        rest once; and if it scatters, it scatters each unit's gradients once, in fp32, since
+        autograd has summed them over the calls. With r replicas each update all-reduces the
+        shard's gradients, P / s, of which a rank receives 2 (r - 1) / r. P counts rows that are
+        filled up. What is recomputed is not gathered again; norms are left out.
         """
         blocks, rest = (n - n // self.shards for n in (self.blocks, self.rest))
         gathered = (passes.forwards + passes.learning) * blocks
@@ -146,7 +147,7 @@ class Layout:
         part = (self.blocks + self.rest) // self.shards
         return Traffic(
             gathered=gathered * self.compute_bytes,
-            scattered=passes.backwards * (blocks + rest) * REDUCED,
+            scattered=passes.scatters * (blocks + rest) * REDUCED,
             replicated=passes.updates * (2 * part * REDUCED * (self.replicas - 1) // self.replicas),
         )
 
@@ -174,7 +175,10 @@ def layout_of(network: nn.Module, compute_bytes: int) -> Layout | None:
 def measured_traffic(
     trainer: Trainer, step: Callable[[Trainer], object]
 ) -> tuple[Traffic, Traffic]:
-    """One more step's traffic: counted, and by the formula. Collective."""
+    """One more step's traffic: counted, and by the formula. Collective.
+
+    The formula does not know of weights that stay gathered (parallel.keep_gathered).
+    """
     networks = trainer.method.parts.networks
     meter, before = PassMeter(networks), Counter(trainer.state.updates)
     with TrafficMeter() as counted:
@@ -186,6 +190,9 @@ def measured_traffic(
         if layout is not None:
             updates = Counter(trainer.state.updates)[role] - before[role]
             backwards = updates * trainer.config.accumulation
+            last = trainer.config.parallel.reduce_gradients == "last"
             calls = meter.forwards[role], meter.learning[role]
-            expected += layout.traffic(Passes(*calls, backwards, updates))
+            expected += layout.traffic(
+                Passes(*calls, backwards, updates if last else backwards, updates)
+            )
     return counted.traffic(), expected

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from model.types import Batch, LossOutput
-from scripts.benchmarking.meters import FlopMeter, LivePeak, device_name, peak_flops, timed
+from scripts.benchmarking.meters import Clock, FlopMeter, LivePeak, device_name, peak_flops
 from scripts.benchmarking.rows import Row, predicted
+from scripts.benchmarking.traffic import measured_traffic
 from scripts.benchmarking.yardstick import PlainTraining, sizes_of, unlike
 from trainer.base import Trainer
 from trainer.batches import BatchLoader
@@ -66,30 +67,22 @@ class TimedLoader:
 
 @dataclass(eq=False)
 class Measured:
-    """One figure per timed step."""
+    """One figure per timed step; losses of all steps."""
 
+    ours: Clock
+    plain: Clock
     kinds: list[int] = field(default_factory=list)  # how many phases it had
-    seconds: list[float] = field(default_factory=list)
-    data_wait: list[float] = field(default_factory=list)
+    data_wait: list[float] = field(default_factory=list)  # s
     flops: list[int] = field(default_factory=list)
-    plain: list[float] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
     plain_losses: list[Tensor] = field(default_factory=list)
 
     def step_s(self, seconds: Sequence[float]) -> float:
         """The mean over kinds of steps, as often as they come, of each kind's median."""
-        kinds = set(self.kinds)
-        of = {
-            k: [s for s, kind in zip(seconds, self.kinds, strict=True) if kind == k] for k in kinds
-        }
-        return sum(len(of[k]) * statistics.median(of[k]) for k in kinds) / len(seconds)
-
-    @property
-    def ratio(self) -> float | None:
-        """The median of ours / plain; each round has the same exit steps on both sides."""
-        if not self.plain:
-            return None
-        return statistics.median(a / b for a, b in zip(self.seconds, self.plain, strict=True))
+        of: dict[int, list[float]] = {}
+        for kind, value in zip(self.kinds, seconds, strict=True):
+            of.setdefault(kind, []).append(value)
+        return sum(len(some) * statistics.median(some) for some in of.values()) / len(seconds)
 
     @property
     def difference(self) -> float | None:
@@ -123,27 +116,27 @@ def take_step(trainer: Trainer) -> list[Tensor]:
 
 
 def time_steps(trainer: Trainer, rounds: Rounds, plain: PlainTraining | None) -> Measured:
-    """Steps after a warm-up; the plain version's between them, each with ours' noise."""
-    found, device = Measured(), trainer.session.device
+    """Steps after a warm-up; the plain version's between them, each with the noise of ours."""
+    device = trainer.session.device
+    found = Measured(Clock(device), Clock(device))
     loader = TimedLoader(trainer.parts.batches)
     meter = FlopMeter(trainer.method.parts.networks)
     trainer.parts = replace(trainer.parts, batches=cast(BatchLoader, loader))
     for number in range(rounds.warmup + rounds.timed):
-        if number == rounds.warmup:
-            found.seconds.clear()
-            found.plain.clear()
+        counts = number >= rounds.warmup
         phases = list(trainer.phases(trainer.state.step))
-        with timed(found.seconds, device):
-            losses = take_step(trainer)
+        with (found.ours if counts else Clock(device))():
+            found.losses += take_step(trainer)
         (waited, batches), flops = loader.take(), meter.take()
-        found.losses += losses
         if plain is not None:
-            with timed(found.plain, device):
+            with (found.plain if counts else Clock(device))():
                 found.plain_losses += plain.step(phases, batches)
-        if number >= rounds.warmup:
+        if counts:
             found.data_wait.append(waited)
             found.flops.append(flops)
             found.kinds.append(len(phases))
+    trainer.parts = replace(trainer.parts, batches=loader.loader)
+    meter.close()
     return found
 
 
@@ -191,76 +184,73 @@ def save_stall(trainer: Trainer) -> float | None:
     room = shutil.disk_usage(folder).free
     if trainer.session.any(2 * trainer.session.world_size * held_bytes(trainer) > room):
         return None
-    seconds: list[float] = []
-    with timed(seconds, trainer.session.device):
+    clock = Clock(trainer.session.device)
+    with clock():
         trainer.save()
-    shutil.rmtree(trainer.checkpoints, ignore_errors=True)
-    return seconds[0]
+    trainer.session.barrier()
+    if trainer.session.is_main:
+        shutil.rmtree(trainer.checkpoints, ignore_errors=True)
+    return clock.wall[0]
 
 
 def measure(trainer: Trainer, name: str, rounds: Rounds) -> Row:
-    """One row of a trainer that has just been built."""
+    """One row of a trainer that has just been built. Collective."""
     session, run = trainer.session, trainer.parts.run
     notes = []
-    why = unlike(run, session.world_size) if rounds.plain else "not asked for"
-    plain = PlainTraining(trainer) if why is None else None
-    if why is not None and rounds.plain:
+    why = unlike(run, session.world_size) if rounds.plain else None
+    if why is not None:
         notes.append(f"no plain version: {why}")
+    plain = PlainTraining(trainer) if rounds.plain and why is None else None
     found = time_steps(trainer, rounds, plain)
     del plain
     peak = peak_bytes(trainer)
     if peak is None:
         notes.append("memory is counted for one rank or on CUDA")
     stall = save_stall(trainer) if rounds.save else None
-    counted = all(sizes_of(n) for n in run_networks(trainer))
-    return make_row(trainer, name, found, peak, stall, counted=counted, notes=notes)
+    row = make_row(trainer, name, found)
+    row = replace(
+        row, peak_gib=None if peak is None else peak / 2**30, save_stall_s=stall, notes=notes
+    )
+    if session.world_size == 1:
+        return row
+    counted, formula = measured_traffic(trainer, take_step)
+    gathers = run.config.parallel.keep_gathered
+    return replace(
+        row,
+        traffic_gib=counted.total / 2**30,
+        traffic_formula_gib=None if gathers else formula.total / 2**30,
+    )
 
 
-def run_networks(trainer: Trainer) -> list[Any]:
-    """The networks that a step calls."""
-    return list(trainer.method.parts.networks.values())
-
-
-def make_row(
-    trainer: Trainer,
-    name: str,
-    found: Measured,
-    peak: int | None,
-    stall: float | None,
-    *,
-    counted: bool,
-    notes: Sequence[str],
-) -> Row:
-    """What was measured, as a row."""
+def make_row(trainer: Trainer, name: str, found: Measured) -> Row:
+    """The row of timed steps."""
     session, run = trainer.session, trainer.parts.run
-    step, device = found.step_s(found.seconds), session.device
-    limit, source = peak_flops(device, run.compute)
-    generator = run_networks(trainer)[0]
-    config = run.config
-    place = device_name(device)
+    config, networks = run.config, trainer.method.parts.networks
+    step, place = found.step_s(found.ours.wall), device_name(session.device)
+    limit, source = peak_flops(session.device, run.compute)
+    counted = all(sizes_of(network) for network in networks.values())
+    method = run.method_name if run.causal is None else f"self_forcing_{run.method_name}"
     return Row(
         name=name,
         mode="train",
-        method=run.method_name if run.causal is None else f"self_forcing_{run.method_name}",
+        method=method,
         device=place,
         ranks=session.world_size,
         dtype=str(run.compute).removeprefix("torch."),
-        parameters=sum(parameter.numel() for parameter in generator.parameters()),
+        parameters=sum(p.numel() for p in networks["generator"].parameters()),
         latent_shape=list(run.latent_shape),
         samples=config.batch_size,
-        rounds=len(found.seconds),
+        rounds=len(found.ours.wall),
         step_s=step,
         samples_per_s=config.batch_size / step,
-        peak_gib=None if peak is None else peak / 2**30,
         model_tflop=statistics.mean(found.flops) / 1e12 if counted else None,
-        mfu=sum(found.flops) / sum(found.seconds) / limit if counted else None,
+        mfu=sum(found.flops) / sum(found.ours.wall) / limit if counted else None,
         peak_tflop_s=limit / 1e12,
         peak_source=source,
         data_wait_s=statistics.median(found.data_wait),
-        save_stall_s=stall,
-        plain_s=found.step_s(found.plain) if found.plain else None,
-        plain_ratio=found.ratio,
+        plain_s=found.step_s(found.plain.wall) if found.plain.wall else None,
+        plain_ratio=found.ours.ratio(found.plain),
+        plain_cpu_ratio=found.ours.cpu_ratio(found.plain),
         plain_difference=found.difference,
         prediction=predicted(config, serving=False, device=place, ranks=session.world_size),
-        notes=notes,
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from model.dmd import DMDConfig
+from model.dmd import DMD, DMDConfig
 from model.types import Batch
 from model.wan.config import WanConfig
 from scripts.benchmarking import plain
@@ -40,14 +40,16 @@ def plain_blocks(run: Run) -> list[int] | None:
 def unlike(run: Run, ranks: int) -> str | None:
     """Why the plain version does not compute what `run` trains; None = it does."""
     config, causal = run.config, run.causal
-    options = (
-        type(config.loss) is not DMDConfig or run.needs.backbone is not None or run.needs.latents
+    loss = config.loss
+    plain_dmd = isinstance(loss, DMDConfig) and not (
+        loss.reuse_rollout or any(option.asked(loss) for option in DMD.takes)
     )
     reasons = {
         "it is one process": ranks > 1,
-        "it knows DMD alone, without options": run.method_name != "dmd" or options,
+        "it knows DMD alone, without options": not plain_dmd,
         "it reads no images": run.model.images is not None,
         "it takes one micro-batch": config.accumulation > 1,
+        "its teacher is not rounded to 8 bits": config.teacher.storage is not None,
         "its learning rates are constant": any(not _constant(o) for o in trained(config).values()),
         "its causal rollout has no options": causal is not None
         and (
