@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.types import Conditioning, Context
@@ -37,7 +38,8 @@ def counted(network: WanDiffusionWrapper, batch: int, frames: int, context: Cont
     """FLOPs of one pass by torch's counter, and by ours."""
     meter = FlopMeter({"generator": network})
     x, sigma = torch.zeros(batch, 16, frames, 4, 6), torch.ones(batch, 1)
-    with FlopCounterMode(display=False) as counter:
+    # Torch counts the products of the plain formula, and none of its kernel for CPUs.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         given = conditioning(network.model.config, batch, frames)
         out = network(x, sigma, given, context=context).velocity
         if torch.is_grad_enabled():
@@ -69,8 +71,8 @@ def test_a_backward_pass_counts_as_two_forward_passes() -> None:
     index = torch.arange(3).repeat(2)
     network = WanDiffusionWrapper(build_wan())
     torch_s, ours = counted(network, 2, 6, Context(mask=mask, frame_index=index))
-    # Torch counts no gradient of inputs that need none, and scores of attention a second time.
-    assert ours == pytest.approx(torch_s, rel=0.05)
+    # Torch leaves out what needs no gradient: that of latents, text and noise level.
+    assert torch_s < ours < 1.02 * torch_s
 
 
 def test_a_frozen_network_that_hands_a_gradient_on_costs_one_forward_pass_more() -> None:
@@ -133,6 +135,8 @@ def test_traffic_of_one_network_is_what_the_formula_says() -> None:
     found = layout.traffic(Passes(forwards=3, learning=2, backwards=1, scatters=1, updates=1))
     assert found.gathered == 2 * ((3 + 2) * 60 + (3 + 1) * 15)
     assert found.scattered == 4 * 75
+    twice = layout.traffic(Passes(6, 4, backwards=2, scatters=1, updates=1))
+    assert twice.scattered == 4 * (2 * 60 + 15)
     assert found.replicated == 2 * 25 * 4 // 2
     assert found.total == found.gathered + found.scattered + found.replicated
     alone = replace(layout, shards=1, replicas=1)

@@ -137,17 +137,19 @@ class Layout:
         Every forward pass gathers all units once, in the compute dtype. A backward pass gathers
         each block once more for every call that it passes through (a rollout has several), and the
         rest once; and if it scatters, it scatters each unit's gradients once, in fp32, since
-        autograd has summed them over the calls. With r replicas each update all-reduces the
+        autograd has summed them over the calls; but of several micro-batches that scatter together,
+        blocks with several calls scatter once before that sum is there. With r replicas each update all-reduces the
         shard's gradients, P / s, of which a rank receives 2 (r - 1) / r. P counts rows that are
         filled up. What is recomputed is not gathered again; norms are left out.
         """
         blocks, rest = (n - n // self.shards for n in (self.blocks, self.rest))
         gathered = (passes.forwards + passes.learning) * blocks
         gathered += (passes.forwards + passes.backwards) * rest
+        early = passes.scatters < passes.backwards < passes.learning
         part = (self.blocks + self.rest) // self.shards
         return Traffic(
             gathered=gathered * self.compute_bytes,
-            scattered=passes.scatters * (blocks + rest) * REDUCED,
+            scattered=passes.scatters * ((1 + early) * blocks + rest) * REDUCED,
             replicated=passes.updates * (2 * part * REDUCED * (self.replicas - 1) // self.replicas),
         )
 
