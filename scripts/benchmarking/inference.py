@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from model.folders.loading import Placement
 from model.types import Conditioning
 from pipeline.generator import VideoGenerator
 from pipeline.protocol import sample
@@ -20,7 +19,7 @@ from scripts.benchmarking.shapes import make_heads_differ
 from scripts.benchmarking.training import Rounds
 from scripts.benchmarking.yardstick import plain_blocks, plain_network, sizes_of
 from trainer.run import Run
-from trainer.serving import serve, serving_dtype
+from trainer.serving import serve, serving_dtype, serving_place
 from utils.seeding import SampleRNG, sample_rng
 
 PROMPT = "a red circle moves right"
@@ -28,8 +27,7 @@ PROMPT = "a red circle moves right"
 
 def random_generator(run: Run, device: torch.device) -> VideoGenerator:
     """The run's generator with random weights, ready to make clips."""
-    dtype = serving_dtype(run, device)
-    network = run.model.random_network(run.config.seed, Placement(device, dtype, dtype))
+    network = run.model.random_network(run.config.seed, serving_place(run, device))
     make_heads_differ("generator", network)
     return serve(run, network, device)
 

@@ -137,10 +137,11 @@ class Layout:
         Every forward pass gathers all units once, in the compute dtype. A backward pass gathers
         each block once more for every call that it passes through (a rollout has several), and the
         rest once; and if it scatters, it scatters each unit's gradients once, in fp32, since
-        autograd has summed them over the calls; but of several micro-batches that scatter together,
-        blocks with several calls scatter once before that sum is there. With r replicas each update all-reduces the
-        shard's gradients, P / s, of which a rank receives 2 (r - 1) / r. P counts rows that are
-        filled up. What is recomputed is not gathered again; norms are left out.
+        autograd has summed them over the calls. Where several micro-batches scatter together,
+        blocks with several calls scatter once more, before that sum is there. With r replicas each
+        update all-reduces the shard's gradients, P / s, of which a rank receives 2 (r - 1) / r. P
+        counts rows that are filled up. What is recomputed is not gathered again; norms are left
+        out.
         """
         blocks, rest = (n - n // self.shards for n in (self.blocks, self.rest))
         gathered = (passes.forwards + passes.learning) * blocks

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from model.types import Batch, LossOutput
 from scripts.benchmarking.meters import Clock, FlopMeter, LivePeak, device_name, peak_flops
@@ -163,7 +164,7 @@ def held_bytes(trainer: Trainer) -> int:
 def peak_bytes(trainer: Trainer) -> int | None:
     """The most that a step holds on this device: CUDA's own count, or tensors counted one by one.
 
-    None for several ranks on CPUs: FSDP2 grows and empties its storages unseen.
+    None for networks that FSDP2 has sharded on CPUs: it grows and empties its storages unseen.
     """
     device = trainer.session.device
     if device.type == "cuda":
@@ -171,7 +172,8 @@ def peak_bytes(trainer: Trainer) -> int | None:
         take_step(trainer)
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    if trainer.session.world_size > 1:
+    networks = trainer.method.parts.networks.values()
+    if any(isinstance(network.model, FSDPModule) for network in networks):
         return None
     with LivePeak(held_bytes(trainer)) as live:
         take_step(trainer)
@@ -205,7 +207,7 @@ def measure(trainer: Trainer, name: str, rounds: Rounds) -> Row:
     del plain
     peak = peak_bytes(trainer)
     if peak is None:
-        notes.append("memory is counted for one rank or on CUDA")
+        notes.append("memory is not counted under FSDP2 on CPUs")
     stall = save_stall(trainer) if rounds.save else None
     row = make_row(trainer, name, found)
     row = replace(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from model.dmd import DMD, DMDConfig
 from model.types import Batch
@@ -22,7 +23,7 @@ def plain_network(
 ) -> plain.Transformer:
     """The plain transformer with the weights of ours, in its dtype and on its device."""
     model = network.get_submodule("model")
-    weights = {name: value.detach() for name, value in model.state_dict().items()}
+    weights = {name: whole(value.detach()) for name, value in model.state_dict().items()}
     some = next(iter(weights.values()))
     sizes = getattr(model, "config")  # noqa: B009
     with torch.device("meta"):
@@ -30,6 +31,11 @@ def plain_network(
     built = built.to_empty(device=some.device).to(some.dtype)
     built.load_state_dict(weights)
     return built
+
+
+def whole(value: Tensor) -> Tensor:
+    """A weight without its layout: on one rank FSDP2 still wraps what it casts."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def plain_blocks(run: Run) -> list[int] | None:
