@@ -93,7 +93,8 @@ class Block(nn.Module):
         if past is not None:
             k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
         x = (x + self.self_attn.o(attention(q, k, v)) * gate1).to(x.dtype)
-        h = self.norm3(x.float()).to(x.dtype)
+        weight, bias = self.norm3.weight.to(x.dtype), self.norm3.bias.to(x.dtype)
+        h = F.layer_norm(x, x.shape[-1:], weight, bias, self.norm3.eps)
         x = x + self.cross_attn.o(attention(*self.cross_attn.project(h, text)))
         x = (x + self.ffn(modulated(x, shift2, scale2)) * gate2).to(x.dtype)
         return x, k, v
