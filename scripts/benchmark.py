@@ -16,7 +16,7 @@ import contextlib
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +30,7 @@ import torch
 
 from scripts.benchmarking import attention, inference, training
 from scripts.benchmarking.parts import parts_of_steps
-from scripts.benchmarking.rows import Row, table
+from scripts.benchmarking.rows import Row, predicted, table
 from scripts.benchmarking.shapes import (
     METHODS,
     SHAPES,
@@ -43,7 +43,7 @@ from scripts.benchmarking.shapes import (
 from trainer.base import Trainer
 from trainer.build import RunOptions, assemble
 from trainer.config import Config, load
-from trainer.run import resolve
+from trainer.run import Run, resolve
 from utils import start
 from utils.cli import (
     USER_ERRORS,
@@ -144,8 +144,17 @@ def build(config: Config, session: Session, logdir: Path, *, shaped: bool) -> Tr
     return trainer
 
 
-def rows(args: argparse.Namespace, session: Session, folder: Path) -> Iterator[tuple[Row, str]]:
-    """One after the other, and what else is to be said of each."""
+@dataclass(frozen=True, eq=False)
+class Result:
+    """One configuration, timed."""
+
+    run: Run
+    row: Row
+    more: str  # what else is to be said of it
+
+
+def results(args: argparse.Namespace, session: Session, folder: Path) -> Iterator[Result]:
+    """One after the other. Collective."""
     rounds = training.Rounds(
         warmup=args.warmup_steps,
         timed=args.timed_steps,
@@ -156,12 +165,21 @@ def rows(args: argparse.Namespace, session: Session, folder: Path) -> Iterator[t
         if args.mode == "inference":
             run = random_run(config, ("generator",))
             generator = inference.random_generator(run, session.device)
-            yield inference.measure(run, generator, name, rounds), ""
+            yield Result(run, inference.measure(run, generator, name, rounds), "")
             continue
         trainer = build(config, session, folder / f"{name}.log", shaped=args.shape is not None)
         row = training.measure(trainer, name, rounds)
-        yield row, parts_of_steps(trainer, args.timed_steps) if args.parts else ""
+        more = parts_of_steps(trainer, args.timed_steps) if args.parts else ""
         trainer.parts.batches.close()
+        yield Result(trainer.parts.run, row, more)
+
+
+def show(found: Sequence[Result]) -> None:
+    """Print a JSON line each, what else there is, and the table, with the plan's figures."""
+    rows = [replace(one.row, prediction=predicted(one.run, one.row)) for one in found]
+    for row, one in zip(rows, found, strict=True):
+        print(row.json(), *filter(None, [one.more]), sep="\n")
+    print(f"\ntorch {torch.__version__}, {rows[0].device}\n\n{table(rows)}")
 
 
 @interruptible
@@ -180,20 +198,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for timed in attention.measure(args.shape, device):
             print(timed.json(), timed.table(), sep="\n\n", end="\n\n", flush=True)
         return 0
-    with session_on(device) as session, tempfile.TemporaryDirectory() as own:
-        start_logging(main_rank=session.is_main)
-        found = []
+    with tempfile.TemporaryDirectory() as own:
         try:
-            folder = Path(session.from_main(own))
-            for row, more in rows(args, session, folder):
-                found.append(row)
-                if session.is_main:
-                    print(row.json(), *filter(None, [more]), sep="\n", flush=True)
-            session.barrier()  # the main rank's folder serves all
+            with session_on(device) as session:
+                start_logging(main_rank=session.is_main)
+                found = list(results(args, session, Path(session.from_main(own))))
+                session.barrier()  # the main rank's folder serves all
+            if session.is_main:
+                show(found)
         except USER_ERRORS as error:
             return fail(error)
-        if session.is_main:
-            print(f"\ntorch {torch.__version__}, {found[0].device}\n\n{table(found)}")
     return 0
 
 

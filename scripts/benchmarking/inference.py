@@ -14,7 +14,7 @@ from pipeline.protocol import sample
 from pipeline.request import Request
 from scripts.benchmarking import plain
 from scripts.benchmarking.meters import Clock, FlopMeter, LivePeak, device_name, peak_flops
-from scripts.benchmarking.rows import Row, predicted
+from scripts.benchmarking.rows import Row
 from scripts.benchmarking.shapes import make_heads_differ
 from scripts.benchmarking.training import Rounds
 from scripts.benchmarking.yardstick import plain_blocks, plain_network, sizes_of
@@ -176,6 +176,5 @@ def measure(run: Run, generator: VideoGenerator, name: str, rounds: Rounds) -> R
         plain_ratio=found.ours.ratio(found.plain),
         plain_cpu_ratio=found.ours.cpu_ratio(found.plain),
         plain_difference=max(found.differences) if found.differences else None,
-        prediction=predicted(run.config, serving=True, device=place, ranks=1),
         notes=notes,
     )

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from trainer.config import Config
+from trainer.run import Run
 
 
 @dataclass(frozen=True)
@@ -15,15 +15,9 @@ class Prediction:
 
     step_s: float | None = None  # of a training step, or of a clip in the network
     peak_gib: float | None = None  # per device
-    model_tflop: float | None = None  # of a step or a clip, per device
+    tflop: float | None = None  # of a step or a clip, per device; what is run again included
     first_frame_s: float | None = None
     fps: float | None = None
-
-
-def predicted(config: Config, *, serving: bool, device: str, ranks: int) -> Prediction:
-    """The plan's figures for what is timed. device: its name; serving: a clip, not a step."""
-    del config, serving, device, ranks
-    return Prediction()
 
 
 @dataclass(frozen=True)
@@ -65,6 +59,12 @@ class Row:
         return json.dumps(asdict(self))
 
 
+def predicted(run: Run, row: Row) -> Prediction:
+    """The plan's figures for what `row` was measured on. No process group may be open."""
+    del run, row
+    return Prediction()
+
+
 def number(value: float | None, form: str = ".3g", scale: float = 1.0) -> str:
     """A figure of the table, or a dash."""
     return "-" if value is None else format(scale * value, form)
@@ -82,7 +82,7 @@ def _train_cells(row: Row) -> dict[str, str]:
         "peak GiB": number(row.peak_gib),
         "plan GiB": number(plan.peak_gib),
         "TFLOP": number(row.model_tflop),
-        "plan TFLOP": number(plan.model_tflop),
+        "plan TFLOP": number(plan.tflop),
         "MFU": number(row.mfu, ".1%"),
         "data wait ms": number(row.data_wait_s, ".2f", 1e3),
         "save s": number(row.save_stall_s),

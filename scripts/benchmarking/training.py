@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from model.types import Batch, LossOutput
 from scripts.benchmarking.meters import Clock, FlopMeter, LivePeak, device_name, peak_flops
-from scripts.benchmarking.rows import Row, predicted
+from scripts.benchmarking.rows import Row
 from scripts.benchmarking.traffic import measured_traffic
 from scripts.benchmarking.yardstick import PlainTraining, sizes_of, unlike
 from trainer.base import Trainer
@@ -254,5 +254,4 @@ def make_row(trainer: Trainer, name: str, found: Measured) -> Row:
         plain_ratio=found.ours.ratio(found.plain),
         plain_cpu_ratio=found.ours.cpu_ratio(found.plain),
         plain_difference=found.difference,
-        prediction=predicted(config, serving=False, device=place, ranks=session.world_size),
     )
