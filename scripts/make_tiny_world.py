@@ -28,7 +28,7 @@ from model.encoders.clip import to_official as clip_to_official
 from model.encoders.umt5 import to_official
 from model.families.registry import open_model
 from model.families.wan21.folder import CONFIG, IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER
-from model.wan.config import PRESETS, write_wan_config
+from model.wan.config import PRESETS, WanConfig, write_wan_config
 from utils import start
 from utils.cli import USER_ERRORS, check_at_least, command_parser, fail, interruptible
 from utils.data.shards import ShardWriter
@@ -114,13 +114,16 @@ def make_image_encoder(path: Path, width: int) -> None:
     path.with_suffix(".pt").replace(path)
 
 
-def make_folder(folder: Path, name: str = NAME) -> PatchCodec:
-    """Write the model folder; returns its codec. A finished folder is left as it is."""
+def make_folder(folder: Path, name: str = NAME, sizes: WanConfig | None = None) -> PatchCodec:
+    """Write the model folder; returns its codec. A finished folder is left as it is.
+
+    sizes: of its transformer; None = the preset `name`.
+    """
     codec_path = folder / FILE_NAME
     if codec_path.is_file():  # written last
         return PatchCodec.load(codec_path)
     folder.mkdir(parents=True, exist_ok=True)
-    config = PRESETS[name]
+    config = sizes or PRESETS[name]
     vocabulary = make_tokenizer(folder / TOKENIZER)
     make_text_encoder(folder / TEXT_ENCODER, vocabulary, config.text_dim)
     if config.sees_images:

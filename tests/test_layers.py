@@ -119,6 +119,10 @@ def test_only_a_family_knows_its_folders_sizes_and_networks() -> None:
     makers = {
         "scripts.make_tiny_world",
         "scripts.benchmark_rollout",
+        "scripts.benchmarking.attention",
+        "scripts.benchmarking.meters",
+        "scripts.benchmarking.shapes",
+        "scripts.benchmarking.yardstick",
         "scripts.benchmark_threads",
     }
     foreign = [

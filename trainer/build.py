@@ -70,7 +70,13 @@ def build_trainer(config: Config, session: Session, options: RunOptions) -> Trai
     Raises ConfigError, FileNotFoundError or ValueError for what its user can mend.
     """
     check_same_run(config, options.flags, session)
-    run, session = resolve(config), replace(session, group=config.parallel.context)
+    return assemble(resolve(config), session, options)
+
+
+def assemble(run: Run, session: Session, options: RunOptions) -> Trainer:
+    """The same of a configuration that is resolved and that all ranks have."""
+    config = run.config
+    session = replace(session, group=config.parallel.context)
     inputs = check_inputs(run, session)
     claim_logdir(run, inputs, session, options.logdir, allow_change=options.allow_change)
     if options.save:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from model.encoders.idle import Encoders
 from model.families.base import Model
@@ -61,7 +62,7 @@ def capabilities(run: Run, device: torch.device, *, context: int = 1) -> Capabil
     _, frames, height, width = run.latent_shape
     latent, features, images = run.model.latent, run.model.features, run.model.images
     sampling = run.sampling.many_step if run.needs.sampler in ADJUSTABLE else None
-    number_bytes = _dtype(run, device).itemsize
+    number_bytes = serving_dtype(run, device).itemsize
     return Capabilities(
         latent=latent,
         size=latent.pixel_size(height, width),
@@ -80,13 +81,26 @@ def load_generator(
     source: Source, device: torch.device, team: TeamMeshes = ALONE
 ) -> VideoGenerator:
     """Load what `check_source` found, for inference; `team`: with whom this rank makes clips."""
-    run, dtype = source.run, _dtype(source.run, device)
+    run, what = source.run, f"generator {source.run.model.path}"
+    place = serving_place(run, device, team)
+    return serve(run, run.model.load_network(source.weights, place, what=what), device, team)
+
+
+def serving_place(run: Run, device: torch.device, team: TeamMeshes = ALONE) -> Placement:
+    """Where and how a generator lies that makes clips."""
+    dtype = serving_dtype(run, device)
     parallel = ParallelConfig(compile=run.config.parallel.compile)
     if parallel.compile:
         say_where_graphs_are_kept()
-    place = Placement(device, storage=dtype, compute=dtype, parallel=parallel, context=team.context)
-    what = f"generator {run.model.path}"
-    network = run.model.load_network(source.weights, place, what=what).requires_grad_(False)
+    return Placement(device, storage=dtype, compute=dtype, parallel=parallel, context=team.context)
+
+
+def serve(
+    run: Run, network: nn.Module, device: torch.device, team: TeamMeshes = ALONE
+) -> VideoGenerator:
+    """What makes clips with a run's `network`, which lies as `serving_place` says."""
+    dtype = serving_dtype(run, device)
+    network.requires_grad_(False)
     use_kernel(network, run.kernel("generator", device, dtype, grad=False))
     vae = run.model.load_codec(device, dtype)
     return VideoGenerator(
@@ -114,6 +128,6 @@ def sampling_settings(config: Config, model: Capabilities, shared: Request) -> d
     return wanted
 
 
-def _dtype(run: Run, device: torch.device) -> torch.dtype:
+def serving_dtype(run: Run, device: torch.device) -> torch.dtype:
     """What a generator computes in."""
     return run.compute if device.type == "cuda" else torch.float32

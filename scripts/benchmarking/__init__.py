@@ -1,0 +1,1 @@
+"""What scripts/benchmark.py is made of: workloads, meters, and the same mathematics plainly."""
