@@ -238,6 +238,8 @@ def modulate(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Ten
 
 def add_gated(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
     """x + h gate in fp32, in x's dtype. x, h: [B, N, D]; gate: [B, T, D]."""
+    if gate.shape[1] == 1:  # no view: FSDP2 warns of those that leave a block
+        return torch.addcmul(x.float(), h.float(), gate).to(x.dtype)
     frames = (gate.shape[1], -1)
     sum_ = torch.addcmul(
         x.float().unflatten(1, frames), h.float().unflatten(1, frames), gate[:, :, None]
