@@ -85,7 +85,7 @@ def assemble(run: Run, session: Session, options: RunOptions) -> Trainer:
     encoders = Encoders(session.device, config.parallel.offload_encoders)
     vae = _build_vae(run, encoders, options, inputs)
     encoder = build_encoder(run, encoders, run.compute, vae, inputs.embeddings)
-    networks = _build_networks(run, session)
+    networks = build_networks(run, session)
     roles = {
         name: build_role(name, networks[name], run.optimizer(name)) for name in run.needs.trained
     }
@@ -113,7 +113,7 @@ def assemble(run: Run, session: Session, options: RunOptions) -> Trainer:
     return trainer
 
 
-def _build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
+def build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
     """Every role's network, laid over the ranks; the discriminator last."""
     config, needs = run.config, run.needs
     if config.parallel.compile:

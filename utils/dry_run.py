@@ -7,6 +7,7 @@ counters, seeds) keeps its values, because Python reads it.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -81,16 +82,26 @@ def _has_values(func: Any, tensors: list[Tensor], kwargs: dict[str, Any]) -> boo
 
 
 @contextlib.contextmanager
-def dry_run(*, world_size: int = 1, draw: Draw = "most") -> Iterator[FakeTensorMode]:
-    """Within the body tensors have no values, and this process is rank 0 of `world_size`."""
+def dry_run(
+    *, world_size: int = 1, per_node: int | None = None, draw: Draw = "most"
+) -> Iterator[FakeTensorMode]:
+    """Within the body tensors have no values, and this process is rank 0 of `world_size`.
+
+    per_node: how many of the ranks are on one machine; None = all.
+    """
     # Registers what collectives do to tensors without values.
     import torch.distributed._tools.fake_collectives  # noqa: F401
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     pretend = FakeTensorMode(allow_non_fake_inputs=True)
+    told = os.environ.get("LOCAL_WORLD_SIZE")
+    os.environ["LOCAL_WORLD_SIZE"] = str(min(per_node or world_size, world_size))
     try:
         with pretend, HostValues(pretend, draw):
             yield pretend
     finally:
+        os.environ.pop("LOCAL_WORLD_SIZE")
+        if told is not None:
+            os.environ["LOCAL_WORLD_SIZE"] = told
         dist.destroy_process_group()

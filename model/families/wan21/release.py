@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import copy
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 import model.families.wan21.export as exports
+import model.families.wan21.outline as outline
 import model.families.wan21.weights as transformers
 from model.encoders.clip import WanCLIPEncoder
 from model.encoders.text import TextEncoder, WanTextEncoder
@@ -202,6 +205,29 @@ class Wan21(Model):
                 f"{self.path} makes {wanted}"
             )
         return vae.to(device)
+
+    @classmethod
+    def sketch(cls, name: str, folder: Path) -> bool:
+        """See Model; the published releases, and the presets by their names."""
+        return outline.write_sizes(name, folder)
+
+    def shortened(self, layers: int) -> Model | None:
+        """See Model."""
+        if layers >= self.sizes.num_layers:
+            return None
+        shorter = copy.copy(self)
+        shorter.__dict__["sizes"] = replace(self.sizes, num_layers=self.sizes.num_layers - layers)
+        return shorter
+
+    def outlines(self) -> Mapping[str, Callable[[torch.dtype], nn.Module]]:
+        """See Model."""
+        found = {
+            "text_encoder": lambda dtype: outline.text_encoder(self.folder, dtype),
+            "codec": lambda dtype: outline.codec(self.folder, dtype),
+        }
+        if self.sizes.sees_images:
+            found["image_encoder"] = lambda dtype: outline.image_encoder(self.sizes, dtype)
+        return found
 
     def check_export(self, export: Export, target: Path) -> None:
         """See Model."""

@@ -1,0 +1,281 @@
+"""One training step of a run without values: its real code, metered.
+
+Networks are laid over pretended ranks by the run's own `parallelize`, and each phase is taken
+through the loop's own `optimise`. What lies outside a step (data, encoders) has a stand-in here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from model.base import Parts
+from model.families.base import Model
+from model.folders.loading import Placement
+from model.types import Batch, Conditioning
+from model.wan.cache import KeyValue, KVCache, TextKeys
+from pipeline.causal import CausalConfig
+from trainer.base import Trainer, TrainerParts
+from trainer.build import build_networks
+from trainer.registry import TRAINERS
+from trainer.roles import Role, build_role
+from trainer.run import Run
+from utils.distributed import Session
+from utils.dry_run import Draw, dry_run
+from utils.metering import Meter, Peak, Place, Tag
+from utils.op_costs import Transfer, Work
+from utils.parallel import ParallelConfig
+
+BUILD = "build"  # the phase in which networks are made
+
+
+@dataclass(frozen=True)
+class World:
+    """The machines that a run is planned for."""
+
+    ranks: int
+    per_node: int  # ranks that share fast links
+
+    @property
+    def nodes(self) -> int:
+        """How many machines."""
+        return -(-self.ranks // self.per_node)
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What one step cost on rank 0."""
+
+    standing: Mapping[Tag, int]  # bytes that lie there all the time
+    peaks: Mapping[Place, Peak]
+    work: Mapping[tuple[Place, Work], int]  # how often
+    transfers: Mapping[tuple[Place, Transfer], int]
+
+
+class Unread(Model):
+    """A model whose weights need not be there: `load_network` gives values to none."""
+
+    def __new__(cls, model: Model) -> Any:
+        """`model`, in a class of its own beside this one."""
+        own = type(f"Unread{type(model).__name__}", (_Unread, type(model)), {})
+        copy = object.__new__(own)
+        copy.__dict__.update(model.__dict__)
+        return copy
+
+
+class _Unread:
+    random_network: Any
+
+    def load_network(self, weights: Any, place: Placement, *, what: str) -> nn.Module:
+        """The network in the place of one with weights."""
+        del weights, what
+        network: nn.Module = self.random_network(0, place)
+        return network
+
+
+class UnreadRun(Run):
+    """A run that asks for no weights."""
+
+    def random_init(self, role: str) -> bool:
+        """None begins with values."""
+        del role
+        return False
+
+    def weights(self, role: str) -> Any:
+        """None are read."""
+        del role
+
+
+class MeteredCache(KVCache):
+    """Tells the meter what it keeps."""
+
+    meter: Meter
+
+    def commit(self, frame_index: Tensor, layers: Sequence[KeyValue]) -> None:
+        """See KVCache."""
+        super().commit(frame_index, layers)
+        self.meter.tag((t for pair in layers for t in pair), "generator", "kv cache")
+
+    def keep_text(self, layers: Sequence[TextKeys]) -> None:
+        """See KVCache."""
+        super().keep_text(layers)
+        self.meter.tag((t for keys in layers for t in keys), "generator", "kv cache")
+
+
+@dataclass(frozen=True)
+class MeteredCausal(CausalConfig):
+    """A layout whose caches tell what they keep."""
+
+    meter: Any = None
+
+    def new_cache(self) -> KVCache:
+        """See CausalLayout."""
+        cache = super().new_cache()
+        cache.__class__ = MeteredCache
+        assert isinstance(cache, MeteredCache)
+        cache.meter = self.meter
+        return cache
+
+
+class StandInBatches:
+    """Batches of the run's shapes; each begins a micro-batch on the meter."""
+
+    def __init__(self, run: Run, meter: Meter) -> None:
+        self.run = run
+        self.meter = meter
+        self.begun = 0
+
+    def __call__(self, draws: int, indices: Sequence[int]) -> Batch:
+        """See BatchLoader."""
+        del draws
+        self.meter.turn, self.begun = self.begun, self.begun + 1
+        return stand_in_batch(self.run, len(indices))
+
+    def prefetch(self, draws: int, indices: Sequence[int]) -> None:
+        """Nothing is read."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def stand_in_batch(run: Run, count: int) -> Batch:
+    """A batch of `count` samples as the encoders would give it, without values."""
+    channels, frames, height, width = run.latent_shape
+    model, needs = run.model, run.needs
+    text = torch.zeros(count, model.text.length, model.text.width, dtype=run.compute)
+    video = (count, channels, frames, height, width)
+    conditioning = Conditioning(text, *_stand_in_images(run, video))
+    given = run.config.causal.given_first_frame
+    x0 = torch.zeros(video) if needs.latents or given else None
+    states = (count, len(run.sampling.sigmas) + 1, *video[1:])
+    return Batch(
+        conditioning=conditioning,
+        unconditional=replace(conditioning, text=torch.zeros_like(text)),
+        latent_shape=run.latent_shape,
+        x0=x0,
+        given=x0[:, :, :1] if given and x0 is not None else None,
+        trajectory=torch.zeros(states) if needs.trajectories else None,
+    )
+
+
+def _stand_in_images(run: Run, video: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
+    model = run.model
+    if model.images is None:
+        return None, None
+    count, channels, frames, height, width = video
+    tokens, size = model.image_states
+    clip = torch.zeros(count, tokens * model.images.count, size, dtype=run.compute)
+    mask = model.latent.temporal_stride
+    return clip, torch.zeros(count, mask + channels, frames, height, width)
+
+
+def planned(run: Run, meter: Meter) -> Run:
+    """The run, told to read no weights and to report its caches."""
+    sampling = run.sampling
+    if sampling.causal is not None:
+        values = {f.name: getattr(sampling.causal, f.name) for f in fields(CausalConfig)}
+        sampling = replace(sampling, causal=MeteredCausal(**values, meter=meter))
+    values = {f.name: getattr(run, f.name) for f in fields(Run)}
+    models = {role: Unread(model) for role, model in run.models.items()}
+    return UnreadRun(**{**values, "sampling": sampling, "models": models})
+
+
+def build_stand_in(run: Run, session: Session, meter: Meter) -> Trainer:
+    """The run's trainer with its real networks, roles, method and average."""
+    networks = build_networks(run, session)
+    for name, network in networks.items():
+        meter.watch(name, network)
+        meter.tag(network.parameters(), name, "weights")
+    roles = {
+        name: build_role(name, networks[name], run.optimizer(name)) for name in run.needs.trained
+    }
+    parts = Parts(
+        networks=networks,
+        rollout=run.rollout(None),
+        sigmas=run.sampling.sigmas,
+        layout=run.causal,
+        parameters={name: list(role.parameters.values()) for name, role in roles.items()},
+    )
+    batches: Any = StandInBatches(run, meter)
+    trainer: Trainer = TRAINERS[run.config.trainer].load()(
+        TrainerParts(
+            run=run,
+            session=session,
+            method=run.method(run.config.loss, parts),
+            roles=roles,
+            batches=batches,
+            trackers=(),
+            validator=None,
+            logdir=Path(),
+            save=False,
+        )
+    )
+    tag_standing(meter, trainer, networks)
+    return trainer
+
+
+def tag_standing(meter: Meter, trainer: Trainer, networks: Mapping[str, nn.Module]) -> None:
+    """Say what of a trainer lies in memory all the time."""
+    for name, network in networks.items():
+        meter.tag(network.parameters(), name, "weights")
+    for name, role in trainer.roles.items():
+        for optimizer in role.optimizers:
+            states = (t for state in optimizer.state.values() for t in state.values())
+            meter.tag((t for t in states if isinstance(t, Tensor)), name, "optimizer")
+    meter.tag(trainer.ema.shadow.values(), "generator", "average")
+
+
+def tag_gradients(meter: Meter, roles: Mapping[str, Role]) -> None:
+    """Say which memory holds gradients now, whole or of a shard."""
+    for name, role in roles.items():
+        grads = (p.grad for p in role.parameters.values() if p.grad is not None)
+        meter.tag(grads, name, "gradients")
+        meter.tag(whole_gradients(role.module), name, "gradients")
+
+
+def whole_gradients(module: nn.Module) -> Iterator[Tensor]:
+    """Those that FSDP2 keeps of whole weights until they are reduced."""
+    for part in module.modules():
+        if not isinstance(part, FSDPModule):
+            continue
+        group = part._get_fsdp_state()._fsdp_param_group
+        for parameter in group.fsdp_params if group is not None else ():
+            if parameter.unsharded_accumulated_grad is not None:
+                yield parameter.unsharded_accumulated_grad
+
+
+def fullest_step(trainer: Trainer) -> int:
+    """A step with as many phases as any."""
+    return max(range(trainer.config.steps), key=lambda step: len(list(trainer.phases(step))))
+
+
+def trace_step(run: Run, world: World, draw: Draw) -> Trace:
+    """Take a step of `run` with all of its phases; draw: which end of what is drawn."""
+    with dry_run(world_size=world.ranks, per_node=world.per_node, draw=draw):
+        session = Session(0, world.ranks, torch.device("cpu"))
+        meter = Meter()
+        with meter, meter.within(BUILD):
+            trainer = build_stand_in(planned(run, meter), session, meter)
+        meter.look = lambda: tag_gradients(meter, trainer.roles)
+        trainer.state.step = fullest_step(trainer)
+        standing = {tag: count for tag, count in meter.live.items() if count}
+        meter.work.clear()
+        meter.transfers.clear()
+        meter.peaks.clear()
+        with meter:
+            for phase in trainer.phases(trainer.state.step):
+                batches: Any = trainer.parts.batches
+                batches.begun = 0
+                with meter.within(phase.name):
+                    trainer.optimise(phase)
+    return Trace(standing, dict(meter.peaks), Counter(meter.work), Counter(meter.transfers))
+
+
+__all__ = ["ParallelConfig", "Trace", "World", "trace_step"]
