@@ -57,6 +57,7 @@ class Trace:
     peaks: Mapping[Place, Peak]
     work: Mapping[tuple[Place, Work], int]  # how often
     transfers: Mapping[tuple[Place, Transfer], int]
+    phases: Mapping[str, int]  # how often each comes in the whole run
 
 
 class Unread(Model):
@@ -275,7 +276,8 @@ def trace_step(run: Run, world: World, draw: Draw) -> Trace:
                 batches.begun = 0
                 with meter.within(phase.name):
                     trainer.optimise(phase)
-    return Trace(standing, dict(meter.peaks), Counter(meter.work), Counter(meter.transfers))
+    steps = (phase.name for step in range(run.config.steps) for phase in trainer.phases(step))
+    return Trace(standing, dict(meter.peaks), meter.work, meter.transfers, Counter(steps))
 
 
 __all__ = ["ParallelConfig", "Trace", "World", "trace_step"]

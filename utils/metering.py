@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, UntypedStorage
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
-from utils.op_costs import Transfer, Work, transfer_of, work_of
+from utils.op_costs import Transfer, Work, tensors_in, transfer_of, work_of
 
 # A peak's contents are looked at again once it has grown by this share; its height is exact.
 LOOK_AGAIN = 1.005
+# How DTensor learns the shape of a whole result: by an operation on nothing, which costs nothing.
+_INFER = "_propagate_tensor_meta_non_cached"
 
 
 class Tag(NamedTuple):
@@ -85,7 +87,7 @@ class Meter(TorchDispatchMode):
         self._phase = ""
         self._parts: list[str] = [""]
         self._roles: list[str] = [""]
-        self._looking = False
+        self._looking = self._aside = False
 
     @property
     def place(self) -> Place:
@@ -121,14 +123,23 @@ class Meter(TorchDispatchMode):
     def __enter__(self) -> Meter:
         """Count from here on."""
         self._resize = UntypedStorage.resize_
-        meter, resize = self, self._resize
+        self._infer = getattr(ShardingPropagator, _INFER)
+        meter, resize, infer = self, self._resize, self._infer
 
         def resized(storage: UntypedStorage, size: int) -> Any:
             result = resize(storage, size)
             meter._resized(storage)
             return result
 
+        def inferred(*args: Any, **words: Any) -> Any:
+            meter._aside = True
+            try:
+                return infer(*args, **words)
+            finally:
+                meter._aside = False
+
         UntypedStorage.resize_ = resized  # type: ignore[method-assign]
+        setattr(ShardingPropagator, _INFER, inferred)
         super().__enter__()
         return self
 
@@ -136,6 +147,7 @@ class Meter(TorchDispatchMode):
         """Count no longer; what was counted stays."""
         super().__exit__(*failure)
         UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        setattr(ShardingPropagator, _INFER, self._infer)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -144,6 +156,8 @@ class Meter(TorchDispatchMode):
         if DTensor in types:
             return NotImplemented  # its local part comes by here
         kwargs = kwargs or {}
+        if self._aside or func.namespace == "prim":
+            return func(*args, **kwargs)
         if func.namespace == "profiler":
             return self._label(func, args, kwargs)
         out = func(*args, **kwargs)
@@ -158,9 +172,8 @@ class Meter(TorchDispatchMode):
             work = work_of(func, args, kwargs, out)
             if work is not None:
                 self.work[self.place, work] += 1
-        for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor):
-                self._note(tensor, None)
+        for tensor in tensors_in(out):
+            self._note(tensor, None)
         return out
 
     def _label(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

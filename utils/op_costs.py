@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 Kind = Literal["matmul", "convolution", "attention", "attention_backward", "elementwise"]
@@ -49,60 +51,69 @@ def flops_of(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
     return 0
 
 
-def kind_of(func: Any, flops: int) -> Kind:
-    """Which units of a device it keeps busy."""
-    name = func.overloadpacket.__name__
+@functools.cache
+def _unit(name: str) -> Kind | None:
+    """Which units of a device an operation keeps busy, if its name tells."""
     if "attention" in name or "attend" in name:
         return "attention_backward" if "backward" in name else "attention"
-    if "convolution" in name:
-        return "convolution"
-    return "matmul" if flops else "elementwise"
+    return "convolution" if "convolution" in name else None
 
 
 def work_of(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Work | None:
     """What `func` did; None = it moved nothing, as a view."""
+    if _moves_nothing(func):
+        return None
     flops = flops_of(func, args, kwargs, out)
-    inputs = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
-    outputs = [t for t in tree_iter(out) if isinstance(t, Tensor)]
-    if not outputs and not func._schema.is_mutable:
-        return None
-    written = _mutated(func, args) if func._schema.is_mutable else outputs
-    if not flops and (_is_view(func) or _only_makes_room(func)):
-        return None
+    inputs = list(tensors_in((args, kwargs)))
+    written = tensors_in([args[i] for i in _mutated(func) if i < len(args)] or out)
     moved = sum(map(span, inputs)) + sum(map(span, written))
     if not moved:
         return None
-    size = max((t.dtype.itemsize for t in inputs or outputs), default=4)
-    return Work(kind_of(func, flops), flops, moved, size)
+    size = inputs[0].dtype.itemsize if inputs else 4
+    kind = _unit(func.overloadpacket.__name__) or ("matmul" if flops else "elementwise")
+    return Work(kind, flops, moved, size)
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dictionaries."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from tensors_in(value)
+    elif isinstance(values, dict):
+        yield from tensors_in(list(values.values()))
 
 
 def span(tensor: Tensor) -> int:
     """Bytes that reading or writing a tensor moves; an expanded one is read once."""
-    if tensor.is_meta or tensor.layout is not torch.strided:
+    if tensor.is_meta:
         return 0
-    numbers = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        numbers *= size if stride else min(1, size)
-    return numbers * tensor.dtype.itemsize
+    if 0 not in tensor.stride():
+        return tensor.nbytes
+    kept = (n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+    return math.prod(kept) * tensor.dtype.itemsize if tensor.numel() else 0
 
 
-def _is_view(func: Any) -> bool:
-    returns = func._schema.returns
+@functools.cache
+def _moves_nothing(func: Any) -> bool:
+    """Views, and what only makes room."""
+    name, returns = func.overloadpacket.__name__, func._schema.returns
+    if name.startswith(("empty", "new_empty", "_local_scalar", "lift", "is_same_size")):
+        return True
     return bool(returns) and all(
         r.alias_info is not None and not r.alias_info.is_write for r in returns
     )
 
 
-def _only_makes_room(func: Any) -> bool:
-    return func.overloadpacket.__name__.startswith(("empty", "new_empty", "_local_scalar", "lift"))
-
-
-def _mutated(func: Any, args: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    for argument, value in zip(func._schema.arguments, args, strict=False):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found += [t for t in tree_iter(value) if isinstance(t, Tensor)]
-    return found
+@functools.cache
+def _mutated(func: Any) -> tuple[int, ...]:
+    """Which arguments are written to."""
+    return tuple(
+        i
+        for i, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
 
 
 # Name of the operation -> what it is, which argument or result holds all ranks' bytes.
@@ -132,7 +143,7 @@ def transfer_of(func: Any, args: Any, out: Any) -> Transfer | None:
         raise AssertionError(f"no rule tells what {func} sends")
     kind, where = _COLLECTIVES[name]
     whole = out if where is None else args[where]
-    count = sum(t.numel() * t.dtype.itemsize for t in tree_iter(whole) if isinstance(t, Tensor))
+    count = sum(t.numel() * t.dtype.itemsize for t in tensors_in(whole))
     ranks = _ranks(args)
     n = len(ranks)
     share = {"all_reduce": 2 * (n - 1) / n, "broadcast": 1.0}.get(kind, (n - 1) / n)

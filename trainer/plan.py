@@ -1,0 +1,219 @@
+"""What a run will take, told before it begins: memory, arithmetic, traffic and time per GPU.
+
+Every figure comes from `trace_step`. A deep network is traced at two small depths, each role's cut
+by the same number of layers: bytes, operations and seconds are linear in it, so they are extended
+to the whole depth. Time is the mean over what a step draws (exit steps), memory the worst of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from trainer.plan_trace import Trace, World, trace_step
+from trainer.run import Run
+from utils.gpus import GPU, HIDDEN_BYTES, kernel_of, seconds, transfer_seconds
+from utils.metering import Place, Tag
+
+K = TypeVar("K")
+SHORT = 2  # layers of the shallowest network in the shorter trace
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one part of a step costs on one GPU."""
+
+    compute_s: float = 0.0
+    transfer_s: float = 0.0
+    flops: float = 0.0
+    moved: float = 0.0  # bytes read and written
+    sent: float = 0.0  # bytes to other ranks
+
+    @property
+    def seconds(self) -> float:
+        """Weights are gathered while others are used: the slower of both counts."""
+        return max(self.compute_s, self.transfer_s)
+
+    def plus(self, other: Cost, factor: float = 1.0) -> Cost:
+        """The sum with so much of another."""
+        return Cost(*(a + factor * b for a, b in zip(_parts(self), _parts(other), strict=True)))
+
+    def times(self, factor: float) -> Cost:
+        """So much of it."""
+        return Cost(*(factor * a for a in _parts(self)))
+
+
+def _parts(cost: Cost) -> tuple[float, ...]:
+    return (cost.compute_s, cost.transfer_s, cost.flops, cost.moved, cost.sent)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A run on some GPUs."""
+
+    run: Run
+    world: World
+    gpu: GPU
+    standing: Mapping[Tag, float]  # bytes per GPU that lie there all the time
+    peak: Mapping[Tag, float]  # bytes per GPU at the worst moment, standing ones included
+    peak_place: Place
+    costs: Mapping[Place, Cost]  # of one pass through each phase; the mean over what is drawn
+    sent: Mapping[tuple[str, int, int], float]  # bytes by (kind, ranks, step) in such a pass
+    counts: Mapping[str, int]  # how often each phase comes in the whole run
+    layers_traced: str  # which depths the figures come from
+
+    @property
+    def memory(self) -> float:
+        """Bytes that a GPU needs."""
+        return sum(self.peak.values()) + HIDDEN_BYTES
+
+    @property
+    def fits(self) -> bool:
+        """Whether a GPU has them."""
+        return self.memory <= self.gpu.memory
+
+    def phase_seconds(self, phase: str) -> float:
+        """Of one pass through a phase."""
+        return sum(c.seconds for place, c in self.by_part().items() if place.phase == phase)
+
+    def by_part(self) -> dict[Place, Cost]:
+        """Costs of micro-batches and roles together: within a part all overlap."""
+        found: dict[Place, Cost] = {}
+        for place, cost in self.costs.items():
+            key = place._replace(turn=0, role="")
+            found[key] = found.get(key, Cost()).plus(cost)
+        return found
+
+    @property
+    def run_seconds(self) -> float:
+        """Of all steps; saving and showing not counted."""
+        return sum(n * self.phase_seconds(phase) for phase, n in self.counts.items())
+
+    @property
+    def step_seconds(self) -> float:
+        """The mean over the run's steps."""
+        return self.run_seconds / self.run.config.steps
+
+
+def make_plan(run: Run, world: World, gpu: GPU) -> Plan:
+    """Trace a step of `run` and work out what it takes. Raises what building the run raises."""
+    wanted = run.config
+    turns = wanted.accumulation
+    if turns > 2:  # the first micro-batch, and one that finds gradients there
+        batch = 2 * wanted.batch_size // turns
+        run = replace(run, config=replace(wanted, accumulation=2, batch_size=batch))
+    short, longer, factor = _depths(run)
+    most = trace_step(short, world, "most")
+    least = trace_step(short, world, "least")
+    kernel = kernel_of(gpu, getattr(wanted.parallel, "attention", "auto"))
+    worst, shortest = (_costs(t, gpu, kernel, world) for t in (most, least))
+    standing, peaks = dict(most.standing), {p: peak.scaled for p, peak in most.peaks.items()}
+    sent = _sent(most)
+    whole, told = worst, "all layers"
+    if longer is not None:
+        deep = trace_step(longer, world, "most")
+        whole = _extend(worst, _costs(deep, gpu, kernel, world), factor)
+        standing = _line(standing, deep.standing, factor)
+        deeper = {p: peak.scaled for p, peak in deep.peaks.items()}
+        peaks = {p: _line(peaks[p], deeper.get(p, peaks[p]), factor) for p in peaks}
+        sent = _line(sent, _sent(deep), factor)
+        told = _told(short, longer)
+    mean = {p: _mean(cost, worst[p], shortest.get(p, Cost())) for p, cost in whole.items()}
+    share = {p: _of_turns(p, turns) for p in mean}
+    place = max(peaks, key=lambda p: sum(peaks[p].values()))
+    return Plan(
+        run=replace(run, config=wanted),
+        world=world,
+        gpu=gpu,
+        standing=standing,
+        peak=peaks[place],
+        peak_place=place,
+        costs={p: cost.times(share[p]) for p, cost in mean.items()},
+        sent=sent,
+        counts=most.phases,
+        layers_traced=told,
+    )
+
+
+def _depths(run: Run) -> tuple[Run, Run | None, float]:
+    """The run with shallow networks, with slightly deeper ones, and how often the difference fits.
+
+    Every role is cut by as many layers, so all figures are linear in that number.
+    """
+    stride = getattr(run.config.parallel, "checkpoint_every", 1)
+    depth = min(model.features.layers for model in run.models.values())
+    cut = (depth - SHORT * stride) // stride * stride
+    shallow = _cut(run, cut) if cut > stride else None
+    deeper = _cut(run, cut - stride) if shallow is not None else None
+    if shallow is None or deeper is None or run.config.discriminator.layers:
+        return run, None, 0.0
+    return shallow, deeper, cut / stride
+
+
+def _cut(run: Run, layers: int) -> Run | None:
+    models = {role: model.shortened(layers) for role, model in run.models.items()}
+    kept = {role: model for role, model in models.items() if model is not None}
+    return replace(run, models=kept) if len(kept) == len(models) else None
+
+
+def _told(short: Run, longer: Run) -> str:
+    depths = (
+        f"{role} {model.features.layers} and {longer.models[role].features.layers}"
+        for role, model in short.models.items()
+    )
+    return f"traced with {', '.join(depths)} layers and extended, each figure along its line"
+
+
+def _costs(trace: Trace, gpu: GPU, kernel: str, world: World) -> dict[Place, Cost]:
+    """What the parts of a traced step cost."""
+    found: dict[Place, Cost] = defaultdict(Cost)
+    for (place, work), count in trace.work.items():
+        each = Cost(seconds(work, gpu, kernel), 0.0, work.flops, work.moved)
+        found[place] = found[place].plus(each, count)
+    for (place, transfer), count in trace.transfers.items():
+        taken = transfer_seconds(transfer, gpu, world.per_node)
+        found[place] = found[place].plus(Cost(0.0, taken, 0.0, 0.0, transfer.sent), count)
+    return dict(found)
+
+
+def _sent(trace: Trace) -> dict[tuple[str, int, int], float]:
+    found: Counter[tuple[str, int, int]] = Counter()
+    for (_, transfer), count in trace.transfers.items():
+        found[transfer.kind, transfer.ranks, transfer.step] += transfer.sent * count
+    return dict(found)
+
+
+def _extend(short: dict[Place, Cost], deep: dict[Place, Cost], factor: float) -> dict[Place, Cost]:
+    """`short`, and so many times what `deep` has more."""
+    return {
+        p: deep[p].times(factor).plus(short.get(p, Cost()), 1.0 - factor) for p in deep
+    }
+
+
+def _line(short: Mapping[K, float], deep: Mapping[K, float], factor: float) -> dict[K, float]:
+    keys = dict.fromkeys([*short, *deep])
+    values = {
+        k: short.get(k, 0.0) + factor * (deep.get(k, 0.0) - short.get(k, 0.0)) for k in keys
+    }
+    return {k: max(0.0, value) for k, value in values.items()}
+
+
+def _mean(whole: Cost, worst: Cost, shortest: Cost) -> Cost:
+    """Halfway between the longest and the shortest draw: each further pass costs the same."""
+    shares = (
+        (b + s) / (2.0 * b) if b else 1.0
+        for b, s in zip(_parts(worst), _parts(shortest), strict=True)
+    )
+    return Cost(*(a * share for a, share in zip(_parts(whole), shares, strict=True)))
+
+
+def _of_turns(place: Place, turns: int) -> float:
+    """How often a traced micro-batch comes in a phase: of many only the first and one were run."""
+    if turns <= 2 or place.part in ("clip", "optimizer", "average"):
+        return 1.0
+    return float(turns - 1) if place.turn == 0 else 1.0
+
+
+__all__ = ["Cost", "Plan", "World", "make_plan"]
