@@ -18,7 +18,7 @@ from utils.gpus import GPU, HIDDEN_BYTES, kernel_of, seconds, transfer_seconds
 from utils.metering import Place, Tag
 
 K = TypeVar("K")
-SHORT = 2  # layers of the shallowest network in the shorter trace
+SHORT = 3  # layers of the shallowest network in the shorter trace: a first, a last and one between
 
 
 @dataclass(frozen=True)
