@@ -7,11 +7,12 @@ to the whole depth. Time is the mean over what a step draws (exit steps), memory
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from trainer.plan_encoders import encoder_bytes
 from trainer.plan_trace import Trace, World, trace_step
 from trainer.run import Run
 from utils.gpus import GPU, HIDDEN_BYTES, kernel_of, seconds, transfer_seconds
@@ -106,11 +107,11 @@ def make_plan(run: Run, world: World, gpu: GPU) -> Plan:
         run = replace(run, config=replace(wanted, accumulation=2, batch_size=batch))
     short, longer, factor = _depths(run)
     most = trace_step(short, world, "most")
-    least = trace_step(short, world, "least")
+    least = trace_step(_one_turn(short), world, "least")
     kernel = kernel_of(gpu, getattr(wanted.parallel, "attention", "auto"))
     worst, shortest = (_costs(t, gpu, kernel, world) for t in (most, least))
     standing, peaks = dict(most.standing), {p: peak.scaled for p, peak in most.peaks.items()}
-    sent = _sent(most)
+    sent = _sent(most, turns)
     whole, told = worst, "all layers"
     if longer is not None:
         deep = trace_step(longer, world, "most")
@@ -118,17 +119,21 @@ def make_plan(run: Run, world: World, gpu: GPU) -> Plan:
         standing = _line(standing, deep.standing, factor)
         deeper = {p: peak.scaled for p, peak in deep.peaks.items()}
         peaks = {p: _line(peaks[p], deeper.get(p, peaks[p]), factor) for p in peaks}
-        sent = _line(sent, _sent(deep), factor)
+        sent = _line(sent, _sent(deep, turns), factor)
         told = _told(short, longer)
-    mean = {p: _mean(cost, worst[p], shortest.get(p, Cost())) for p, cost in whole.items()}
+    mean = {
+        p: _mean(cost, worst.get(p, cost), shortest.get(p._replace(turn=0), cost))
+        for p, cost in whole.items()
+    }
     share = {p: _of_turns(p, turns) for p in mean}
     place = max(peaks, key=lambda p: sum(peaks[p].values()))
+    encoders = encoder_bytes(run)
     return Plan(
         run=replace(run, config=wanted),
         world=world,
         gpu=gpu,
-        standing=standing,
-        peak=peaks[place],
+        standing={**standing, **encoders},
+        peak={**peaks[place], **encoders},
         peak_place=place,
         costs={p: cost.times(share[p]) for p, cost in mean.items()},
         sent=sent,
@@ -178,25 +183,31 @@ def _costs(trace: Trace, gpu: GPU, kernel: str, world: World) -> dict[Place, Cos
     return dict(found)
 
 
-def _sent(trace: Trace) -> dict[tuple[str, int, int], float]:
-    found: Counter[tuple[str, int, int]] = Counter()
-    for (_, transfer), count in trace.transfers.items():
-        found[transfer.kind, transfer.ranks, transfer.step] += transfer.sent * count
+def _one_turn(run: Run) -> Run:
+    """The run with one micro-batch of the same size."""
+    config = run.config
+    return replace(
+        run,
+        config=replace(config, accumulation=1, batch_size=config.batch_size // config.accumulation),
+    )
+
+
+def _sent(trace: Trace, turns: int) -> dict[tuple[str, int, int], float]:
+    found: dict[tuple[str, int, int], float] = defaultdict(float)
+    for (place, transfer), count in trace.transfers.items():
+        key = (transfer.kind, transfer.ranks, transfer.step)
+        found[key] += transfer.sent * count * _of_turns(place, turns)
     return dict(found)
 
 
 def _extend(short: dict[Place, Cost], deep: dict[Place, Cost], factor: float) -> dict[Place, Cost]:
     """`short`, and so many times what `deep` has more."""
-    return {
-        p: deep[p].times(factor).plus(short.get(p, Cost()), 1.0 - factor) for p in deep
-    }
+    return {p: deep[p].times(factor).plus(short.get(p, Cost()), 1.0 - factor) for p in deep}
 
 
 def _line(short: Mapping[K, float], deep: Mapping[K, float], factor: float) -> dict[K, float]:
     keys = dict.fromkeys([*short, *deep])
-    values = {
-        k: short.get(k, 0.0) + factor * (deep.get(k, 0.0) - short.get(k, 0.0)) for k in keys
-    }
+    values = {k: short.get(k, 0.0) + factor * (deep.get(k, 0.0) - short.get(k, 0.0)) for k in keys}
     return {k: max(0.0, value) for k, value in values.items()}
 
 
@@ -214,6 +225,3 @@ def _of_turns(place: Place, turns: int) -> float:
     if turns <= 2 or place.part in ("clip", "optimizer", "average"):
         return 1.0
     return float(turns - 1) if place.turn == 0 else 1.0
-
-
-__all__ = ["Cost", "Plan", "World", "make_plan"]

@@ -31,7 +31,6 @@ from utils.distributed import Session
 from utils.dry_run import Draw, dry_run
 from utils.metering import Meter, Peak, Place, Tag
 from utils.op_costs import Transfer, Work
-from utils.parallel import ParallelConfig
 
 BUILD = "build"  # the phase in which networks are made
 
@@ -278,6 +277,3 @@ def trace_step(run: Run, world: World, draw: Draw) -> Trace:
                     trainer.optimise(phase)
     steps = (phase.name for step in range(run.config.steps) for phase in trainer.phases(step))
     return Trace(standing, dict(meter.peaks), meter.work, meter.transfers, Counter(steps))
-
-
-__all__ = ["ParallelConfig", "Trace", "World", "trace_step"]

@@ -77,7 +77,7 @@ def kernel_of(gpu: GPU, wanted: str) -> str:
 
 def seconds(work: Work, gpu: GPU, kernel: str) -> float:
     """How long one operation takes: the slower of its arithmetic and its memory traffic."""
-    peak = gpu.flops_fp32 if work.itemsize > 2 else gpu.flops  # noqa: PLR2004  bf16 has 2 bytes
+    peak = gpu.flops_fp32 if work.itemsize > 2 else gpu.flops
     if work.kind in ("attention", "attention_backward"):
         reached = gpu.attention[kernel][work.kind == "attention_backward"]
     else:
@@ -91,8 +91,5 @@ def transfer_seconds(transfer: Transfer, gpu: GPU, per_node: int) -> float:
     if transfer.ranks == 1:
         return 0.0
     members = max(1, per_node // transfer.step)  # of the group, on one node
-    if transfer.ranks <= members:
-        rate = gpu.inside
-    else:
-        rate = min(gpu.inside, members * gpu.outside)
+    rate = gpu.inside if transfer.ranks <= members else min(gpu.inside, members * gpu.outside)
     return transfer.sent / rate + 20e-6

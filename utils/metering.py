@@ -112,7 +112,7 @@ class Meter(TorchDispatchMode):
         self._roles.pop()
 
     def tag(self, tensors: Iterable[Tensor], role: str, kind: str) -> None:
-        """Say what tensors are, whoever made them; such a tag stays. Counts those unknown so far."""
+        """Say what tensors are, whoever made them; such a tag stays. Counts unknown ones too."""
         for tensor in tensors:
             self._note(plain(tensor), Tag(role, kind), pinned=True)
 

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import model.families.wan21.export as exports
-import model.families.wan21.outline as outline
 import model.families.wan21.weights as transformers
 from model.encoders.clip import WanCLIPEncoder
 from model.encoders.text import TextEncoder, WanTextEncoder
 from model.encoders.vae import VideoVAE, WanVAEWrapper
 from model.families.base import Export, ImageSpec, Model, TextSpec
+from model.families.wan21 import outline
 from model.families.wan21.folder import (
     CONFIGS,
     MODEL_INDEX,

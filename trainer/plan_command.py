@@ -1,0 +1,120 @@
+"""`--plan`: its words on a command line, and what it prints and writes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from model.families.base import Model
+from model.families.registry import find_model, sketch_model
+from trainer.config import Config
+from trainer.inputs import check_latent_shape
+from trainer.plan import World, make_plan
+from trainer.plan_fits import candidates, fitting
+from trainer.plan_table import as_json, fits_table, table
+from trainer.run import Run, resolve
+from utils.config import ConfigError
+from utils.errors import NotFoundError, UserError
+from utils.files import write_text
+from utils.gpus import GPUS, find_gpu
+
+log = logging.getLogger(__name__)
+
+
+def add_plan_flags(parser: argparse.ArgumentParser, *, fits: bool = True) -> None:
+    """What a command is asked for a plan with."""
+    group = parser.add_argument_group("planning")
+    add = group.add_argument
+    add(
+        "--plan", action="store_true",
+        help="print the memory, time and traffic that this would take, and do nothing",
+    )  # fmt: skip
+    add("--gpu", default="H100", help=f"planned for: {', '.join(GPUS)}")
+    add("--plan_json", type=Path, default=None, help="write the plan there as well")
+    if fits:
+        add("--gpus", type=int, default=8, help="planned for so many in all")
+        add("--gpus_per_node", type=int, default=8, help="of these, how many are on one machine")
+        add(
+            "--fits", action="store_true",
+            help="plan other ways to lay the same run over these GPUs, and list the fastest",
+        )  # fmt: skip
+
+
+def read_world(args: argparse.Namespace) -> World:
+    """The machines that the flags name. Raises ConfigError."""
+    for flag in ("gpus", "gpus_per_node"):
+        if getattr(args, flag) < 1:
+            raise ConfigError(f"--{flag}: must be at least 1, got {getattr(args, flag)}")
+    per_node = min(args.gpus, args.gpus_per_node)
+    if args.gpus % per_node:
+        raise ConfigError(
+            f"--gpus: {args.gpus} do not fill machines of {per_node}; use a multiple, or set "
+            f"--gpus_per_node"
+        )
+    return World(args.gpus, per_node)
+
+
+def plan_training(config: Config, args: argparse.Namespace) -> int:
+    """Print the plan of a run; returns the exit status. Raises UserError with all problems."""
+    world, gpu = read_world(args), find_gpu(args.gpu)
+    with tempfile.TemporaryDirectory() as folder:
+        run = sketched_run(config, Path(folder))
+        found = list(run_problems(run, world))
+        if found and not args.fits:
+            raise ConfigError("\n".join(found))
+        if args.fits:
+            plans = fitting(run, world, gpu, list(candidates(config, world)))
+            print(fits_table(plans, world, gpu))
+            written = [as_json(plan) for plan in plans]
+        else:
+            plan = make_plan(run, world, gpu)
+            print(table(plan))
+            written = [as_json(plan)]
+    if args.plan_json is not None:
+        write_text(
+            args.plan_json, json.dumps(written if args.fits else written[0], indent=1) + "\n"
+        )
+    return 0
+
+
+def sketched_run(config: Config, folder: Path) -> Run:
+    """The run with models that are here, or known by their names; folder: for what is known."""
+
+    def find(root: Path, name: str) -> Model:
+        try:
+            model = find_model(root, name)
+            if not model.missing(weights=False, encoders=False):
+                return model
+        except NotFoundError:
+            model = None
+        sketched = sketch_model(name, folder)
+        if sketched is None:
+            return model or find_model(root, name)  # which says what there is
+        log.info("%s is not here: planned from what is known of it", name)
+        return sketched
+
+    return resolve(config, find=find)
+
+
+def run_problems(run: Run, world: World) -> Iterator[str]:
+    """What keeps a run from these GPUs, one line each."""
+    config = run.config
+    share = config.accumulation * world.ranks // getattr(config.parallel, "context", 1)
+    if config.batch_size % max(1, share):
+        yield (
+            f"batch_size: {config.batch_size} samples do not divide over {world.ranks} GPUs x "
+            f"{config.accumulation} micro-batches; use a multiple of {share}"
+        )
+    for role, model in run.models.items():
+        try:
+            check_latent_shape(config.latent_shape, model)
+        except UserError as error:
+            yield str(error)
+        for what in ("latent", "text"):
+            theirs, ours = getattr(model, what), getattr(run.model, what)
+            if theirs != ours:
+                yield f"{role}.model: has {theirs}, but the generator's has {ours}"
