@@ -91,7 +91,7 @@ def assemble(run: Run, session: Session, options: RunOptions) -> Trainer:
     }
     parts = Parts(
         networks=networks,
-        rollout=_build_rollout(run, vae),
+        rollout=build_rollout(run, vae),
         sigmas=run.sampling.sigmas,
         layout=run.causal,
         parameters={name: list(role.parameters.values()) for name, role in roles.items()},
@@ -167,7 +167,7 @@ def _store(run: Run, role: str, network: nn.Module) -> None:
         store_float8(network)
 
 
-def _build_rollout(run: Run, vae: VideoVAE | None) -> Rollout | None:
+def build_rollout(run: Run, vae: VideoVAE | None) -> Rollout | None:
     """What makes samples of the generator, if the method needs them."""
     rollout, loss = run.rollout(vae), run.config.loss
     if rollout is None:

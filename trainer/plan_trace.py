@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,15 @@ from model.types import Batch, Conditioning
 from model.wan.cache import KeyValue, KVCache, TextKeys
 from pipeline.causal import CausalConfig
 from trainer.base import Trainer, TrainerParts
-from trainer.build import build_networks
+from trainer.build import build_networks, build_rollout
 from trainer.registry import TRAINERS
 from trainer.roles import Role, build_role
 from trainer.run import Run
 from utils.distributed import Session
 from utils.dry_run import Draw, dry_run
-from utils.metering import Meter, Peak, Place, Tag
+from utils.metering import Meter, Peak, Place, Tag, on_host
 from utils.op_costs import Transfer, Work
+from utils.recompute import HostMemory, Waiting
 
 BUILD = "build"  # the phase in which networks are made
 
@@ -63,7 +65,7 @@ class Unread(Model):
     """A model whose weights need not be there: `load_network` gives values to none."""
 
     def __new__(cls, model: Model) -> Any:
-        """`model`, in a class of its own beside this one."""
+        """`model`, in a class of its own."""
         own = type(f"Unread{type(model).__name__}", (_Unread, type(model)), {})
         copy = object.__new__(own)
         copy.__dict__.update(model.__dict__)
@@ -101,7 +103,8 @@ class MeteredCache(KVCache):
     def commit(self, frame_index: Tensor, layers: Sequence[KeyValue]) -> None:
         """See KVCache."""
         super().commit(frame_index, layers)
-        self.meter.tag((t for pair in layers for t in pair), "generator", "kv cache")
+        kept = (t for pair in (*self._storage, *self._sink) for t in pair)
+        self.meter.tag(kept, "generator", "kv cache")
 
     def keep_text(self, layers: Sequence[TextKeys]) -> None:
         """See KVCache."""
@@ -115,9 +118,9 @@ class MeteredCausal(CausalConfig):
 
     meter: Any = None
 
-    def new_cache(self) -> KVCache:
+    def new_cache(self, frames: int) -> KVCache:
         """See CausalLayout."""
-        cache = super().new_cache()
+        cache = super().new_cache(frames)
         cache.__class__ = MeteredCache
         assert isinstance(cache, MeteredCache)
         cache.meter = self.meter
@@ -170,8 +173,8 @@ def _stand_in_images(run: Run, video: Sequence[int]) -> tuple[Tensor | None, Ten
     if model.images is None:
         return None, None
     count, channels, frames, height, width = video
-    tokens, size = model.image_states
-    clip = torch.zeros(count, tokens * model.images.count, size, dtype=run.compute)
+    images = model.images
+    clip = torch.zeros(count, images.tokens * images.count, images.width, dtype=run.compute)
     mask = model.latent.temporal_stride
     return clip, torch.zeros(count, mask + channels, frames, height, width)
 
@@ -187,7 +190,7 @@ def planned(run: Run, meter: Meter) -> Run:
     return UnreadRun(**{**values, "sampling": sampling, "models": models})
 
 
-def build_stand_in(run: Run, session: Session, meter: Meter) -> Trainer:
+def build_stand_in(run: Run, session: Session, meter: Meter, *, on_gpu: bool) -> Trainer:
     """The run's trainer with its real networks, roles, method and average."""
     networks = build_networks(run, session)
     for name, network in networks.items():
@@ -196,9 +199,11 @@ def build_stand_in(run: Run, session: Session, meter: Meter) -> Trainer:
     roles = {
         name: build_role(name, networks[name], run.optimizer(name)) for name in run.needs.trained
     }
+    if on_gpu:
+        use_fused(roles)
     parts = Parts(
         networks=networks,
-        rollout=run.rollout(None),
+        rollout=build_rollout(run, None),
         sigmas=run.sampling.sigmas,
         layout=run.causal,
         parameters={name: list(role.parameters.values()) for name, role in roles.items()},
@@ -219,6 +224,31 @@ def build_stand_in(run: Run, session: Session, meter: Meter) -> Trainer:
     )
     tag_standing(meter, trainer, networks)
     return trainer
+
+
+@contextmanager
+def host_memory() -> Iterator[None]:
+    """Within the body, what waits in host memory says so: it is not the device's."""
+    put = HostMemory.put
+
+    def told(self: HostMemory, tensor: Tensor) -> Waiting:
+        with on_host():
+            return put(self, tensor)
+
+    HostMemory.put = told  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        HostMemory.put = put  # type: ignore[method-assign]
+
+
+def use_fused(roles: Mapping[str, Role]) -> None:
+    """Let AdamW step as it does on a GPU, in one kernel; here it took the CPU's way."""
+    for role in roles.values():
+        for optimizer in role.optimizers:
+            if isinstance(optimizer, torch.optim.AdamW):
+                for group in optimizer.param_groups:
+                    group["fused"], group["foreach"] = True, False
 
 
 def tag_standing(meter: Meter, trainer: Trainer, networks: Mapping[str, nn.Module]) -> None:
@@ -256,13 +286,19 @@ def fullest_step(trainer: Trainer) -> int:
     return max(range(trainer.config.steps), key=lambda step: len(list(trainer.phases(step))))
 
 
-def trace_step(run: Run, world: World, draw: Draw) -> Trace:
-    """Take a step of `run` with all of its phases; draw: which end of what is drawn."""
-    with dry_run(world_size=world.ranks, per_node=world.per_node, draw=draw):
+def trace_step(run: Run, world: World, draw: Draw, *, on_gpu: bool = True) -> Trace:
+    """Take a step of `run` with all of its phases; draw: which end of what is drawn.
+
+    on_gpu: as a GPU would run it, else as a CPU does.
+    """
+    with (
+        dry_run(world_size=world.ranks, per_node=world.per_node, draw=draw, on_gpu=on_gpu),
+        host_memory(),
+    ):
         session = Session(0, world.ranks, torch.device("cpu"))
         meter = Meter()
         with meter, meter.within(BUILD):
-            trainer = build_stand_in(planned(run, meter), session, meter)
+            trainer = build_stand_in(planned(run, meter), session, meter, on_gpu=on_gpu)
         meter.look = lambda: tag_gradients(meter, trainer.roles)
         trainer.state.step = fullest_step(trainer)
         standing = {tag: count for tag, count in meter.live.items() if count}

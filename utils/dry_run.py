@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from utils.fused_norm import FusedNorm
 from utils.op_costs import tensors_in
 
 HOST_NUMBERS = 2**16  # a larger tensor has no values, whoever computes it
@@ -86,12 +87,28 @@ def _has_values(func: Any, tensors: list[Tensor], kwargs: dict[str, Any]) -> boo
 
 
 @contextlib.contextmanager
+def _addresses() -> Iterator[None]:
+    """Within the body storages without memory have addresses too: code tells them apart by these."""
+    address = UntypedStorage.data_ptr
+
+    def told(storage: UntypedStorage) -> int:
+        return storage._cdata if storage.device.type == "meta" else address(storage)
+
+    UntypedStorage.data_ptr = told  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        UntypedStorage.data_ptr = address  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def dry_run(
-    *, world_size: int = 1, per_node: int | None = None, draw: Draw = "most"
+    *, world_size: int = 1, per_node: int | None = None, draw: Draw = "most", on_gpu: bool = False
 ) -> Iterator[FakeTensorMode]:
     """Within the body tensors have no values, and this process is rank 0 of `world_size`.
 
-    per_node: how many of the ranks are on one machine; None = all.
+    per_node: how many of the ranks are on one machine; None = all. on_gpu: with the operations that
+    a GPU would run, where they are others.
     """
     # Registers what collectives do to tensors without values.
     import torch.distributed._tools.fake_collectives  # noqa: F401
@@ -102,7 +119,8 @@ def dry_run(
     told = os.environ.get("LOCAL_WORLD_SIZE")
     os.environ["LOCAL_WORLD_SIZE"] = str(min(per_node or world_size, world_size))
     try:
-        with pretend, HostValues(pretend, draw):
+        norms = FusedNorm() if on_gpu else contextlib.nullcontext()
+        with _addresses(), pretend, HostValues(pretend, draw), norms:
             yield pretend
     finally:
         os.environ.pop("LOCAL_WORLD_SIZE")

@@ -10,6 +10,7 @@ import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils.op_costs import Transfer, Work, tensors_in, transfer_of, work_of
@@ -25,6 +27,14 @@ from utils.op_costs import Transfer, Work, tensors_in, transfer_of, work_of
 LOOK_AGAIN = 1.005
 # How DTensor learns the shape of a whole result: by an operation on nothing, which costs nothing.
 _INFER = "_propagate_tensor_meta_non_cached"
+
+
+_HOST = "host memory"
+
+
+def on_host() -> AbstractContextManager[Any]:
+    """Around what goes to host memory, which no meter counts."""
+    return record_function(_HOST)
 
 
 class Tag(NamedTuple):
@@ -161,6 +171,8 @@ class Meter(TorchDispatchMode):
         if func.namespace == "profiler":
             return self._label(func, args, kwargs)
         out = func(*args, **kwargs)
+        if self._parts[-1] == _HOST:
+            return out
         transfer = transfer_of(func, args, out)
         if transfer is not None:
             self.transfers[self.place, transfer] += 1

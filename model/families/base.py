@@ -32,6 +32,8 @@ class ImageSpec:
     """What a model reads of the images that its clips begin and end with."""
 
     count: int  # 1 = the first frame, 2 = first and last
+    tokens: int = 257  # states of each
+    width: int = 1280  # of a state
 
 
 @dataclass(frozen=True)

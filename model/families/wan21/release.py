@@ -111,7 +111,10 @@ class Wan21(Model):
     @property
     def images(self) -> ImageSpec | None:
         """See Model."""
-        return ImageSpec(self.sizes.image_count) if self.sizes.sees_images else None
+        sizes = self.sizes
+        if not sizes.sees_images:
+            return None
+        return ImageSpec(sizes.image_count, sizes.image_tokens, sizes.image_dim)
 
     @property
     def features(self) -> FeatureSpec:
