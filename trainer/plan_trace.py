@@ -295,21 +295,24 @@ def trace_step(run: Run, world: World, draw: Draw, *, on_gpu: bool = True) -> Tr
         dry_run(world_size=world.ranks, per_node=world.per_node, draw=draw, on_gpu=on_gpu),
         host_memory(),
     ):
-        session = Session(0, world.ranks, torch.device("cpu"))
-        meter = Meter()
-        with meter, meter.within(BUILD):
-            trainer = build_stand_in(planned(run, meter), session, meter, on_gpu=on_gpu)
-        meter.look = lambda: tag_gradients(meter, trainer.roles)
-        trainer.state.step = fullest_step(trainer)
-        standing = {tag: count for tag, count in meter.live.items() if count}
-        meter.work.clear()
-        meter.transfers.clear()
-        meter.peaks.clear()
-        with meter:
-            for phase in trainer.phases(trainer.state.step):
-                batches: Any = trainer.parts.batches
-                batches.begun = 0
-                with meter.within(phase.name):
-                    trainer.optimise(phase)
+        return metered_step(run, Session(0, world.ranks, torch.device("cpu")), on_gpu=on_gpu)
+
+
+def metered_step(run: Run, session: Session, *, on_gpu: bool) -> Trace:
+    """Build a run's trainer on this process's ranks, and meter the fullest of its steps."""
+    meter = Meter()
+    with meter, meter.within(BUILD):
+        trainer = build_stand_in(planned(run, meter), session, meter, on_gpu=on_gpu)
+    meter.look = lambda: tag_gradients(meter, trainer.roles)
+    trainer.state.step = fullest_step(trainer)
+    standing = {tag: count for tag, count in meter.live.items() if count}
+    for counted in (meter.work, meter.transfers, meter.peaks):
+        counted.clear()
+    with meter:
+        for phase in trainer.phases(trainer.state.step):
+            batches: Any = trainer.parts.batches
+            batches.begun = 0
+            with meter.within(phase.name):
+                trainer.optimise(phase)
     steps = (phase.name for step in range(run.config.steps) for phase in trainer.phases(step))
     return Trace(standing, dict(meter.peaks), meter.work, meter.transfers, Counter(steps))

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from utils.fused_norm import FusedNorm
+from utils.fused_norm import fused_norms
 from utils.op_costs import tensors_in
 
 HOST_NUMBERS = 2**16  # a larger tensor has no values, whoever computes it
@@ -88,7 +88,7 @@ def _has_values(func: Any, tensors: list[Tensor], kwargs: dict[str, Any]) -> boo
 
 @contextlib.contextmanager
 def _addresses() -> Iterator[None]:
-    """Within the body storages without memory have addresses too: code tells them apart by these."""
+    """Within the body storages without memory have addresses, by which code tells them apart."""
     address = UntypedStorage.data_ptr
 
     def told(storage: UntypedStorage) -> int:
@@ -119,7 +119,7 @@ def dry_run(
     told = os.environ.get("LOCAL_WORLD_SIZE")
     os.environ["LOCAL_WORLD_SIZE"] = str(min(per_node or world_size, world_size))
     try:
-        norms = FusedNorm() if on_gpu else contextlib.nullcontext()
+        norms = fused_norms() if on_gpu else contextlib.nullcontext()
         with _addresses(), pretend, HostValues(pretend, draw), norms:
             yield pretend
     finally:
