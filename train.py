@@ -16,7 +16,7 @@ if __name__ == "__main__":  # before torch is imported
 from trainer.base import AGAIN
 from trainer.build import RunOptions, build_trainer
 from trainer.config import Config, load
-from trainer.plan_command import add_plan_flags, plan_training
+from trainer.plan_command import add_plan_flags, need_unless_planning, plan_training
 from utils.cli import USER_ERRORS, command_parser, fail, start_logging
 from utils.distributed import distributed_session
 
@@ -47,8 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one training; returns the exit status. 130 = interrupted, and resumable."""
     words = parser()
     args = words.parse_intermixed_args(arguments)
-    if args.logdir is None and not args.plan:
-        words.error("the following arguments are required: --logdir")
+    need_unless_planning(words, args, ("logdir",))
     start_logging()
     try:
         config = load(args.config_path, args.overrides)

@@ -8,16 +8,17 @@ to the whole depth. Time is the mean over what a step draws (exit steps), memory
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from trainer.plan_encoders import encoder_bytes
+from trainer.plan_encoders import encoder_bytes, wanted_parts
 from trainer.plan_trace import Trace, World, trace_step
 from trainer.run import Run
 from utils.gpus import GPU, HIDDEN_BYTES, kernel_of, seconds, transfer_seconds
 from utils.metering import Place, Tag
 
+TURNS = 2  # micro-batches that are traced: the first, and one that finds gradients there
 K = TypeVar("K")
 SHORT = 3  # layers of the shallowest network in the shorter trace: a first, a last and one between
 
@@ -63,6 +64,7 @@ class Plan:
     costs: Mapping[Place, Cost]  # of one pass through each phase; the mean over what is drawn
     sent: Mapping[tuple[str, int, int], float]  # bytes by (kind, ranks, step) in such a pass
     counts: Mapping[str, int]  # how often each phase comes in the whole run
+    repeats: int  # steps of the run
     layers_traced: str  # which depths the figures come from
 
     @property
@@ -95,54 +97,71 @@ class Plan:
     @property
     def step_seconds(self) -> float:
         """The mean over the run's steps."""
-        return self.run_seconds / self.run.config.steps
+        return self.run_seconds / self.repeats
 
 
 def make_plan(run: Run, world: World, gpu: GPU) -> Plan:
     """Trace a step of `run` and work out what it takes. Raises what building the run raises."""
-    wanted = run.config
-    turns = wanted.accumulation
-    if turns > 2:  # the first micro-batch, and one that finds gradients there
-        batch = 2 * wanted.batch_size // turns
-        run = replace(run, config=replace(wanted, accumulation=2, batch_size=batch))
-    short, longer, factor = _depths(run)
-    most = trace_step(short, world, "most")
-    least = trace_step(_one_turn(short), world, "least")
-    kernel = kernel_of(gpu, getattr(wanted.parallel, "attention", "auto"))
-    worst, shortest = (_costs(t, gpu, kernel, world) for t in (most, least))
-    standing, peaks = dict(most.standing), {p: peak.scaled for p, peak in most.peaks.items()}
-    sent = _sent(most, turns)
-    whole, told = worst, "all layers"
-    if longer is not None:
-        deep = trace_step(longer, world, "most")
-        whole = _extend(worst, _costs(deep, gpu, kernel, world), factor)
+    wanted, traced = run.config, run
+    if wanted.accumulation > TURNS:
+        batch = TURNS * wanted.batch_size // wanted.accumulation
+        traced = replace(run, config=replace(wanted, accumulation=TURNS, batch_size=batch))
+    short, longer, factor = depths(traced)
+    traces = [
+        trace_step(short, world, "most"),
+        trace_step(_one_turn(short), world, "least"),
+        None if longer is None else trace_step(longer, world, "most"),
+    ]
+    encoders = encoder_bytes(run, wanted_parts(run))
+    return extended(run, world, gpu, traces, factor, encoders)
+
+
+def extended(
+    run: Run,
+    world: World,
+    gpu: GPU,
+    traces: Sequence[Trace | None],
+    factor: float,
+    encoders: Mapping[Tag, float],
+) -> Plan:
+    """The plan of a run from its traces: shallow with the longest and with the shortest draws,
+    and deeper with the longest, if there is one; factor: see `depths`.
+    """
+    most, least, deep = traces
+    assert most is not None and least is not None, "two shallow traces are always taken"
+    turns = run.config.accumulation
+    worst, shortest = (_costs(t, gpu, run, world) for t in (most, least))
+    standing = {tag: float(count) for tag, count in most.standing.items()}
+    peaks = {p: peak.scaled for p, peak in most.peaks.items()}
+    sent, whole, told = _sent(most, turns), worst, "all layers"
+    if deep is not None:
+        whole = _extend(worst, _costs(deep, gpu, run, world), factor)
         standing = _line(standing, deep.standing, factor)
         deeper = {p: peak.scaled for p, peak in deep.peaks.items()}
         peaks = {p: _line(peaks[p], deeper.get(p, peaks[p]), factor) for p in peaks}
         sent = _line(sent, _sent(deep, turns), factor)
-        told = _told(short, longer)
+        told = f"two shallow networks, extended by {factor:.0f} times what the deeper has more"
     mean = {
         p: _mean(cost, worst.get(p, cost), shortest.get(p._replace(turn=0), cost))
         for p, cost in whole.items()
     }
-    share = {p: _of_turns(p, turns) for p in mean}
     place = max(peaks, key=lambda p: sum(peaks[p].values()))
-    encoders = encoder_bytes(run)
     return Plan(
-        run=replace(run, config=wanted),
+        run=run,
         world=world,
         gpu=gpu,
         standing={**standing, **encoders},
         peak={**peaks[place], **encoders},
         peak_place=place,
-        costs={p: cost.times(share[p]) for p, cost in mean.items()},
+        costs={p: cost.times(_of_turns(p, turns)) for p, cost in mean.items()},
         sent=sent,
         counts=most.phases,
+        repeats=run.config.steps,
         layers_traced=told,
     )
 
 
-def _depths(run: Run) -> tuple[Run, Run | None, float]:
+def depths(run: Run) -> tuple[Run, Run | None, float]:
     """The run with shallow networks, with slightly deeper ones, and how often the difference fits.
 
     Every role is cut by as many layers, so all figures are linear in that number.
@@ -163,19 +182,14 @@ def _cut(run: Run, layers: int) -> Run | None:
     return replace(run, models=kept) if len(kept) == len(models) else None
 
 
-def _told(short: Run, longer: Run) -> str:
-    depths = (
-        f"{role} {model.features.layers} and {longer.models[role].features.layers}"
-        for role, model in short.models.items()
-    )
-    return f"traced with {', '.join(depths)} layers and extended, each figure along its line"
-
-
-def _costs(trace: Trace, gpu: GPU, kernel: str, world: World) -> dict[Place, Cost]:
+def _costs(trace: Trace, gpu: GPU, run: Run, world: World) -> dict[Place, Cost]:
     """What the parts of a traced step cost."""
+    parallel = run.config.parallel
+    kernel = kernel_of(gpu, parallel.attention)
     found: dict[Place, Cost] = defaultdict(Cost)
     for (place, work), count in trace.work.items():
-        each = Cost(seconds(work, gpu, kernel), 0.0, work.flops, work.moved)
+        taken = seconds(work, gpu, kernel, compiled=parallel.compile)
+        each = Cost(taken, 0.0, work.flops, work.moved)
         found[place] = found[place].plus(each, count)
     for (place, transfer), count in trace.transfers.items():
         taken = transfer_seconds(transfer, gpu, world.per_node)
@@ -222,6 +236,6 @@ def _mean(whole: Cost, worst: Cost, shortest: Cost) -> Cost:
 
 def _of_turns(place: Place, turns: int) -> float:
     """How often a traced micro-batch comes in a phase: of many only the first and one were run."""
-    if turns <= 2 or place.part in ("clip", "optimizer", "average"):
+    if turns <= TURNS or place.part in ("clip", "optimizer", "average"):
         return 1.0
     return float(turns - 1) if place.turn == 0 else 1.0

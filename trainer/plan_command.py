@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from model.families.base import Model
 from model.families.registry import find_model, sketch_model
 from trainer.config import Config
 from trainer.inputs import check_latent_shape
-from trainer.plan import World, make_plan
+from trainer.plan import make_plan
 from trainer.plan_fits import candidates, fitting
+from trainer.plan_inference import plan_clips, with_frames
 from trainer.plan_table import as_json, fits_table, table
+from trainer.plan_trace import World
 from trainer.run import Run, resolve
 from utils.config import ConfigError
 from utils.errors import NotFoundError, UserError
@@ -42,6 +45,15 @@ def add_plan_flags(parser: argparse.ArgumentParser, *, fits: bool = True) -> Non
             "--fits", action="store_true",
             help="plan other ways to lay the same run over these GPUs, and list the fastest",
         )  # fmt: skip
+
+
+def need_unless_planning(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, names: Sequence[str]
+) -> None:
+    """End the command if it lacks a word that only a plan does without."""
+    missing = [f"--{name}" for name in names if getattr(args, name) is None and not args.plan]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
 
 
 def read_world(args: argparse.Namespace) -> World:
@@ -81,23 +93,37 @@ def plan_training(config: Config, args: argparse.Namespace) -> int:
     return 0
 
 
-def sketched_run(config: Config, folder: Path) -> Run:
+def plan_inference(config: Config, args: argparse.Namespace) -> int:
+    """Print the plan of a batch of clips on one GPU; returns the exit status. Raises UserError."""
+    gpu = find_gpu(args.gpu)
+    with tempfile.TemporaryDirectory() as folder:
+        run = with_frames(
+            sketched_run(config, Path(folder), ("generator",)), args.num_output_frames
+        )
+        check_latent_shape(run.config.latent_shape, run.model)
+        plan = plan_clips(run, gpu, args.batch_size)
+    print(table(plan))
+    if args.plan_json is not None:
+        write_text(args.plan_json, json.dumps(as_json(plan), indent=1) + "\n")
+    return 0
+
+
+def sketched_run(config: Config, folder: Path, roles: Sequence[str] | None = None) -> Run:
     """The run with models that are here, or known by their names; folder: for what is known."""
 
     def find(root: Path, name: str) -> Model:
-        try:
+        model = None
+        with contextlib.suppress(NotFoundError):
             model = find_model(root, name)
             if not model.missing(weights=False, encoders=False):
                 return model
-        except NotFoundError:
-            model = None
         sketched = sketch_model(name, folder)
         if sketched is None:
             return model or find_model(root, name)  # which says what there is
         log.info("%s is not here: planned from what is known of it", name)
         return sketched
 
-    return resolve(config, find=find)
+    return resolve(config, roles, find)
 
 
 def run_problems(run: Run, world: World) -> Iterator[str]:

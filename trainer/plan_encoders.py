@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from trainer.run import Run
 from utils.metering import Tag
@@ -14,6 +14,8 @@ def wanted_parts(run: Run) -> Iterator[str]:
     As the composition root decides; what only data can tell is assumed to be needed.
     """
     config, causal = run.config, run.config.causal
+    if config.parallel.offload_encoders:
+        return  # they come while nothing else is there
     if config.data.text_embeddings is None:
         yield "text_encoder"
     if run.model.images is not None:
@@ -23,11 +25,11 @@ def wanted_parts(run: Run) -> Iterator[str]:
         yield "codec"
 
 
-def encoder_bytes(run: Run) -> dict[Tag, float]:
-    """Bytes of each, in the dtype in which the run loads them."""
+def encoder_bytes(run: Run, parts: Iterable[str]) -> dict[Tag, float]:
+    """Bytes of each of `parts`, in the dtype in which the run loads them."""
     outlines = run.model.outlines()
     found: dict[Tag, float] = {}
-    for part in wanted_parts(run):
+    for part in parts:
         if part in outlines:
             module = outlines[part](run.compute)
             tensors = [*module.parameters(), *module.buffers()]

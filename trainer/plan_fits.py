@@ -13,7 +13,8 @@ from dataclasses import fields, replace
 from typing import Any, get_args, get_type_hints
 
 from trainer.config import Config
-from trainer.plan import Plan, World, make_plan
+from trainer.plan import Plan, make_plan
+from trainer.plan_trace import World
 from trainer.run import Run
 from utils.gpus import GPU
 from utils.parallel import ParallelConfig
@@ -35,9 +36,8 @@ def candidates(config: Config, world: World) -> Iterator[Config]:
         if _has("context"):
             changes["context"] = context
         parallel = replace(config.parallel, **changes)
-        yield replace(
-            config, accumulation=accumulation, sharding_strategy=sharding, parallel=parallel
-        )
+        laid: dict[str, Any] = {"accumulation": accumulation, "sharding_strategy": sharding}
+        yield replace(config, parallel=parallel, **laid)
 
 
 def _divisors(count: int) -> list[int]:

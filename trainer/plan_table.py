@@ -37,10 +37,16 @@ def _heading(plan: Plan) -> list[str]:
     fits = "fits" if plan.fits else "DOES NOT FIT"
     return [
         f"{where(plan.world, gpu)}: {fits}, {plan.memory / GB:.1f} of {gpu.memory / GB:.1f} GB "
-        f"per GPU; {plan.step_seconds:.2f} s a step, {plan.run_seconds / 3600:.1f} h for "
-        f"{config.steps} steps",
+        f"per GPU; {_duration(plan)}",
         f"{name_of(config)} batch_size={config.batch_size} latent_shape={config.latent_shape}",
     ]
+
+
+def _duration(plan: Plan) -> str:
+    if plan.repeats == 1:
+        return f"{plan.step_seconds:.2f} s"
+    hours = plan.run_seconds / 3600
+    return f"{plan.step_seconds:.2f} s a step, {hours:.1f} h for {plan.repeats} steps"
 
 
 def where(world: World, gpu: GPU) -> str:

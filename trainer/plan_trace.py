@@ -7,11 +7,11 @@ through the loop's own `optimise`. What lies outside a step (data, encoders) has
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from utils.metering import Meter, Peak, Place, Tag, on_host
 from utils.op_costs import Transfer, Work
 from utils.recompute import HostMemory, Waiting
 
+T = TypeVar("T")
 BUILD = "build"  # the phase in which networks are made
 
 
@@ -61,25 +62,23 @@ class Trace:
     phases: Mapping[str, int]  # how often each comes in the whole run
 
 
-class Unread(Model):
+class Unread:
     """A model whose weights need not be there: `load_network` gives values to none."""
 
-    def __new__(cls, model: Model) -> Any:
+    random_network: Callable[[int, Placement], nn.Module]
+
+    @classmethod
+    def of(cls, model: Model) -> Any:
         """`model`, in a class of its own."""
-        own = type(f"Unread{type(model).__name__}", (_Unread, type(model)), {})
-        copy = object.__new__(own)
-        copy.__dict__.update(model.__dict__)
-        return copy
+        own = type(f"{cls.__name__}{type(model).__name__}", (cls, type(model)), {})
+        unread: Any = object.__new__(own)
+        unread.__dict__.update(model.__dict__)
+        return unread
 
-
-class _Unread:
-    random_network: Any
-
-    def load_network(self, weights: Any, place: Placement, *, what: str) -> nn.Module:
+    def load_network(self, weights: object, place: Placement, *, what: str) -> nn.Module:
         """The network in the place of one with weights."""
         del weights, what
-        network: nn.Module = self.random_network(0, place)
-        return network
+        return self.random_network(0, place)
 
 
 class UnreadRun(Run):
@@ -125,6 +124,22 @@ class MeteredCausal(CausalConfig):
         assert isinstance(cache, MeteredCache)
         cache.meter = self.meter
         return cache
+
+
+class Spokesman(Session):
+    """A rank whose peers are pretended: what all ranks tell each other, it tells itself."""
+
+    def any(self, flag: bool) -> bool:
+        """See Session."""
+        return flag
+
+    def from_main(self, value: str) -> str:
+        """See Session."""
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """See Session."""
+        return [value] * self.world_size
 
 
 class StandInBatches:
@@ -186,8 +201,13 @@ def planned(run: Run, meter: Meter) -> Run:
         values = {f.name: getattr(sampling.causal, f.name) for f in fields(CausalConfig)}
         sampling = replace(sampling, causal=MeteredCausal(**values, meter=meter))
     values = {f.name: getattr(run, f.name) for f in fields(Run)}
-    models = {role: Unread(model) for role, model in run.models.items()}
-    return UnreadRun(**{**values, "sampling": sampling, "models": models})
+    values["models"] = {role: Unread.of(model) for role, model in run.models.items()}
+    # A graph does what its operations do; how it fuses them is a matter of time alone.
+    parallel = replace(
+        run.config.parallel, compile=False, attention="auto", masked_attention="auto"
+    )
+    values["config"] = replace(run.config, parallel=parallel)
+    return UnreadRun(**{**values, "sampling": sampling})
 
 
 def build_stand_in(run: Run, session: Session, meter: Meter, *, on_gpu: bool) -> Trainer:
@@ -295,7 +315,8 @@ def trace_step(run: Run, world: World, draw: Draw, *, on_gpu: bool = True) -> Tr
         dry_run(world_size=world.ranks, per_node=world.per_node, draw=draw, on_gpu=on_gpu),
         host_memory(),
     ):
-        return metered_step(run, Session(0, world.ranks, torch.device("cpu")), on_gpu=on_gpu)
+        session = Spokesman(0, world.ranks, torch.device("cpu"))
+        return metered_step(run, session, on_gpu=on_gpu)
 
 
 def metered_step(run: Run, session: Session, *, on_gpu: bool) -> Trace:

@@ -53,6 +53,9 @@ GPUS = {
 # video codecs, and reading and writing memory.
 REACHED = {"matmul": 0.72, "convolution": 0.45}
 REACHED_BANDWIDTH = 0.85
+# Of what elementwise operations of a block read and write, compiled ones still do; counted by hand
+# over a block: what stays is its inputs, its outputs and what products and attention read.
+FUSED = 0.45
 # Memory that tensors do not show: the CUDA context and its kernels, NCCL's buffers, and what the
 # allocator cannot use of freed pieces.
 HIDDEN_BYTES = 2 * GIB
@@ -69,14 +72,22 @@ def find_gpu(name: str) -> GPU:
 
 
 def kernel_of(gpu: GPU, wanted: str) -> str:
-    """The attention kernel that is counted on; `auto` = the fastest that needs no installation."""
-    if wanted in gpu.attention:
-        return wanted
-    return "cudnn" if "cudnn" in gpu.attention else "flash2"
+    """The attention kernel that is counted on; `auto` = the fastest that needs no installation.
+
+    What torch chooses by itself is FlashAttention-2, and what it has beside is counted as that.
+    """
+    if wanted == "auto":
+        return "cudnn" if "cudnn" in gpu.attention else "flash2"
+    return wanted if wanted in gpu.attention else "flash2"
 
 
-def seconds(work: Work, gpu: GPU, kernel: str) -> float:
-    """How long one operation takes: the slower of its arithmetic and its memory traffic."""
+def seconds(work: Work, gpu: GPU, kernel: str, *, compiled: bool = False) -> float:
+    """How long one operation takes: the slower of its arithmetic and its memory traffic.
+
+    compiled: whether what only moves memory is fused with its neighbours.
+    """
+    if compiled and work.kind == "elementwise":
+        return FUSED * work.moved / (gpu.bandwidth * REACHED_BANDWIDTH)
     peak = gpu.flops_fp32 if work.itemsize > 2 else gpu.flops
     if work.kind in ("attention", "attention_backward"):
         reached = gpu.attention[kernel][work.kind == "attention_backward"]

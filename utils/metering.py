@@ -148,7 +148,7 @@ class Meter(TorchDispatchMode):
             finally:
                 meter._aside = False
 
-        UntypedStorage.resize_ = resized  # type: ignore[method-assign]
+        UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
         setattr(ShardingPropagator, _INFER, inferred)
         super().__enter__()
         return self

@@ -159,6 +159,7 @@ def _ranks(args: Any) -> list[int]:
                 return dist.get_process_group_ranks(dist.ProcessGroup.unbox(value))
     for value in args:
         if isinstance(value, str) and value not in ("sum", "avg", "max", "min"):
-            group = dist.distributed_c10d._resolve_process_group(value)
+            name: Any = value
+            group = dist.distributed_c10d._resolve_process_group(name)
             return dist.get_process_group_ranks(group)
     raise AssertionError("a collective names its group")

@@ -48,7 +48,8 @@ def text_encoder(folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
     from transformers import UMT5Config, UMT5EncoderModel  # slow to import
 
     with torch.device("meta"):
-        return UMT5EncoderModel(UMT5Config(**_UMT5)).to(dtype)
+        encoder: nn.Module = UMT5EncoderModel(UMT5Config(**_UMT5)).to(dtype)
+    return encoder
 
 
 def codec(folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
@@ -77,4 +78,5 @@ def image_encoder(sizes: WanConfig, dtype: torch.dtype) -> nn.Module:
         image_size=14 * patches,
     )
     with torch.device("meta"):
-        return CLIPVisionModel(config).to(dtype)
+        encoder: nn.Module = CLIPVisionModel(config).to(dtype)
+    return encoder
