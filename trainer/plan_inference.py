@@ -23,6 +23,9 @@ PHASES = {"denoise": 1, "decode": 1}  # of a batch of clips
 
 def plan_clips(run: Run, gpu: GPU, clips: int) -> Plan:
     """The plan of a batch of `clips` of the run's latent_shape, on one GPU."""
+    # A run's own batches and layout belong to its training.
+    config = replace(run.config, batch_size=clips, accumulation=1, sharding_strategy="none")
+    run = replace(run, config=config)
     short, longer, factor = depths(run)
     world = World(1, 1)
     trace = trace_clips(short, clips)

@@ -67,7 +67,7 @@ def _memory(plan: Plan) -> list[str]:
     rows.append(["hidden", *[""] * len(roles), _number(HIDDEN_BYTES / GB)])
     rows.append(["sum", *[""] * len(roles), _number(plan.memory / GB)])
     place = plan.peak_place
-    return [*columns([head, *rows]), f"The worst moment: {place.phase}, {place.part}."]
+    return [*columns([head, *rows]), f"The worst moment: {_name(place)}."]
 
 
 def _time(plan: Plan) -> list[str]:
@@ -150,4 +150,6 @@ def _tags(contents: Mapping[Tag, float]) -> dict[str, dict[str, int]]:
 
 
 def _name(place: Place) -> str:
-    return place.part if place.part.startswith(place.phase) else f"{place.phase} {place.part}"
+    if place.part.startswith(place.phase):
+        return place.part
+    return f"{place.phase} {place.part}".strip()

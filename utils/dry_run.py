@@ -39,6 +39,11 @@ class HostValues(TorchDispatchMode):
         self.pretend = pretend
         self.draw = draw
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No wrapper around each call, which costs time: nothing is compiled here."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

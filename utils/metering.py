@@ -159,6 +159,11 @@ class Meter(TorchDispatchMode):
         UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         setattr(ShardingPropagator, _INFER, self._infer)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No wrapper around each call, which costs time: nothing is compiled here."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

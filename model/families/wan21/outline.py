@@ -61,7 +61,8 @@ def codec(folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
 
         with torch.device("meta"):
             vae = AutoencoderKLWan()  # its defaults are Wan2.1's
-    return WanVAEWrapper(vae.to(dtype))
+    # diffusers' own `to` warns of modules that it would keep in fp32, of which there are none.
+    return WanVAEWrapper(nn.Module.to(vae, dtype))
 
 
 def image_encoder(sizes: WanConfig, dtype: torch.dtype) -> nn.Module:
