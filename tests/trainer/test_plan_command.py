@@ -1,4 +1,4 @@
-"""`--plan`: from configuration to figures, with nothing but sizes on the disk, or not even these."""
+"""`--plan`: from a configuration to figures, with sizes alone on the disk, or not even these."""
 
 from __future__ import annotations
 

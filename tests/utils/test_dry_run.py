@@ -1,4 +1,4 @@
-"""Code runs without values: shapes follow, memory does not; what the host counts keeps its values."""
+"""Code runs without values: shapes follow, memory does not; what the host counts has values."""
 
 from __future__ import annotations
 
