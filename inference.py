@@ -372,7 +372,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start_logging()
     try:
         if args.plan:
-            return plan_inference(load(args.config_path, args.overrides), args)
+            print(plan_inference(load(args.config_path, args.overrides), args))
+            return 0
         plan = prepare(args)
     except USER_ERRORS as error:
         return fail(error)

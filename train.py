@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load(args.config_path, args.overrides)
         if args.plan:
-            return plan_training(config, args)
+            print(plan_training(config, args))
+            return 0
     except USER_ERRORS as error:
         return fail(error)
     options = RunOptions(

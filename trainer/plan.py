@@ -166,9 +166,10 @@ def depths(run: Run) -> tuple[Run, Run | None, float]:
 
     Every role is cut by as many layers, so all figures are linear in that number.
     """
-    stride = getattr(run.config.parallel, "checkpoint_every", 1)
+    stride = run.config.parallel.checkpoint_every
+    least = max(SHORT, 2 + run.config.parallel.prefetch)
     depth = min(model.features.layers for model in run.models.values())
-    cut = (depth - SHORT * stride) // stride * stride
+    cut = (depth - least * stride) // stride * stride
     shallow = _cut(run, cut) if cut > stride else None
     deeper = _cut(run, cut - stride) if shallow is not None else None
     if shallow is None or deeper is None or run.config.discriminator.layers:

@@ -14,8 +14,8 @@ from model.families.base import Model
 from model.families.registry import find_model, sketch_model
 from trainer.config import Config
 from trainer.inputs import check_latent_shape
-from trainer.plan import make_plan
-from trainer.plan_fits import candidates, fitting
+from trainer.plan import Plan, make_plan
+from trainer.plan_fits import candidates, context_of, fitting
 from trainer.plan_inference import plan_clips, with_frames
 from trainer.plan_table import as_json, fits_table, table
 from trainer.plan_trace import World
@@ -70,8 +70,8 @@ def read_world(args: argparse.Namespace) -> World:
     return World(args.gpus, per_node)
 
 
-def plan_training(config: Config, args: argparse.Namespace) -> int:
-    """Print the plan of a run; returns the exit status. Raises UserError with all problems."""
+def plan_training(config: Config, args: argparse.Namespace) -> str:
+    """The plan of a run, in words. Raises UserError with all problems."""
     world, gpu = read_world(args), find_gpu(args.gpu)
     with tempfile.TemporaryDirectory() as folder:
         run = sketched_run(config, Path(folder))
@@ -80,21 +80,23 @@ def plan_training(config: Config, args: argparse.Namespace) -> int:
             raise ConfigError("\n".join(found))
         if args.fits:
             plans = fitting(run, world, gpu, list(candidates(config, world)))
-            print(fits_table(plans, world, gpu))
-            written = [as_json(plan) for plan in plans]
+            words = fits_table(plans, world, gpu)
         else:
-            plan = make_plan(run, world, gpu)
-            print(table(plan))
-            written = [as_json(plan)]
-    if args.plan_json is not None:
-        write_text(
-            args.plan_json, json.dumps(written if args.fits else written[0], indent=1) + "\n"
-        )
-    return 0
+            plans = [make_plan(run, world, gpu)]
+            words = table(plans[0])
+    keep(plans if args.fits else plans[0], args.plan_json)
+    return words
 
 
-def plan_inference(config: Config, args: argparse.Namespace) -> int:
-    """Print the plan of a batch of clips on one GPU; returns the exit status. Raises UserError."""
+def keep(plans: Plan | Sequence[Plan], path: Path | None) -> None:
+    """Write a plan, or several, as JSON; None = nowhere."""
+    if path is not None:
+        found = as_json(plans) if isinstance(plans, Plan) else [as_json(plan) for plan in plans]
+        write_text(path, json.dumps(found, indent=1) + "\n")
+
+
+def plan_inference(config: Config, args: argparse.Namespace) -> str:
+    """The plan of a batch of clips on one GPU, in words. Raises UserError."""
     gpu = find_gpu(args.gpu)
     with tempfile.TemporaryDirectory() as folder:
         run = with_frames(
@@ -102,10 +104,8 @@ def plan_inference(config: Config, args: argparse.Namespace) -> int:
         )
         check_latent_shape(run.config.latent_shape, run.model)
         plan = plan_clips(run, gpu, args.batch_size)
-    print(table(plan))
-    if args.plan_json is not None:
-        write_text(args.plan_json, json.dumps(as_json(plan), indent=1) + "\n")
-    return 0
+    keep(plan, args.plan_json)
+    return table(plan)
 
 
 def sketched_run(config: Config, folder: Path, roles: Sequence[str] | None = None) -> Run:
@@ -129,7 +129,7 @@ def sketched_run(config: Config, folder: Path, roles: Sequence[str] | None = Non
 def run_problems(run: Run, world: World) -> Iterator[str]:
     """What keeps a run from these GPUs, one line each."""
     config = run.config
-    share = config.accumulation * world.ranks // getattr(config.parallel, "context", 1)
+    share = config.accumulation * world.ranks // context_of(config)
     if config.batch_size % max(1, share):
         yield (
             f"batch_size: {config.batch_size} samples do not divide over {world.ranks} GPUs x "

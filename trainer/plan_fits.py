@@ -48,6 +48,11 @@ def _has(key: str) -> bool:
     return key in {field.name for field in fields(ParallelConfig)}
 
 
+def context_of(config: Config) -> int:
+    """How many ranks share a sample's tokens."""
+    return int(vars(config.parallel).get("context", 1))
+
+
 def _contexts() -> list[int]:
     return [1, 2, 4, 8] if _has("context") else [1]
 
@@ -100,5 +105,5 @@ def name_of(config: Config) -> str:
         f"parallel.activation_checkpoint={config.parallel.activation_checkpoint}",
     ]
     if _has("context"):
-        words.append(f"parallel.context={getattr(config.parallel, 'context', 1)}")
+        words.append(f"parallel.context={context_of(config)}")
     return " ".join(words)

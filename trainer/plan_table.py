@@ -91,7 +91,7 @@ def _traffic(plan: Plan) -> list[str]:
         [kind, str(ranks), str(step), _number(count / GB)]
         for (kind, ranks, step), count in sorted(plan.sent.items())
     ]
-    return columns([["GB sent per GPU, one pass of each phase", "ranks", "apart", "GB"], *rows])
+    return columns([["GB sent per GPU in all phases, longest draw", "ranks", "apart", "GB"], *rows])
 
 
 def _number(value: float) -> str:

@@ -7,6 +7,7 @@ counters, seeds) keeps its values, because Python reads it.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -115,11 +116,10 @@ def dry_run(
     per_node: how many of the ranks are on one machine; None = all. on_gpu: with the operations that
     a GPU would run, where they are others.
     """
-    # Registers what collectives do to tensors without values.
-    import torch.distributed._tools.fake_collectives  # noqa: F401
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    # Imported when they are used: they register what collectives do without values or peers.
+    importlib.import_module("torch.distributed._tools.fake_collectives")
+    peers = importlib.import_module("torch.testing._internal.distributed.fake_pg")
+    dist.init_process_group("fake", store=peers.FakeStore(), rank=0, world_size=world_size)
     pretend = FakeTensorMode(allow_non_fake_inputs=True)
     told = os.environ.get("LOCAL_WORLD_SIZE")
     os.environ["LOCAL_WORLD_SIZE"] = str(min(per_node or world_size, world_size))

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import model.families.wan21.export as exports
+import model.families.wan21.outline as sketches
 import model.families.wan21.weights as transformers
 from model.encoders.clip import WanCLIPEncoder
 from model.encoders.text import TextEncoder, WanTextEncoder
 from model.encoders.vae import VideoVAE, WanVAEWrapper
 from model.families.base import Export, ImageSpec, Model, TextSpec
-from model.families.wan21 import outline
 from model.families.wan21.folder import (
     CONFIGS,
     MODEL_INDEX,
@@ -212,7 +212,7 @@ class Wan21(Model):
     @classmethod
     def sketch(cls, name: str, folder: Path) -> bool:
         """See Model; the published releases, and the presets by their names."""
-        return outline.write_sizes(name, folder)
+        return sketches.write_sizes(name, folder)
 
     def shortened(self, layers: int) -> Model | None:
         """See Model."""
@@ -225,11 +225,11 @@ class Wan21(Model):
     def outlines(self) -> Mapping[str, Callable[[torch.dtype], nn.Module]]:
         """See Model."""
         found = {
-            "text_encoder": lambda dtype: outline.text_encoder(self.folder, dtype),
-            "codec": lambda dtype: outline.codec(self.folder, dtype),
+            "text_encoder": lambda dtype: sketches.text_encoder(self.folder, dtype),
+            "codec": lambda dtype: sketches.codec(self.folder, dtype),
         }
         if self.sizes.sees_images:
-            found["image_encoder"] = lambda dtype: outline.image_encoder(self.sizes, dtype)
+            found["image_encoder"] = lambda dtype: sketches.image_encoder(self.sizes, dtype)
         return found
 
     def check_export(self, export: Export, target: Path) -> None:
