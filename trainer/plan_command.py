@@ -15,12 +15,13 @@ from model.families.registry import find_model, sketch_model
 from trainer.config import Config
 from trainer.inputs import check_latent_shape
 from trainer.plan import Plan, make_plan
-from trainer.plan_fits import candidates, context_of, fitting
+from trainer.plan_fits import candidates, fitting
 from trainer.plan_inference import plan_clips, with_frames
 from trainer.plan_table import as_json, fits_table, table
 from trainer.plan_trace import World
 from trainer.run import Run, resolve
 from utils.config import ConfigError
+from utils.context_parallel import sharing_problems
 from utils.errors import NotFoundError, UserError
 from utils.files import write_text
 from utils.gpus import GPUS, find_gpu
@@ -79,7 +80,7 @@ def plan_training(config: Config, args: argparse.Namespace) -> str:
         if found and not args.fits:
             raise ConfigError("\n".join(found))
         if args.fits:
-            plans = fitting(run, world, gpu, list(candidates(config, world)))
+            plans = fitting(run, world, gpu, list(candidates(run, world)))
             words = fits_table(plans, world, gpu)
         else:
             plans = [make_plan(run, world, gpu)]
@@ -129,12 +130,15 @@ def sketched_run(config: Config, folder: Path, roles: Sequence[str] | None = Non
 def run_problems(run: Run, world: World) -> Iterator[str]:
     """What keeps a run from these GPUs, one line each."""
     config = run.config
-    share = config.accumulation * world.ranks // context_of(config)
+    share = config.accumulation * max(1, world.ranks // config.parallel.context)
     if config.batch_size % max(1, share):
         yield (
             f"batch_size: {config.batch_size} samples do not divide over {world.ranks} GPUs x "
             f"{config.accumulation} micro-batches; use a multiple of {share}"
         )
+    counts = {"GPUs": world.ranks, "tokens of a frame": _frame_tokens(run)}
+    counts |= {f"attention heads of {r}": m.features.heads for r, m in run.models.items()}
+    yield from sharing_problems("parallel.context", config.parallel.context, counts)
     for role, model in run.models.items():
         try:
             check_latent_shape(config.latent_shape, model)
@@ -144,3 +148,8 @@ def run_problems(run: Run, world: World) -> Iterator[str]:
             theirs, ours = getattr(model, what), getattr(run.model, what)
             if theirs != ours:
                 yield f"{role}.model: has {theirs}, but the generator's has {ours}"
+
+
+def _frame_tokens(run: Run) -> int:
+    channels, _, height, width = run.latent_shape
+    return run.model.latent.tokens((channels, 1, height, width))

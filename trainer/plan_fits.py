@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
 from trainer.config import Config
@@ -24,17 +24,19 @@ log = logging.getLogger(__name__)
 ENOUGH = 3  # ways that fit, after which slower ones are not looked at
 
 
-def candidates(config: Config, world: World) -> Iterator[Config]:
-    """Ways to run `config`, those first that should be fastest: nothing is done twice in them."""
-    samples = config.batch_size
-    ways = itertools.product(_divisors(samples), _contexts(), _recomputed(), _shardings(world))
+def candidates(run: Run, world: World) -> Iterator[Config]:
+    """Ways to lay `run`, those first that should be fastest: nothing is done twice in them."""
+    config, samples = run.config, run.config.batch_size
+    ways = itertools.product(
+        _divisors(samples), _contexts(run, world), _recomputed(), _shardings(world)
+    )
     for accumulation, context, recomputed, sharding in ways:
         share = accumulation * world.ranks
         if world.ranks % context or samples * context % share:
             continue
-        changes: dict[str, Any] = {"activation_checkpoint": recomputed}
-        if _has("context"):
-            changes["context"] = context
+        changes: dict[str, Any] = {"activation_checkpoint": recomputed, "context": context}
+        if recomputed == "none":
+            changes |= {"checkpoint_every": 1, "offload_inputs": False}
         parallel = replace(config.parallel, **changes)
         laid: dict[str, Any] = {"accumulation": accumulation, "sharding_strategy": sharding}
         yield replace(config, parallel=parallel, **laid)
@@ -44,17 +46,13 @@ def _divisors(count: int) -> list[int]:
     return [n for n in range(1, count + 1) if count % n == 0]
 
 
-def _has(key: str) -> bool:
-    return key in {field.name for field in fields(ParallelConfig)}
-
-
-def context_of(config: Config) -> int:
-    """How many ranks share a sample's tokens."""
-    return int(vars(config.parallel).get("context", 1))
-
-
-def _contexts() -> list[int]:
-    return [1, 2, 4, 8] if _has("context") else [1]
+def _contexts(run: Run, world: World) -> list[int]:
+    """Numbers of ranks that can share a sample, fewest first."""
+    _, _, height, width = run.latent_shape
+    counts = {"tokens": run.model.latent.tokens((1, 1, height, width)), "ranks": world.per_node}
+    counts |= {role: model.features.heads for role, model in run.models.items()}
+    shared = range(1, world.per_node + 1)
+    return [n for n in shared if all(count % n == 0 for count in counts.values())]
 
 
 def _recomputed() -> list[str]:
@@ -103,7 +101,6 @@ def name_of(config: Config) -> str:
         f"sharding_strategy={config.sharding_strategy}",
         f"accumulation={config.accumulation}",
         f"parallel.activation_checkpoint={config.parallel.activation_checkpoint}",
+        f"parallel.context={config.parallel.context}",
     ]
-    if _has("context"):
-        words.append(f"parallel.context={context_of(config)}")
     return " ".join(words)

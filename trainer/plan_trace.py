@@ -315,7 +315,8 @@ def trace_step(run: Run, world: World, draw: Draw, *, on_gpu: bool = True) -> Tr
         dry_run(world_size=world.ranks, per_node=world.per_node, draw=draw, on_gpu=on_gpu),
         host_memory(),
     ):
-        session = Spokesman(0, world.ranks, torch.device("cpu"))
+        device, group = torch.device("cpu"), run.config.parallel.context
+        session = Spokesman(0, world.ranks, device, group=group)
         return metered_step(run, session, on_gpu=on_gpu)
 
 

@@ -123,8 +123,7 @@ class Deep:
 
 
 def test_ways_that_fit_are_looked_at_from_the_fastest_on(tmp_path: Path) -> None:
-    config = small_run(tmp_path, "tiny", batch=4).config
-    ways = list(candidates(config, World(2, 1)))
+    ways = list(candidates(small_run(tmp_path, "tiny", batch=4), World(2, 1)))
     first = ways[0]
     assert first.accumulation == 1
     assert first.parallel.activation_checkpoint == "none"
