@@ -32,7 +32,7 @@ from trainer.run import Run, resolve
 from utils.distributed import distributed_session
 from utils.metering import Meter, plain
 
-TINY = PRESETS["Wan2.1-T2V-Tiny"]
+TINY = replace(PRESETS["Wan2.1-T2V-Tiny"], num_layers=2)
 SIZES = {
     "tiny": (TINY, [16, 5, 4, 4]),
     "small": (replace(TINY, dim=256, ffn_dim=1024, num_layers=6), [16, 5, 16, 16]),
@@ -170,6 +170,7 @@ def sent(trace: Trace) -> dict[str, int]:
     return dict(found)
 
 
+@pytest.mark.slow  # two processes
 def test_traffic_is_what_two_ranks_send(tmp_path: Path) -> None:
     small_run(tmp_path, "tiny")  # writes what the ranks read
     counted = run_on_ranks(2, sent_by_rank, tmp_path)
