@@ -114,7 +114,7 @@ def measured(run: Run) -> tuple[dict[str, int], int]:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
             for phase in trainer.phases(trainer.state.step):
                 trainer.optimise(phase)
-    events = prof.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = prof.profiler.kineto_results.events()
     now = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         if event.name() == "[memory]":

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import inference
 import train
+from model.families.base import Model
 from model.families.registry import sketch_model
 from tests.trainer.test_plan import SIZES, TEXT, small_run
 from trainer.config import load
@@ -94,7 +96,7 @@ def test_clips_are_planned_with_their_codec(
 def test_shallow_networks_extended_are_the_deep_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(SIZES, "deep", (replace(SIZES["small"][0], num_layers=8), [16, 5, 8, 8]))  # type: ignore[type-var]
+    monkeypatch.setitem(SIZES, "deep", (replace(SIZES["small"][0], num_layers=8), [16, 5, 8, 8]))
     run, world = small_run(tmp_path, "deep", "mixed_precision=true"), World(2, 2)
     extended = make_plan(run, world, H100)
     models = {role: Deep.of(model) for role, model in run.models.items()}
@@ -111,9 +113,9 @@ class Deep:
     """A model that cannot be shortened."""
 
     @classmethod
-    def of(cls, model: object) -> object:
+    def of(cls, model: Model) -> Any:
         own = type("Deep", (cls, type(model)), {})
-        deep = object.__new__(own)
+        deep: Any = object.__new__(own)
         deep.__dict__.update(vars(model))
         return deep
 
