@@ -31,6 +31,7 @@ from pipeline.request import (
 )
 from trainer.bars import Bars
 from trainer.config import Config, generator_model, load
+from trainer.plan_command import add_plan_flags, need_unless_planning, plan_inference
 from trainer.serving import Source, capabilities, check_source, load_generator, sampling_settings
 from trainer.starts import check_images, footage, read_start
 from trainer.teams import Team, add_team_flags, check_team, read_team, team_meshes
@@ -59,6 +60,7 @@ SHEET_CLIPS = 12  # on the contact sheet
 VBENCH_FOLDER = "videos"  # the tool takes every file beside a clip for one
 
 
+NEEDED = ("checkpoint_path", "data_path", "output_folder")  # unless clips are only planned
 # Fields of a request that all clips of a call share; the flag of each is named alike.
 SHARED = ("seed", "negative_prompt", "size", "frames", "steps", "cfg_scale")
 
@@ -92,18 +94,14 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--config_path", type=path_word, required=True, help="the run's YAML file")
     add(
-        "--checkpoint_path", type=path_word, required=True,
+        "--checkpoint_path", type=path_word,
         help="log directory, training checkpoint, weight file or model folder",
     )  # fmt: skip
     add(
-        "--data_path", type=path_word, required=True,
+        "--data_path", type=path_word,
         help="one prompt per line, a table (.json, .jsonl, .csv, .tsv), or a folder of .txt files",
     )  # fmt: skip
-    add(
-        "--extended_prompt_path",
-        type=path_word,
-        help="line by line, or file by file, for --data_path",
-    )
+    add("--extended_prompt_path", type=path_word, help="of --data_path, line by line or by file")
     add(
         "--i2v", action="store_true",
         help="clips begin with images: --data_path is a folder of images, each with its .txt",
@@ -112,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
         "--image_size", choices=("configured", "aspect"), default="configured",
         help="of clips that begin with images: as configured, or of that area with their aspect",
     )  # fmt: skip
-    add("--output_folder", type=path_word, required=True)
+    add("--output_folder", type=path_word, help="where clips go")
     add("--use_ema", action="store_true", help="the averaged weights")
     add("--num_samples", type=int, default=None, help="clips per prompt (1; --vbench: 5 or 25)")
     add_flags(result, Request, SHARED)
@@ -126,6 +124,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=1, help="clips at a time on each process")
     add("--fps", type=float, default=None, help="of the files; default: the model's")
     add_team_flags(result)
+    add_plan_flags(result, fits=False)
     add("overrides", nargs="*", metavar="key=value", help="settings to override")
     return result
 
@@ -367,9 +366,14 @@ def tell_fits(jobs: Sequence[Job], start: Given | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make all clips; returns the exit status."""
-    args = parser().parse_intermixed_args(arguments)
+    words = parser()
+    args = words.parse_intermixed_args(arguments)
+    need_unless_planning(words, args, NEEDED)
     start_logging()
     try:
+        if args.plan:
+            print(plan_inference(load(args.config_path, args.overrides), args))
+            return 0
         plan = prepare(args)
     except USER_ERRORS as error:
         return fail(error)
@@ -381,11 +385,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             settings, clips = settings_of(args, plan), records(plan.jobs, args.output_folder)
             claim_folder(args.output_folder, settings, plan.source.weights.path, clips, session)
-        except USER_ERRORS as error:
-            return fail(error)
-        if session.is_main:
-            tell_fits(plan.jobs, plan.start)
-        try:
+            if session.is_main:
+                tell_fits(plan.jobs, plan.start)
             run(args, plan, session)
         except USER_ERRORS as error:  # such as damaged encoders, or a full disk
             return fail(error)

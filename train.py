@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before torch is imported
 from trainer.base import AGAIN
 from trainer.build import RunOptions, build_trainer
 from trainer.config import Config, load
+from trainer.plan_command import add_plan_flags, need_unless_planning, plan_training
 from utils.cli import USER_ERRORS, command_parser, fail, start_logging
 from utils.distributed import distributed_session
 
@@ -26,7 +27,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line of train.py."""
     result = command_parser(__doc__)
     result.add_argument("--config_path", type=Path, required=True, help="a YAML file of configs/")
-    result.add_argument("--logdir", type=Path, required=True, help="checkpoints, metrics, samples")
+    result.add_argument(
+        "--logdir", type=Path, help="checkpoints, metrics, samples; needed unless with --plan"
+    )
     result.add_argument("--no_save", action="store_true", help="write no checkpoints")
     result.add_argument("--no_visualize", action="store_true", help="make no sample pictures")
     result.add_argument(
@@ -35,16 +38,22 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     result.add_argument("--disable-wandb", "--disable_wandb", action="store_true")
     result.add_argument("--wandb-save-dir", "--wandb_save_dir", type=Path, default=None)
+    add_plan_flags(result)
     result.add_argument("overrides", nargs="*", metavar="key=value", help="settings to override")
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one training; returns the exit status. 130 = interrupted, and resumable."""
-    args = parser().parse_intermixed_args(arguments)
+    words = parser()
+    args = words.parse_intermixed_args(arguments)
+    need_unless_planning(words, args, ("logdir",))
     start_logging()
     try:
         config = load(args.config_path, args.overrides)
+        if args.plan:
+            print(plan_training(config, args))
+            return 0
     except USER_ERRORS as error:
         return fail(error)
     options = RunOptions(

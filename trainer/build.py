@@ -85,13 +85,13 @@ def assemble(run: Run, session: Session, options: RunOptions) -> Trainer:
     encoders = Encoders(session.device, config.parallel.offload_encoders)
     vae = _build_vae(run, encoders, options, inputs)
     encoder = build_encoder(run, encoders, run.compute, vae, inputs.embeddings)
-    networks = _build_networks(run, session)
+    networks = build_networks(run, session)
     roles = {
         name: build_role(name, networks[name], run.optimizer(name)) for name in run.needs.trained
     }
     parts = Parts(
         networks=networks,
-        rollout=_build_rollout(run, vae),
+        rollout=build_rollout(run, vae),
         sigmas=run.sampling.sigmas,
         layout=run.causal,
         parameters={name: list(role.parameters.values()) for name, role in roles.items()},
@@ -113,7 +113,7 @@ def assemble(run: Run, session: Session, options: RunOptions) -> Trainer:
     return trainer
 
 
-def _build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
+def build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
     """Every role's network, laid over the ranks; the discriminator last."""
     config, needs = run.config, run.needs
     if config.parallel.compile:
@@ -167,7 +167,7 @@ def _store(run: Run, role: str, network: nn.Module) -> None:
         store_float8(network)
 
 
-def _build_rollout(run: Run, vae: VideoVAE | None) -> Rollout | None:
+def build_rollout(run: Run, vae: VideoVAE | None) -> Rollout | None:
     """What makes samples of the generator, if the method needs them."""
     rollout, loss = run.rollout(vae), run.config.loss
     if rollout is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,10 +108,15 @@ class Run:
         return SAMPLERS[self.needs.sampler](net, self.sampling)
 
 
-def resolve(config: Config, roles: Sequence[str] | None = None) -> Run:
+def resolve(
+    config: Config,
+    roles: Sequence[str] | None = None,
+    find: Callable[[Path, str], Model] = find_model,
+) -> Run:
     """Find out what `config` means, and open the models of `roles`; None = all that it needs.
 
-    Nothing heavy is read. Raises UserError or FileNotFoundError for models that are not there.
+    find: what opens a model, from the folder of all and its name. Nothing heavy is read. Raises
+    UserError or FileNotFoundError for models that are not there.
     """
     method = method_class(config)
     needs = method.needs(config.loss)
@@ -124,5 +129,5 @@ def resolve(config: Config, roles: Sequence[str] | None = None) -> Run:
         sampling=Sampling(sigmas(config), causal_config(config), config.sampling),
         compute=torch.bfloat16 if config.mixed_precision else torch.float32,
         latent_shape=(channels, frames, height, width),
-        models={role: find_model(root, config.model_of(role)) for role in roles or needs.networks},
+        models={role: find(root, config.model_of(role)) for role in roles or needs.networks},
     )

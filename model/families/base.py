@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -32,6 +32,8 @@ class ImageSpec:
     """What a model reads of the images that its clips begin and end with."""
 
     count: int  # 1 = the first frame, 2 = first and last
+    tokens: int = 257  # states of each
+    width: int = 1280  # of a state
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,27 @@ class Model(ABC):
     @abstractmethod
     def load_codec(self, device: torch.device, dtype: torch.dtype) -> VideoVAE:
         """What turns pixels into its latents and back."""
+
+    @classmethod
+    def sketch(cls, name: str, folder: Path) -> bool:
+        """Write into `folder` what tells the sizes of the released model `name`, if it is known.
+
+        So a run can be planned before anything is downloaded. Returns whether it is known.
+        """
+        del name, folder
+        return False
+
+    def shortened(self, layers: int) -> Model | None:
+        """The same model with so many layers fewer; None = it cannot be told."""
+        del layers
+        return None
+
+    def outlines(self) -> Mapping[str, Callable[[torch.dtype], nn.Module]]:
+        """What makes the encoders without values, on the meta device, by the names of `parts`.
+
+        Of what is not here the published sizes are taken.
+        """
+        return {}
 
     @abstractmethod
     def check_export(self, export: Export, target: Path) -> None:

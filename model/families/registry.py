@@ -70,6 +70,15 @@ def find_model(root: Path, name: str) -> Model:
     raise NotFoundError(f"model '{name}': no folder {root / name} ({found}){hint}")
 
 
+def sketch_model(name: str, folder: Path) -> Model | None:
+    """The released model `name` from what is known of it, described in `folder`; None = unknown."""
+    described = folder / Path(name).name
+    described.mkdir(exist_ok=True)
+    if any(family.sketch(described.name, described) for family in known_families()):
+        return open_model(described)
+    return None
+
+
 def _models(root: Path) -> Iterator[Path]:
     for path in root.iterdir() if root.is_dir() else ():
         if path.is_dir() and any(family.recognises(path) for family in known_families()):

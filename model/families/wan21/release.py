@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import copy
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 import model.families.wan21.export as exports
+import model.families.wan21.outline as sketches
 import model.families.wan21.weights as transformers
 from model.encoders.clip import WanCLIPEncoder
 from model.encoders.text import TextEncoder, WanTextEncoder
@@ -108,7 +111,10 @@ class Wan21(Model):
     @property
     def images(self) -> ImageSpec | None:
         """See Model."""
-        return ImageSpec(self.sizes.image_count) if self.sizes.sees_images else None
+        sizes = self.sizes
+        if not sizes.sees_images:
+            return None
+        return ImageSpec(sizes.image_count, sizes.image_tokens, sizes.image_dim)
 
     @property
     def features(self) -> FeatureSpec:
@@ -202,6 +208,29 @@ class Wan21(Model):
                 f"{self.path} makes {wanted}"
             )
         return vae.to(device)
+
+    @classmethod
+    def sketch(cls, name: str, folder: Path) -> bool:
+        """See Model; the published releases, and the presets by their names."""
+        return sketches.write_sizes(name, folder)
+
+    def shortened(self, layers: int) -> Model | None:
+        """See Model."""
+        if layers >= self.sizes.num_layers:
+            return None
+        shorter = copy.copy(self)
+        shorter.__dict__["sizes"] = replace(self.sizes, num_layers=self.sizes.num_layers - layers)
+        return shorter
+
+    def outlines(self) -> Mapping[str, Callable[[torch.dtype], nn.Module]]:
+        """See Model."""
+        found = {
+            "text_encoder": lambda dtype: sketches.text_encoder(self.folder, dtype),
+            "codec": lambda dtype: sketches.codec(self.folder, dtype),
+        }
+        if self.sizes.sees_images:
+            found["image_encoder"] = lambda dtype: sketches.image_encoder(self.sizes, dtype)
+        return found
 
     def check_export(self, export: Export, target: Path) -> None:
         """See Model."""
