@@ -71,6 +71,12 @@ def find_gpu(name: str) -> GPU:
     return found
 
 
+def find_device(name: str) -> GPU | None:
+    """The GPU that a driver calls `name`, as NVIDIA H100 80GB HBM3; None = it is not known."""
+    plain = name.replace(" ", "")
+    return next((gpu for key, gpu in GPUS.items() if key in plain), None)
+
+
 def kernel_of(gpu: GPU, wanted: str) -> str:
     """The attention kernel that is counted on; `auto` = the fastest that needs no installation.
 

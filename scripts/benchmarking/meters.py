@@ -19,21 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.types import Context
 from model.wan.config import WanConfig
+from utils.gpus import find_device
 
 # Rows of the matrices whose product tells a CPU's peak, and how many are tried: each is so short
 # that some run undisturbed beside other processes.
 MATMUL, PRODUCTS = 768, 60
-
-# Dense bf16 peaks with fp32 accumulation, FLOP/s, by a part of the device's name; data sheets.
-PEAKS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "RTX 5090": 210e12,
-}
 
 
 def device_name(device: torch.device) -> str:
@@ -89,10 +79,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     A GPU's by its data sheet; another device's by the best of some large products in `dtype`.
     """
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part, peak in PEAKS.items():
-            if part in name:
-                return peak, "data sheet, bf16"
+        gpu = find_device(torch.cuda.get_device_name(device))
+        if gpu is not None:
+            return gpu.flops, "data sheet, bf16"
     a = torch.ones(MATMUL, MATMUL, device=device, dtype=dtype)
     clock = Clock(device)
     for _ in range(PRODUCTS):

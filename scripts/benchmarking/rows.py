@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
+from trainer.plan import Plan, make_plan
+from trainer.plan_inference import plan_clips
+from trainer.plan_trace import World, trace_step
 from trainer.run import Run
+from utils.gpus import find_device
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,34 @@ class Row:
 
 
 def predicted(run: Run, row: Row) -> Prediction:
-    """The plan's figures for what `row` was measured on. No process group may be open."""
-    del run, row
-    return Prediction()
+    """The plan's figures for what `row` was measured on; on a CPU memory of training alone.
+
+    No process group may be open: a plan pretends to have one.
+    """
+    gpu = find_device(row.device)
+    world = World(row.ranks, int(os.environ.get("LOCAL_WORLD_SIZE", row.ranks)))
+    if gpu is None:
+        if row.mode == "inference":
+            return Prediction()
+        trace = trace_step(run, world, "most", on_gpu=False)
+        return Prediction(peak_gib=max(peak.total for peak in trace.peaks.values()) / 2**30)
+    if row.mode == "inference":
+        plan = plan_clips(run, gpu, row.samples)
+        network, decode = plan.phase_seconds("denoise"), plan.phase_seconds("decode")
+        frames = run.model.latent.pixel_frames(run.latent_shape[1])
+        return Prediction(
+            step_s=network,
+            peak_gib=plan.memory / 2**30,
+            tflop=_tflop(plan),
+            fps=frames / (network + decode),
+        )
+    plan = make_plan(run, world, gpu)
+    return Prediction(step_s=plan.step_seconds, peak_gib=plan.memory / 2**30, tflop=_tflop(plan))
+
+
+def _tflop(plan: Plan) -> float:
+    """Of one pass through every phase."""
+    return sum(cost.flops for cost in plan.costs.values()) / 1e12
 
 
 def number(value: float | None, form: str = ".3g", scale: float = 1.0) -> str:

@@ -10,6 +10,7 @@ from utils.gpus import (
     LAUNCH_S,
     REACHED,
     REACHED_BANDWIDTH,
+    find_device,
     find_gpu,
     kernel_of,
     seconds,
@@ -64,3 +65,19 @@ def test_messages_are_slower_between_machines() -> None:
     assert inside <= whole < apart
     assert apart == pytest.approx(1e9 / H100.outside, rel=0.01)
     assert transfer_seconds(Transfer("all_gather", 0, ranks=1, step=1), H100, per_node=8) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"), ("NVIDIA L40S", "L40S"),
+        ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA GeForce RTX 4090", "RTX4090"),
+    ],
+)  # fmt: skip
+def test_a_driver_s_name_tells_the_gpu(told: str, name: str) -> None:
+    assert find_device(told) is GPUS[name]
+
+
+@pytest.mark.parametrize("told", ["CPU, 2 threads", "NVIDIA T4"])
+def test_what_is_not_known_is_not_guessed(told: str) -> None:
+    assert find_device(told) is None
