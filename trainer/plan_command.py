@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import tempfile
@@ -112,6 +113,7 @@ def plan_inference(config: Config, args: argparse.Namespace) -> str:
 def sketched_run(config: Config, folder: Path, roles: Sequence[str] | None = None) -> Run:
     """The run with models that are here, or known by their names; folder: for what is known."""
 
+    @functools.cache  # roles of one model are one model, and it is told once that it is not here
     def find(root: Path, name: str) -> Model:
         model = None
         with contextlib.suppress(NotFoundError):
