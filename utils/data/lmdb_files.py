@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,14 +39,24 @@ def allow_open(count: int) -> None:
 def open_to_read(path: Path) -> lmdb.Environment:
     """The LMDB in a folder. Raises ValueError that names the folder if it is none, or cut off."""
     try:
-        env = lmdb.open(str(path), readonly=True, lock=False, readahead=False, subdir=True)
-    except lmdb.Error as error:
-        raise UserError(f"{path}: not readable as LMDB: {error}") from error
+        env = _open_to_read(path)
+    except lmdb.Error:
+        # LMDB opens a folder once in a process; who had it before may be dropped already, in a
+        # circle of references that waits for its collection.
+        gc.collect()
+        try:
+            env = _open_to_read(path)
+        except lmdb.Error as error:
+            raise UserError(f"{path}: not readable as LMDB: {error}") from error
     # LMDB maps the file into memory: reading past the end of a cut one kills the process.
     size, whole = (path / "data.mdb").stat().st_size, _used_bytes(env)
     if size < whole:
         raise UserError(f"{path}: cut off, data.mdb has {size} of {whole} bytes; copy it again")
     return env
+
+
+def _open_to_read(path: Path) -> lmdb.Environment:
+    return lmdb.open(str(path), readonly=True, lock=False, readahead=False, subdir=True)
 
 
 def _used_bytes(env: lmdb.Environment) -> int:
