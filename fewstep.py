@@ -22,7 +22,6 @@ COMMANDS = {
     "fewstep-evaluate": "scripts.evaluate",
     "fewstep-report": "scripts.report",
     "fewstep-compare-methods": "scripts.compare_methods",
-    "fewstep-this-host": "scripts.this_host",
     "fewstep-benchmark": "scripts.benchmark",
     "fewstep-benchmark-rollout": "scripts.benchmark_rollout",
     "fewstep-benchmark-threads": "scripts.benchmark_threads",
