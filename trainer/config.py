@@ -14,6 +14,7 @@ from model.base import Method, MethodConfig, Needs
 from model.discriminator import DiscriminatorConfig
 from model.dmd import DMDConfig
 from model.flow import step_sigmas
+from model.wan.kernels import AUTO, KERNELS
 from pipeline.causal import ROLLOUT_KEYS, CausalConfig
 from pipeline.teacher import SamplingConfig
 from trainer.registry import TRAINERS, find_method
@@ -256,11 +257,21 @@ def problems(config: Config) -> Iterator[str]:
     if not 0.0 <= config.ema.decay < 1.0:
         yield f"ema.decay: must lie in [0, 1), got {config.ema.decay}"
     yield from config.parallel.problems()
+    yield from _attention_problems(config.parallel.attention)
     yield from config.loss.problems()
     causal = config.generator_type == "causal"
     yield from config.loss.run_problems(steps=config.steps, causal=causal)
     if config.generator.model is None and config.teacher.model is None:
         yield "generator.model: must name a model folder (or teacher.model must)"
+
+
+def _attention_problems(kernel: str) -> Iterator[str]:
+    """Names of no attention kernel; whether one works here is found out on the device."""
+    names = (AUTO, *KERNELS)
+    if kernel not in names:
+        near = nearest(kernel, list(names))
+        hint = f"; did you mean '{near}'?" if near else ""
+        yield f"parallel.attention: must be one of {', '.join(names)}, got '{kernel}'{hint}"
 
 
 def _causal_problems(config: Config) -> Iterator[str]:
