@@ -84,6 +84,17 @@ class KVCache:
         self._grafts: list[_Graft] = []
         self._text: list[TextKeys] = []
         self._time: dict[Hashable, TimeStates] = {}
+        self._adapters: tuple[str, ...] | None = None
+
+    def serve(self, adapters: tuple[str, ...]) -> None:
+        """Say with which adapters a pass reads this. Raises ValueError if others wrote it."""
+        if self._adapters is None:
+            self._adapters = adapters
+        if self._adapters != adapters:
+            raise ValueError(
+                f"this cache was written with adapters {self._adapters} and cannot be read with "
+                f"{adapters}: what it keeps follows from them; use a cache of its own"
+            )
 
     @property
     def frames(self) -> int:

@@ -33,6 +33,7 @@ class Context:
     # network computes from one that comes again. None = it is computed.
     level: float | None = None
     taps: Taps | None = None
+    adapters: tuple[str, ...] = ()  # names of the additions to linear layers that are on
     # Filled with each layer's keys and values, which are rotated where a cache keeps them so.
     keys: list[KeyValue] | None = None
 
