@@ -84,6 +84,7 @@ class KVCache:
         self._grafts: list[_Graft] = []
         self._text: list[TextKeys] = []
         self._time: dict[Hashable, TimeStates] = {}
+        self._beside: dict[Hashable, KVCache] = {}
         self._adapters: tuple[str, ...] | None = None
 
     def serve(self, adapters: tuple[str, ...]) -> None:
@@ -174,6 +175,17 @@ class KVCache:
         if key not in self._time:
             self._time[key] = compute()
         return self._time[key]
+
+    def beside(self, network: Hashable) -> KVCache:
+        """The cache of another set of weights over the same videos, by its name; empty at first."""
+        if network not in self._beside:
+            self._beside[network] = KVCache(
+                window=self.window,
+                sink=self.sink,
+                relative_positions=self.relative_positions,
+                frames=self._expected,
+            )
+        return self._beside[network]
 
     def _seen(self, new: int) -> list[Span]:
         """Of the kept frames, counted from 0, those that `new` further frames see."""
