@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from model.encoders.text import TextEncoder
 from model.encoders.vae import VideoVAE
 from model.folders.loading import Placement
 from model.types import FeatureSpec, LatentSpec
-from utils.errors import NotFoundError
+from utils.errors import NotFoundError, UserError
 from utils.weights import Weights
 
 
@@ -34,6 +34,33 @@ class ImageSpec:
     count: int  # 1 = the first frame, 2 = first and last
     tokens: int = 257  # states of each
     width: int = 1280  # of a state
+    # channels: mask and latents beside the noisy ones; frame: the first latent frame is the
+    # encoded image itself, at noise level 0.
+    how: Literal["channels", "frame"] = "channels"
+    clip: bool = True  # whether it reads states of an image encoder too
+    required: bool = True  # False = it makes clips without an image as well
+
+
+Side = Literal["high", "low"]  # of the noise levels
+SIDES: tuple[Side, Side] = ("high", "low")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Two networks that divide the noise levels between them."""
+
+    boundary: float  # the high one's are sigma >= boundary, in [0, 1]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """How a release is sampled in many steps, as it was published."""
+
+    shift: float
+    steps: int
+    cfg_scale: float  # of two experts the high one's
+    cfg_scale_low: float | None = None  # the low one's; None = there are none
+    boundary: float | None = None  # between them
 
 
 @dataclass(frozen=True)
@@ -49,8 +76,10 @@ class Export:
 class Model(ABC):
     """One release on disk, opened: nothing above `model/` asks for more than this.
 
-    A family is one file or folder of `model/families/` that defines one concrete subclass. A
-    folder may hold more than one network; `load_network` makes one Denoiser of them.
+    A family is one file or folder of `model/families/` that defines concrete subclasses. A folder
+    may hold two networks (`experts`): their weights are named `high.<own name>` and
+    `low.<own name>`, all that takes weights takes both at once, and `load_network` makes one
+    Denoiser of them.
     """
 
     family: ClassVar[str]  # as messages name it
@@ -101,6 +130,26 @@ class Model(ABC):
     @abstractmethod
     def architecture(self) -> Hashable:
         """Equal for models whose weights fit each other."""
+
+    @property
+    def experts(self) -> Experts | None:
+        """How its two networks divide the noise levels; None = it has one for them all."""
+        return None
+
+    def only(self, side: Side) -> Model:
+        """The same folder as a model of that one network; its weights have plain names.
+
+        Raises UserError for a model that has one for all noise levels.
+        """
+        raise UserError(
+            f"{self.path}: a model of {self.family} with one network for all noise levels, of "
+            f"which none is the {side} one; experts are high and low in Wan2.2-T2V-A14B alike"
+        )
+
+    @property
+    def advice(self) -> Advice | None:
+        """How to sample it in many steps; None = it was not published with any."""
+        return None
 
     @property
     def fps(self) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from model.encoders.vae import VideoVAE
+from model.families.base import Advice
 from model.families.wan21 import Wan21
 from model.families.wan21.folder import CONFIGS, ModelFolder
 from model.folders.component import read_json
@@ -45,6 +46,11 @@ class TinyWorld(Wan21):
         """See Model; a codec without a transformer has the usual patches."""
         _, *patch = (1, 2, 2) if self.folder.config is None else self.sizes.patch_size
         return LatentSpec(CHANNELS, TEMPORAL_STRIDE, SPATIAL_STRIDE, (patch[0], patch[1]))
+
+    @property
+    def advice(self) -> Advice | None:
+        """See Model; as the tiny configurations sample their teachers."""
+        return Advice(shift=5.0, steps=50, cfg_scale=2.0)
 
     def load_codec(self, device: torch.device, dtype: torch.dtype) -> VideoVAE:
         """See Model; always fp32."""

@@ -17,7 +17,7 @@ import model.families.wan21.weights as transformers
 from model.encoders.clip import WanCLIPEncoder
 from model.encoders.text import TextEncoder, WanTextEncoder
 from model.encoders.vae import VideoVAE, WanVAEWrapper
-from model.families.base import Export, ImageSpec, Model, TextSpec
+from model.families.base import Advice, Export, ImageSpec, Model, TextSpec
 from model.families.wan21.folder import (
     CONFIGS,
     MODEL_INDEX,
@@ -115,6 +115,12 @@ class Wan21(Model):
         if not sizes.sees_images:
             return None
         return ImageSpec(sizes.image_count, sizes.image_tokens, sizes.image_dim)
+
+    @property
+    def advice(self) -> Advice | None:
+        """See Model; by the kind of model. 480p image models were published with shift 3."""
+        kind = "small" if self.sizes.dim <= _SMALL_DIM else self.sizes.model_type
+        return _ADVICE[kind]
 
     @property
     def features(self) -> FeatureSpec:
@@ -248,6 +254,13 @@ def features_of(sizes: WanConfig) -> FeatureSpec:
     return FeatureSpec(sizes.num_layers, sizes.dim, sizes.num_heads, sizes.eps)
 
 
+_SMALL_DIM = 1536  # of Wan2.1-T2V-1.3B
+_ADVICE = {
+    "small": Advice(shift=8.0, steps=50, cfg_scale=6.0),
+    "t2v": Advice(shift=5.0, steps=50, cfg_scale=5.0),
+    "i2v": Advice(shift=5.0, steps=40, cfg_scale=5.0),
+    "flf2v": Advice(shift=16.0, steps=50, cfg_scale=5.0),
+}
 _WAN22 = ("high_noise_model", "low_noise_model", "transformer_2", "Wan2.2_VAE.pth")
 _WAN22_CHANNELS = 48  # of the smallest one's latents
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from model.families.base import Advice
 from model.families.registry import find_model, identify_weights, known_families, open_model
 from model.families.tiny_world import TinyWorld
 from model.families.wan21 import Wan21
@@ -15,6 +16,7 @@ from model.wan.config import PRESETS, WanConfig, diffusers_config, write_wan_con
 from tests.conftest import MINIATURE, build_wan
 from tests.folders import make_official
 from tests.toy import at_home
+from utils.errors import UserError
 from utils.tiny_world.codec import FILE_NAME
 from utils.weights import WeightsError, write_weights
 
@@ -47,6 +49,28 @@ def test_a_special_family_is_asked_before_the_one_that_it_is_made_of(tiny_root: 
     model = open_model(tiny_root / "wan_models" / "Wan2.1-T2V-Tiny")
     assert type(model) is TinyWorld
     assert Wan21.recognises(model.path)
+
+
+def test_a_model_with_one_network_has_no_experts(tiny_root: Path) -> None:
+    model = open_model(tiny_root / "wan_models" / "Wan2.1-T2V-Tiny")
+    assert model.experts is None
+    with pytest.raises(UserError, match="with one network for all noise levels, of which none is"):
+        model.only("high")
+
+
+@pytest.mark.parametrize(
+    ("preset", "advice"),
+    [
+        ("Wan2.1-T2V-1.3B", Advice(8.0, 50, 6.0)),
+        ("Wan2.1-T2V-14B", Advice(5.0, 50, 5.0)),
+        ("Wan2.1-I2V-14B", Advice(5.0, 40, 5.0)),
+        ("Wan2.1-FLF2V-14B", Advice(16.0, 50, 5.0)),
+    ],
+)
+def test_a_release_says_how_it_was_published_to_be_sampled(
+    preset: str, advice: Advice, tmp_path: Path
+) -> None:
+    assert open_model(sizes(tmp_path / "model", PRESETS[preset])).advice == advice
 
 
 @pytest.mark.parametrize(
