@@ -17,7 +17,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from model.wan.context import FULL_ATTENTION, Context
+from model.wan.context import FULL_ATTENTION, Context, Side
 from utils.errors import UserError
 from utils.seeding import StepRNG
 
@@ -34,6 +34,7 @@ __all__ = [
     "Prediction",
     "Rollout",
     "Sample",
+    "Side",
     "StepRNG",
 ]
 

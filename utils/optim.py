@@ -45,11 +45,14 @@ def lr_factor(config: OptimizerConfig, update: int, total: int) -> float:
 
 
 def build_optimizers(
-    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig
+    parameters: Mapping[str, nn.Parameter],
+    config: OptimizerConfig,
+    rates: Mapping[str, float] | None = None,
 ) -> list[torch.optim.Optimizer]:
     """AdamW over all of them that want a gradient, or Muon over the matrices of blocks beside it.
 
-    parameters: by name; those of blocks have a part `blocks` in theirs.
+    parameters: by name; those of blocks have a part `blocks` in theirs. rates: of some of them, by
+    name, as multiples of the learning rate.
     """
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
     inside = {name for name, p in trained.items() if p.ndim == 2 and "blocks" in name.split(".")}

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.wan.adapted import linear, sequential
 from model.wan.attention import Attend, Mask, attend, attend_past
 from model.wan.cache import KeyValue, TextKeys
 from model.wan.config import WanConfig
@@ -50,6 +51,7 @@ class Call(NamedTuple):
     frames: int
     mask: Mask | None = None
     wanted: Wanted = "nothing"
+    adapters: tuple[str, ...] = ()  # those that are on
 
 
 class Block(nn.Module):
@@ -93,9 +95,10 @@ class Block(nn.Module):
         h = modulate(self.norm1, x, shift1, scale1)
         h, keys = self.self_attn(h, table, past, call, recomputed=recomputed)
         x = add_gated(x, h, gate1)
-        read = self.cross_attn.keys_and_values(text) if isinstance(text, Tensor) else text
-        x = x + self.cross_attn(self.norm3(x), read)
-        h = self.ffn(modulate(self.norm2, x, shift2, scale2))
+        on = call.adapters
+        read = self.cross_attn.keys_and_values(text, on) if isinstance(text, Tensor) else text
+        x = x + self.cross_attn(self.norm3(x), read, on)
+        h = sequential(self.ffn, modulate(self.norm2, x, shift2, scale2), on)
         x = add_gated(x, h, gate2)
         learns = torch.is_grad_enabled()
         if keys is not None and learns:  # copies: FSDP2 warns of views that leave a block then
@@ -125,22 +128,24 @@ class SelfAttention(nn.Module):
         recomputed: bool,
     ) -> tuple[Tensor, KeyValue | None]:
         """x: [B, N, D]. Returns [B, N, D], and this call's keys and values if wanted."""
-        heads = (self.num_heads, -1)
-        q = self.norm_q(self.q(x)).unflatten(-1, heads)
-        k = self.norm_k(self.k(x)).unflatten(-1, heads)
-        v = self.v(x).unflatten(-1, heads)
+        heads, on = (self.num_heads, -1), call.adapters
+        q = self.norm_q(linear(self.q, x, on)).unflatten(-1, heads)
+        k = self.norm_k(linear(self.k, x, on)).unflatten(-1, heads)
+        v = linear(self.v, x, on).unflatten(-1, heads)
         spread = functools.partial(self.exchange.to_heads, frames=call.frames)
         q, v, own = spread(rotate(q, table)), spread(v), spread(rotate(k, table))
         if past is None:
             out = self.attend(q, own, v, mask=call.mask)
         else:
-            out = self.attend_past(past, q, (own, v), recomputed=recomputed)
-        out = self.o(self.exchange.to_tokens(out, call.frames).flatten(2))
+            out = self.attend_to_past(past, q, (own, v), recomputed=recomputed)
+        out = linear(self.o, self.exchange.to_tokens(out, call.frames).flatten(2), on)
         if call.wanted == "nothing":
             return out, None
         return out, (own if call.wanted == "rotated" else spread(k), v)
 
-    def attend_past(self, past: LayerPast, q: Tensor, own: KeyValue, *, recomputed: bool) -> Tensor:
+    def attend_to_past(
+        self, past: LayerPast, q: Tensor, own: KeyValue, *, recomputed: bool
+    ) -> Tensor:
         """Attention to the past and to this call's `own` keys and values."""
         pieces = list(past.pieces)
         if past.room is None:
@@ -185,30 +190,29 @@ class CrossAttention(nn.Module):
             self.k_img, self.v_img = (nn.Linear(config.dim, config.dim) for _ in range(2))
             self.norm_k_img = nn.RMSNorm(config.dim, config.eps)
 
-    def forward(self, x: Tensor, keys: TextKeys) -> Tensor:
+    def forward(self, x: Tensor, keys: TextKeys, adapters: Sequence[str] = ()) -> Tensor:
         """x: [B, N, D]; keys: as of `keys_and_values`. Padding counts, as in Wan."""
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
+        q = self.norm_q(linear(self.q, x, adapters)).unflatten(-1, (self.num_heads, -1))
         out = self.attend(q, keys[0], keys[1])
         if self.sees_images:
             out = out + self.attend(q, keys[2], keys[3])
-        read: Tensor = self.o(out.flatten(2))
-        return read
+        return linear(self.o, out.flatten(2), adapters)
 
-    def keys_and_values(self, memory: Tensor) -> TextKeys:
+    def keys_and_values(self, memory: Tensor, adapters: Sequence[str] = ()) -> TextKeys:
         """Of memory [B, L, D], image tokens first; [B, l, heads, head_dim] each, text first."""
         heads = (self.num_heads, -1)
         image_tokens = memory.shape[1] - self.text_len if self.sees_images else 0
         image, text = memory[:, :image_tokens], memory[:, image_tokens:]
         pairs = (
-            self.norm_k(self.k(text)).unflatten(-1, heads),
-            self.v(text).unflatten(-1, heads),
+            self.norm_k(linear(self.k, text, adapters)).unflatten(-1, heads),
+            linear(self.v, text, adapters).unflatten(-1, heads),
         )
         if not self.sees_images:
             return pairs
         return (
             *pairs,
-            self.norm_k_img(self.k_img(image)).unflatten(-1, heads),
-            self.v_img(image).unflatten(-1, heads),
+            self.norm_k_img(linear(self.k_img, image, adapters)).unflatten(-1, heads),
+            linear(self.v_img, image, adapters).unflatten(-1, heads),
         )
 
 
@@ -221,11 +225,10 @@ class Head(nn.Module):
         self.head = nn.Linear(config.dim, config.out_dim * math.prod(config.patch_size))
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, adapters: Sequence[str] = ()) -> Tensor:
         """x: [B, N, D]; time: [B, T, D] fp32. Returns [B, N, patch * out_dim]."""
         shift, scale = (self.modulation.float() + time[:, :, None]).unbind(2)
-        patches: Tensor = self.head(modulate(self.norm, x, shift, scale))
-        return patches
+        return linear(self.head, modulate(self.norm, x, shift, scale), adapters)
 
 
 def modulate(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -84,6 +84,18 @@ class KVCache:
         self._grafts: list[_Graft] = []
         self._text: list[TextKeys] = []
         self._time: dict[Hashable, TimeStates] = {}
+        self._beside: dict[Hashable, KVCache] = {}
+        self._adapters: tuple[str, ...] | None = None
+
+    def serve(self, adapters: tuple[str, ...]) -> None:
+        """Say with which adapters a pass reads this. Raises ValueError if others wrote it."""
+        if self._adapters is None:
+            self._adapters = adapters
+        if self._adapters != adapters:
+            raise ValueError(
+                f"this cache was written with adapters {self._adapters} and cannot be read with "
+                f"{adapters}: what it keeps follows from them; use a cache of its own"
+            )
 
     @property
     def frames(self) -> int:
@@ -163,6 +175,17 @@ class KVCache:
         if key not in self._time:
             self._time[key] = compute()
         return self._time[key]
+
+    def beside(self, network: Hashable) -> KVCache:
+        """The cache of another set of weights over the same videos, by its name; empty at first."""
+        if network not in self._beside:
+            self._beside[network] = KVCache(
+                window=self.window,
+                sink=self.sink,
+                relative_positions=self.relative_positions,
+                frames=self._expected,
+            )
+        return self._beside[network]
 
     def _seen(self, new: int) -> list[Span]:
         """Of the kept frames, counted from 0, those that `new` further frames see."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
 from model.wan.cache import KeyValue, KVCache
 from model.wan.masks import FrameMask
+
+Side = Literal["high", "low"]  # of two experts that divide the noise levels
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +35,11 @@ class Context:
     # The noise level in [0, 1] of all frames, where the host knows it: the cache keeps what the
     # network computes from one that comes again. None = it is computed.
     level: float | None = None
+    # Of two experts, the one that is asked; None = the one of the noise levels. One network
+    # ignores it.
+    side: Side | None = None
     taps: Taps | None = None
+    adapters: tuple[str, ...] = ()  # names of the additions to linear layers that are on
     # Filled with each layer's keys and values, which are rotated where a cache keeps them so.
     keys: list[KeyValue] | None = None
 

@@ -5,9 +5,12 @@ Letters as in model/types.py; n tokens of all images together, one image behind 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from model.wan.adapted import sequential
 from model.wan.config import WanConfig
 
 
@@ -29,11 +32,11 @@ class ImageEmbedding(nn.Module):
             tokens = config.image_count * config.image_tokens
             self.emb_pos = nn.Parameter(torch.empty(1, tokens, width))
 
-    def forward(self, clip: Tensor) -> Tensor:
+    def forward(self, clip: Tensor, adapters: Sequence[str] = ()) -> Tensor:
         """clip: [B, n, image_dim]. Returns [B, n, D]."""
         clip = clip.to(next(self.proj.parameters()).dtype)
-        tokens: Tensor = self.proj(clip if self.emb_pos is None else clip + self.emb_pos)
-        return tokens
+        clip = clip if self.emb_pos is None else clip + self.emb_pos
+        return sequential(self.proj, clip, adapters)
 
 
 def check_images(config: WanConfig, text: Tensor, clip: Tensor | None) -> None:

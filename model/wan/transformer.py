@@ -7,12 +7,14 @@ frame). Module names are those of the official release, so its weights load as t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from model.wan.adapted import sequential, with_adapters
 from model.wan.attention import Mask, MaskedBy, device_mask
 from model.wan.block import Block, Call, Head, LayerPast, Wanted
 from model.wan.cache import KeyValue, Past, TextKeys, TimeStates
@@ -72,6 +74,7 @@ class WanTransformer(nn.Module):
         rows, columns = self.patches(x)
         index = frame_index(context, x.shape[2])
         past = look_back(context, index)
+        on = context.adapters
         frames = len(index)
         tokens = self.exchange.cut(self.embed_patches(x, past.query_positions), frames)
         time, modulation = self.time_states(timestep, context)
@@ -80,7 +83,7 @@ class WanTransformer(nn.Module):
         table = self.exchange.cut(whole[None], frames)[0]
         pasts = self.layer_pasts(past, rows, columns, x.device)
         mask = self.mask(context, rows * columns, x.device)
-        call = Call(frames, mask, keys_wanted(context, past))
+        call = Call(frames, mask, keys_wanted(context, past), on)
         keys: list[KeyValue] = []
         read: list[TextKeys] = []
         for layer, block in enumerate(self.blocks):
@@ -93,7 +96,7 @@ class WanTransformer(nn.Module):
             if context.taps is not None and layer in context.taps.layers:
                 context.taps.tokens.append(self.exchange.join(tokens, frames))
         report(context, index, past, keys, read)
-        return self.unpatch(self.exchange.join(self.head(tokens, time), frames), rows, columns)
+        return self.unpatch(self.exchange.join(self.head(tokens, time, on), frames), rows, columns)
 
     def patches(self, x: Tensor) -> tuple[int, int]:
         """Rows and columns of patches in latents [B, C, F, H, W]."""
@@ -153,7 +156,7 @@ class WanTransformer(nn.Module):
     ) -> list[TextKeys] | list[Tensor]:
         """What each block reads of the text: its keys where a cache has them, or the memory."""
         known = None if context.cache is None else context.cache.text
-        return known or [self.embed_text(text, clip)] * len(self.blocks)
+        return known or [self.embed_text(text, clip, context.adapters)] * len(self.blocks)
 
     def embed_patches(self, x: Tensor, positions: Tensor) -> Tensor:
         """Latents [B, C, F, H, W] to tokens [B, N, D]: the patch convolution as one matmul."""
@@ -170,12 +173,13 @@ class WanTransformer(nn.Module):
 
     def time_states(self, timestep: Tensor, context: Context) -> TimeStates:
         """What `embed_time` says of timestep [B, T]; of a level that returns, what it said."""
+        on = context.adapters
         if context.cache is None or context.level is None:
-            return self.embed_time(timestep)
+            return self.embed_time(timestep, on)
         key = (context.level, *timestep.shape)
-        return context.cache.time(key, lambda: self.embed_time(timestep))
+        return context.cache.time(key, lambda: self.embed_time(timestep, on))
 
-    def embed_time(self, timestep: Tensor) -> TimeStates:
+    def embed_time(self, timestep: Tensor, adapters: Sequence[str] = ()) -> TimeStates:
         """timestep [B, T] to time states [B, T, D] and block modulation [B, T, 6, D], fp32."""
         frequencies = torch.exp(
             -math.log(10000.0)
@@ -184,16 +188,19 @@ class WanTransformer(nn.Module):
         )
         angles = timestep.double()[..., None] * frequencies
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1).float()
-        time = float32_mlp(self.time_embedding, waves)
-        return time, float32_mlp(self.time_projection, time).unflatten(-1, (6, -1))
+        time = float32_mlp(self.time_embedding, waves, adapters)
+        return time, float32_mlp(self.time_projection, time, adapters).unflatten(-1, (6, -1))
 
-    def embed_text(self, text: Tensor, clip: Tensor | None) -> Tensor:
+    def embed_text(
+        self, text: Tensor, clip: Tensor | None, adapters: Sequence[str] = ()
+    ) -> Tensor:
         """Text states [B, L, text_dim] to memory [B, L, D], behind the images' tokens if any."""
-        memory: Tensor = self.text_embedding(text.to(_dtype(self.text_embedding)))
+        text_states = text.to(_dtype(self.text_embedding))
+        memory = sequential(self.text_embedding, text_states, adapters)
         if not self.config.sees_images:
             return memory
         check_images(self.config, text, clip)
-        return torch.cat([self.img_emb(clip), memory], dim=1)
+        return torch.cat([self.img_emb(clip, adapters), memory], dim=1)
 
 
 def frame_index(context: Context, frames: int) -> Tensor:
@@ -209,6 +216,8 @@ def look_back(context: Context, index: Tensor) -> Past:
             f"a mask of {mask.frames} frames needs as many and no cache, got {frames} frames"
             f"{' and a cache' if cache is not None else ''}"
         )
+    if cache is not None:
+        cache.serve(context.adapters)
     return Past([], index[:0], index) if cache is None else cache.past(index)
 
 
@@ -247,15 +256,18 @@ def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> T
     return (2.0 * torch.rand(shape, generator=generator) - 1.0) * bound
 
 
-def _dtype(layers: nn.Module) -> torch.dtype:
-    return next(layers.parameters()).dtype
+def _dtype(layers: nn.Sequential) -> torch.dtype:
+    weight = layers[0].weight
+    assert isinstance(weight, Tensor)
+    return weight.dtype
 
 
-def float32_mlp(layers: nn.Sequential, x: Tensor) -> Tensor:
+def float32_mlp(layers: nn.Sequential, x: Tensor, adapters: Sequence[str] = ()) -> Tensor:
     """Run an MLP in fp32 whatever the dtype of its weights: bf16 blurs neighbouring timesteps."""
     for layer in layers:
         if isinstance(layer, nn.Linear):
-            x = F.linear(x, layer.weight.float(), layer.bias.float())
+            y = F.linear(x, layer.weight.float(), layer.bias.float())
+            x = with_adapters(layer, x, y, adapters)
         else:
             x = layer(x)
     return x
