@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from omegaconf import MISSING
 
+from model.adapters import AdapterConfig
 from model.base import Method, MethodConfig, Needs
 from model.discriminator import DiscriminatorConfig
 from model.dmd import DMDConfig
@@ -37,28 +38,38 @@ class NetworkConfig:
     weights: str | None = None  # file or training checkpoint instead of the folder's weights
     storage: Literal["fp8"] | None = None  # of its blocks' matrices; None = what is computed in
     sharded: bool | None = None  # false: each rank holds a copy; None = false with fp8, else true
-
-    @property
-    def whole(self) -> bool:
-        """Whether each rank holds all of it."""
-        return self.storage is not None if self.sharded is None else not self.sharded
-
-    def problems(self, role: str) -> Iterator[str]:
-        """What is impossible about these settings of `role`, one line each."""
-        if self.storage is not None and self.sharded:
-            yield (
-                f"{role}.storage: {self.storage} needs whole weights on each rank, since a row's "
-                f"scale belongs to all of it; set {role}.sharded=false, or {role}.storage=null"
-            )
+    adapters: list[str] = field(default_factory=list)  # added as they are: files, or file:scale
 
 
 @dataclass(frozen=True)
 class TrainedNetworkConfig(OptimizerConfig):
-    """A network whose weights move."""
+    """A network whose weights move, or an adapter of one that does not."""
 
     model: str | None = None  # folder, or name below model_root; None = the teacher's, if any
     weights: str | None = None  # file or training checkpoint instead of the folder's weights
     random_init: bool = False  # start from random weights, drawn from the seed
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)  # what is trained in its place
+    # Of the network under an adapter, which does not move; roles that agree in all of these, in
+    # model and in weights share one. null = the teacher's.
+    storage: Literal["fp8"] | None = None
+    sharded: bool | None = None
+    adapters: list[str] = field(default_factory=list)  # as the teacher's
+
+    def problems(self, role: str) -> Iterator[str]:
+        """What is impossible about these settings of `role`, one line each."""
+        yield from self.adapter.problems(role)
+        if self.adapter.rank is not None:
+            if self.random_init:
+                yield f"{role}.random_init: an adapter needs a network that has learnt something"
+            if self.muon_lr is not None and self.adapter.rate != 1.0:
+                yield f"{role}.adapter.alpha: has no effect on directions, which Muon takes whole"
+            return
+        for name in ("storage", "sharded", "adapters"):
+            if getattr(self, name) not in (None, []):
+                yield (
+                    f"{role}.{name}: is for networks that stay as they are, under an adapter; set "
+                    f"{role}.adapter.rank, or merge adapters first (convert_checkpoint.py)"
+                )
 
 
 @dataclass(frozen=True)
@@ -136,6 +147,22 @@ class Config:
         """The settings of each role that is a denoiser."""
         return {**self.trainable, "teacher": self.teacher}
 
+    def frozen(self, role: str) -> NetworkConfig | None:
+        """The network that `role` uses as it is, beside an adapter if any; None = it trains all."""
+        own = self.networks[role]
+        if isinstance(own, NetworkConfig):
+            return own
+        if own.adapter.rank is None:
+            return None
+        teacher = self.teacher
+        return NetworkConfig(
+            model=self.model_of(role),
+            weights=own.weights,
+            storage=teacher.storage if own.storage is None else own.storage,
+            sharded=teacher.sharded if own.sharded is None else own.sharded,
+            adapters=own.adapters,
+        )
+
     @property
     def optimizers(self) -> dict[str, OptimizerConfig]:
         """How the weights of each role that can be trained move."""
@@ -152,7 +179,8 @@ class Config:
 # A run may be continued with other values of these; every other key is part of what it is.
 CHANGEABLE = (
     "steps", "log_every", "save_every", "keep_checkpoints", "timeout_s", "model_root",
-    "data.path", "data.text_embeddings", "accumulation", "sharding_strategy", "teacher.sharded",
+    "data.path", "data.text_embeddings", "accumulation", "sharding_strategy",
+    "teacher.sharded", "generator.sharded", "critic.sharded",
     "loss.batched_guidance", "parallel", "validation", "logging", "sampling",
 )  # fmt: skip
 
@@ -289,9 +317,24 @@ def _causal_problems(config: Config) -> Iterator[str]:
 
 
 def _role_problems(config: Config) -> Iterator[str]:
-    yield from config.teacher.problems("teacher")
+    for role, settings in config.networks.items():
+        frozen = config.frozen(role)
+        if frozen is not None and frozen.storage is not None and frozen.sharded:
+            yield (
+                f"{role}.storage: {frozen.storage} needs whole weights on each rank, since a row's "
+                f"scale belongs to all of it; set {role}.sharded=false, or {role}.storage=null"
+            )
+        if isinstance(settings, TrainedNetworkConfig):
+            yield from settings.problems(role)
+    pull = getattr(config.loss, "critic_pull", 0.0)
+    if pull and any(own.adapter.rank is not None for own in config.trainable.values()):
+        yield (
+            f"loss.critic_pull: {pull} moves weights toward weights, and the average of an "
+            f"adapter's factors is not that of what they add; set it to 0, or train whole networks"
+        )
+    shares = any(own.adapter.rank is not None for own in config.trainable.values())
     idle = [name for name in ("storage", "sharded") if getattr(config.teacher, name) is not None]
-    if idle and "teacher" not in method_needs(config).networks:
+    if idle and not shares and "teacher" not in method_needs(config).networks:
         yield f"teacher.{idle[0]}: has no effect on method '{method_name(config)}', without teacher"
     for name, settings in config.optimizers.items():
         yield from _optimizer_problems(name, settings)

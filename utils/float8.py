@@ -37,6 +37,8 @@ class Float8Linear(nn.Module):
         stored, scale = quantise(linear.weight.detach())
         self.weight = nn.Parameter(stored, requires_grad=False)
         self.bias = linear.bias
+        for name, child in linear.named_children():  # what is added to what it computes
+            self.add_module(name, child)
         self.register_buffer("scale", scale, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

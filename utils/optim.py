@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +14,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from utils.ema import local
+
+RATE = "rate"  # of a group: its learning rate as a multiple of the role's, if it is not 1
 
 
 @dataclass(frozen=True)
@@ -57,20 +59,21 @@ def build_optimizers(
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
     inside = {name for name, p in trained.items() if p.ndim == 2 and "blocks" in name.split(".")}
     chosen = inside if config.muon_lr is not None else set()
-    matrices = [p for name, p in trained.items() if name in chosen]
-    rest = [p for name, p in trained.items() if name not in chosen]
-    decayed = [p for p in rest if p.ndim in (2, 5)]  # linear layers and the patch convolution
-    plain = [p for p in rest if p.ndim not in (2, 5)]
+    rest = {name: p for name, p in trained.items() if name not in chosen}
+    # Matrices are those of linear layers and of the patch convolution.
+    decayed = {name: p for name, p in rest.items() if p.ndim in (2, 5)}
+    plain = {name: p for name, p in rest.items() if name not in decayed}
+    rates = rates or {}
     groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        *_by_rate(decayed, rates, weight_decay=config.weight_decay),
+        *_by_rate(plain, rates, weight_decay=0.0),
     ]
-    groups = [group for group in groups if group["params"]]  # torch could not load empty ones
+    matrices = list(_by_rate({name: trained[name] for name in trained if name in chosen}, rates))
     optimizers: list[torch.optim.Optimizer] = []
     if groups:
         betas = (config.betas[0], config.betas[1])
         # One kernel reads and writes all that an update needs; on a CPU it would round otherwise.
-        fused = all(p.is_cuda for p in rest)
+        fused = all(p.is_cuda for p in rest.values())
         optimizers.append(
             torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=fused, foreach=not fused)
         )
@@ -85,6 +88,16 @@ def build_optimizers(
             )
         )
     return optimizers
+
+
+def _by_rate(
+    parameters: Mapping[str, nn.Parameter], rates: Mapping[str, float], **settings: float
+) -> Iterator[dict[str, Any]]:
+    """Groups of an optimizer, one for each rate; none is empty, for torch could not load it."""
+    of = {name: rates.get(name, 1.0) for name in parameters}
+    for rate in dict.fromkeys(of.values()):
+        own = [p for name, p in parameters.items() if of[name] == rate]
+        yield {"params": own, **settings} | ({} if rate == 1.0 else {RATE: rate})
 
 
 def initialise(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -108,7 +121,7 @@ def set_lr_factor(
         base = config.muon_lr if isinstance(optimizer, Muon) else config.lr
         assert base is not None
         for group in optimizer.param_groups:
-            group["lr"] = base * factor
+            group["lr"] = base * factor * group.get(RATE, 1.0)
 
 
 class Muon(torch.optim.Optimizer):
@@ -119,7 +132,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float
+        self, params: Iterable[Any], *, lr: float, momentum: float, weight_decay: float
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 

@@ -7,7 +7,7 @@ one before it made.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -100,10 +100,13 @@ def parallelize(
     config: ParallelConfig = AS_IT_IS,
     *,
     context: DeviceMesh | None = None,
+    added: Collection[nn.Parameter] = (),
+    whole: bool = False,
 ) -> M:
     """Let `blocks` run again in the backward pass as `config` says, and shard all. In place.
 
-    context: the ranks that share a sample's tokens; None = each has samples of its own.
+    context: the ranks that share a sample's tokens; None = each has samples of its own. added,
+    whole: see `shard`.
     """
     every = config.checkpoint_every
     if config.activation_checkpoint != "none":
@@ -115,30 +118,46 @@ def parallelize(
     if context is not None:
         context_parallel(module, context)
     if mesh is not None:
-        shard(module, blocks, mesh, compute_dtype)
+        shard(module, blocks, mesh, compute_dtype, added=added, whole=whole)
         prefetch(module, blocks, config.prefetch)
     return module
 
 
 def shard(
-    module: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh, compute_dtype: torch.dtype
+    module: nn.Module,
+    blocks: nn.ModuleList,
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype,
+    *,
+    added: Collection[nn.Parameter] = (),
+    whole: bool = False,
 ) -> None:
     """Shard `module` over `mesh`, one unit per block and one for the rest (FSDP2). In place.
 
     Weights stay in their own dtype; forward and backward run in `compute_dtype`, and gradients
     are reduced in fp32. One rank that computes in the dtype of the weights needs none of this.
+
+    added: parameters that are cast by those who use them, so that their dtype does not count. They
+    belong to their block's unit: one gathering per block, frozen weights or not. whole: these alone
+    are sharded, and all others stay as they are.
     """
-    same_dtype = all(p.dtype == compute_dtype for p in module.parameters())
-    if mesh.size() == 1 and same_dtype:
+    own = set(module.parameters()) - set(added)
+    same_dtype = whole or all(p.dtype == compute_dtype for p in own)
+    if (mesh.size() == 1 and same_dtype) or (whole and not added):
         return
+    ignored = own if whole else None
     # Inputs are not cast: fp32 timesteps rounded to bf16 would move to a neighbouring noise level.
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(
+            block, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=ignored
+        )
     # The root too is resharded, or EMA and loading would read weights that forward does not use.
-    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(
+        module, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=ignored
+    )
 
 
 def prefetch(module: nn.Module, blocks: nn.ModuleList, ahead: int) -> None:

@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -249,9 +249,15 @@ def plain_name(name: str) -> str:
     return name.removeprefix("model.")
 
 
-def check_fits(module: nn.Module, weights: Weights, *, what: str) -> None:
-    """Raise WeightsError unless names and shapes are exactly those of `module`."""
+def check_fits(
+    module: nn.Module, weights: Weights, *, what: str, without: Collection[str] = ()
+) -> None:
+    """Raise WeightsError unless names and shapes are exactly those of `module`.
+
+    without: names in `module` that come from elsewhere.
+    """
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    expected = {name: shape for name, shape in expected.items() if name not in without}
     found = weights.shapes()
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     shapes = [
@@ -267,18 +273,31 @@ def check_fits(module: nn.Module, weights: Weights, *, what: str) -> None:
         )
 
 
-def load_weights(module: nn.Module, weights: Weights, *, what: str) -> None:
-    """Copy `weights` into `module`; a sharded module reads only this rank's rows of each tensor."""
-    check_fits(module, weights, what=what)
+def load_weights(
+    module: nn.Module, weights: Weights, *, what: str, without: Collection[str] = ()
+) -> None:
+    """Copy `weights` into `module`; a sharded module reads only this rank's rows of each tensor.
+
+    without: names in `module` that come from elsewhere.
+    """
+    check_fits(module, weights, what=what, without=without)
     targets = module.state_dict()
     for name in weights.shapes():
         _copy(targets[name], functools.partial(weights.read, name))
 
 
-def fill_weights(module: nn.Module, value: Callable[[str, torch.Size], Tensor]) -> None:
-    """Set each weight of `module` to `value(name, shape)`; a sharded module keeps its rows."""
-    for name, target in module.state_dict().items():
-        _copy(target, value(name, target.shape).__getitem__)
+def fill_weights(
+    module: nn.Module,
+    value: Callable[[str, torch.Size], Tensor],
+    names: Collection[str] | None = None,
+) -> None:
+    """Set weights of `module` to `value(name, shape)`; a sharded module keeps its rows.
+
+    names: of the weights that are set; None = of all.
+    """
+    state = module.state_dict()
+    for name in state if names is None else names:
+        _copy(state[name], value(name, state[name].shape).__getitem__)
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from model.adapters import RankOf, declare, parameter_names
 from model.discriminator import (
     Discriminator,
     DiscriminatorConfig,
@@ -45,6 +46,16 @@ class Placement:
     mesh: DeviceMesh | None = None  # None = a whole copy on this device
     parallel: ParallelConfig = AS_IT_IS  # of a transformer's blocks
     context: DeviceMesh | None = None  # ranks that share a sample's tokens; None = there are none
+    adapters: Mapping[str, RankOf] = field(default_factory=dict)  # that its layers get, by name
+    whole: bool = False  # each rank holds all of it but for its adapters, which are laid over them
+
+    def side(self, name: str) -> Placement:
+        """That of one of the networks that a model has under this name."""
+
+        def within(rank_of: RankOf) -> RankOf:
+            return lambda layer: rank_of(f"{name}.{layer}")
+
+        return replace(self, adapters={k: within(ranks) for k, ranks in self.adapters.items()})
 
 
 def open_weights(
@@ -91,8 +102,17 @@ def empty(build: Callable[[], M], place: Placement) -> M:
     """A network without values, laid over the ranks; `build` makes it, with its `blocks`."""
     with torch.device("meta"):
         model = build().to(place.storage)
-    blocks = blocks_of(model)
-    parallelize(model, blocks, place.mesh, place.compute, place.parallel, context=place.context)
+    declare(model, place.adapters)
+    parallelize(
+        model,
+        blocks_of(model),
+        place.mesh,
+        place.compute,
+        place.parallel,
+        context=place.context,
+        added=[model.get_parameter(name) for name in parameter_names(model)],
+        whole=place.whole,
+    )
     model.to_empty(device=place.device)
     return model
 

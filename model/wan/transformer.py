@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ MEMO_BYTES = 256 * 2**20
 class WanTransformer(nn.Module):
     """Wan2.1's diffusion transformer. `blocks` is what parallelism wraps."""
 
+    takes_adapters: ClassVar[bool] = True  # see model.adapters
     config: WanConfig
     blocks: nn.ModuleList
 
@@ -191,9 +193,7 @@ class WanTransformer(nn.Module):
         time = float32_mlp(self.time_embedding, waves, adapters)
         return time, float32_mlp(self.time_projection, time, adapters).unflatten(-1, (6, -1))
 
-    def embed_text(
-        self, text: Tensor, clip: Tensor | None, adapters: Sequence[str] = ()
-    ) -> Tensor:
+    def embed_text(self, text: Tensor, clip: Tensor | None, adapters: Sequence[str] = ()) -> Tensor:
         """Text states [B, L, text_dim] to memory [B, L, D], behind the images' tokens if any."""
         text_states = text.to(_dtype(self.text_embedding))
         memory = sequential(self.text_embedding, text_states, adapters)

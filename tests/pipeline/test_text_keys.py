@@ -45,11 +45,11 @@ def count_readings(model: WanTransformer) -> list[bool]:
     for block in model.blocks:
         read = block.cross_attn.keys_and_values  # type: ignore[union-attr]
 
-        def watched(memory: Tensor, read: Any = read) -> Any:
+        def watched(memory: Tensor, adapters: Any, read: Any = read) -> Any:
             calls.append(torch.is_grad_enabled())
-            return read(memory)
+            return read(memory, adapters)
 
-        block.cross_attn.keys_and_values = watched  # type: ignore[union-attr, assignment]
+        block.cross_attn.keys_and_values = watched  # type: ignore[union-attr]
     return calls
 
 

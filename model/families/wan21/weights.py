@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from model.adapters import parameter_names
 from model.families.wan21.folder import ModelFolder
 from model.folders import loading
 from model.folders.component import Renamed
@@ -100,14 +101,17 @@ def load_network(
     """A transformer with `weights`; each rank reads only what it keeps. `what` is for errors."""
     check_weights(config, weights, what=what)
     model = loading.empty(lambda: WanTransformer(config), place)
-    load_weights(model, weights, what=what)
+    load_weights(model, weights, what=what, without=parameter_names(model))
     return WanDiffusionWrapper(model)
 
 
 def random_network(config: WanConfig, seed: int, place: Placement) -> WanDiffusionWrapper:
     """A transformer with fresh weights, the same for any number of ranks."""
     model = loading.empty(lambda: WanTransformer(config), place)
+    added = set(parameter_names(model))
     fill_weights(
-        model, lambda name, shape: initial_value(name, shape, generator(seed, "weights", name))
+        model,
+        lambda name, shape: initial_value(name, shape, generator(seed, "weights", name)),
+        [name for name in model.state_dict() if name not in added],
     )
     return WanDiffusionWrapper(model)
