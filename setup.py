@@ -70,6 +70,7 @@ setup(
             "accelerate",  # diffusers' pipelines want it
             "matplotlib",
             "mypy==2.4.1",
+            "peft>=0.21",  # diffusers reads adapters with it; nothing else does
             "pytest>=9",
             "pytest-timeout",
             "pytest-xdist>=3.8",

@@ -68,12 +68,13 @@ def open_weights(
     checkpoint, ours or a .pt file with several networks: generator or critic. averaged: True = the
     generator's EMA, or a WeightsError; None = the EMA if there is one.
     """
-    weights = _open(path, in_folder, role, averaged)
+    weights = open_any(path, in_folder, role=role, averaged=averaged)
     refuse_adapter(weights)
     return weights
 
 
-def _open(path: Path, in_folder: Path | None, role: str, averaged: bool | None) -> Weights:
+def open_any(path: Path, in_folder: Path | None, *, role: str, averaged: bool | None) -> Weights:
+    """The same, of a network or of an adapter."""
     if path.is_file():
         return WeightFile(path, role=role, averaged=averaged)
     if (path / "checkpoints").is_dir():
