@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from model.adapters import parameter_names
 from model.base import AlternatingConfig, Parts
 from model.conditioning import ConditioningEncoder, ImageEncoder
 from model.encoders.idle import Encoders
@@ -20,12 +21,13 @@ from model.wan.attention import use_kernel
 from pipeline.reuse import ReusedRollout
 from trainer.agreement import check_same_run
 from trainer.base import Trainer, TrainerParts
+from trainer.bases import Base, bases
 from trainer.batches import BatchLoader
-from trainer.config import Config, NetworkConfig
+from trainer.config import Config
 from trainer.inputs import Inputs, check_inputs
 from trainer.logdir import check_shared, claim_logdir
 from trainer.registry import TRAINERS
-from trainer.roles import GatheredRollout, build_role
+from trainer.roles import GatheredRollout, Role, build_role
 from trainer.run import Run, resolve
 from trainer.validation import Validator
 from utils import checkpoint
@@ -86,9 +88,7 @@ def assemble(run: Run, session: Session, options: RunOptions) -> Trainer:
     vae = _build_vae(run, encoders, options, inputs)
     encoder = build_encoder(run, encoders, run.compute, vae, inputs.embeddings)
     networks = build_networks(run, session)
-    roles = {
-        name: build_role(name, networks[name], run.optimizer(name)) for name in run.needs.trained
-    }
+    roles = {name: build_trained(run, name, networks[name]) for name in run.needs.trained}
     parts = Parts(
         networks=networks,
         rollout=build_rollout(run, vae),
@@ -96,7 +96,7 @@ def assemble(run: Run, session: Session, options: RunOptions) -> Trainer:
         layout=run.causal,
         parameters={name: list(role.parameters.values()) for name, role in roles.items()},
     )
-    _announce(config, session, networks)
+    _announce(config, session, networks, roles)
     trainer: Trainer = TRAINERS[config.trainer].load()(
         TrainerParts(
             run=run,
@@ -128,21 +128,11 @@ def build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
     )
     moved = replace(kept, storage=torch.float32)
     networks: dict[str, nn.Module] = {}
-    for role in needs.networks:
-        model, trained = run.models[role], role in needs.trained
-        place = moved if trained else _frozen(run, role, kept)
-        if run.random_init(role):
-            network = model.random_network(config.seed, place)
-        else:
-            what = f"{role} {model.path}"
-            network = model.load_network(run.weights(role), place, what=what)
-            network.requires_grad_(trained)
-        kernel = run.kernel(role, session.device, run.compute, grad=True)
-        kernel = session.from_main(kernel)  # the fastest on one rank, so on all
-        use_kernel(network, kernel, config.parallel.masked_attention)
-        if not trained:
-            _store(run, role, network)
-        networks[role] = network
+    for base in bases(run):
+        settings = base.settings
+        place = moved if settings is None else replace(kept, whole=settings.whole)
+        networks |= _build_base(base, session, place)
+    networks = {role: networks[role] for role in needs.networks}
     if needs.backbone is not None:
         networks["discriminator"] = random_discriminator(
             run.models[needs.backbone].features,
@@ -153,18 +143,35 @@ def build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
     return networks
 
 
-def _frozen(run: Run, role: str, place: Placement) -> Placement:
-    """Where a network goes that is used as it is; `place` = over the ranks."""
-    settings = run.config.networks[role]
-    whole = isinstance(settings, NetworkConfig) and settings.whole
-    return replace(place, mesh=None) if whole else place
-
-
-def _store(run: Run, role: str, network: nn.Module) -> None:
-    """Exchange the weights of a network that is used as it is by what its settings ask for."""
-    settings = run.config.networks[role]
-    if isinstance(settings, NetworkConfig) and settings.storage == "fp8":
+def _build_base(base: Base, session: Session, place: Placement) -> dict[str, nn.Module]:
+    """A network with its adapters, as each of its roles calls it."""
+    run, role, settings = base.run, base.roles[0], base.settings
+    model = run.models[role]
+    place = replace(place, adapters=base.ranks())
+    if run.random_init(role):
+        network = model.random_network(run.config.seed, place)
+    else:
+        what = f"{role} {model.path}"
+        network = model.load_network(run.weights(role), place, what=what)
+    network.requires_grad_(settings is None)
+    kernel = run.kernel(role, session.device, run.compute, grad=True)
+    kernel = session.from_main(kernel)  # the fastest on one rank, so on all
+    use_kernel(network, kernel, run.config.parallel.masked_attention)
+    if settings is not None and settings.storage == "fp8":
         store_float8(network)
+    base.give_values(network)
+    return dict(base.views(network))
+
+
+def build_trained(run: Run, name: str, network: nn.Module) -> Role:
+    """The role that trains `network`, or an adapter of its own in it."""
+    if name not in run.config.trainable or run.config.trainable[name].adapter.rank is None:
+        return build_role(name, network, run.optimizer(name))
+    model = network.model
+    assert isinstance(model, nn.Module), "a network keeps its weights in `model`"
+    own, rate = parameter_names(model, name), run.config.trainable[name].adapter.rate
+    rates = {parameter: rate for parameter in own if parameter.endswith(".b")}
+    return build_role(name, network, run.optimizer(name), own, rates)
 
 
 def build_rollout(run: Run, vae: VideoVAE | None) -> Rollout | None:
@@ -253,12 +260,28 @@ def _build_trackers(config: Config, session: Session, options: RunOptions) -> li
     return trackers
 
 
-def _announce(config: Config, session: Session, networks: Mapping[str, nn.Module]) -> None:
+def _announce(
+    config: Config,
+    session: Session,
+    networks: Mapping[str, nn.Module],
+    roles: Mapping[str, Role],
+) -> None:
     if not session.is_main:
         return
     for role, network in networks.items():
-        count = sum(p.numel() for p in network.parameters())
-        log.info("%s: %.3f M parameters", role, count / 1e6)
+        own = roles[role].parameters.values() if role in roles else ()
+        log.info(
+            "%s: %.3f M parameters, of which it trains %.3f M",
+            role,
+            sum(p.numel() for p in network.parameters()) / 1e6,
+            sum(p.numel() for p in own) / 1e6,
+        )
+    shared: dict[int, list[str]] = {}
+    for role, network in networks.items():
+        shared.setdefault(id(network.model), []).append(role)
+    for group in shared.values():
+        if len(group) > 1:
+            log.info("%s share one network, which stays as it is", " and ".join(group))
     log.info(
         "mesh: %s over %d ranks (%d to a sample) on %s, %s",
         config.sharding_strategy,

@@ -40,6 +40,11 @@ class NetworkConfig:
     sharded: bool | None = None  # false: each rank holds a copy; None = false with fp8, else true
     adapters: list[str] = field(default_factory=list)  # added as they are: files, or file:scale
 
+    @property
+    def whole(self) -> bool:
+        """Whether each rank holds all of it."""
+        return self.storage is not None if self.sharded is None else not self.sharded
+
 
 @dataclass(frozen=True)
 class TrainedNetworkConfig(OptimizerConfig):
@@ -61,8 +66,6 @@ class TrainedNetworkConfig(OptimizerConfig):
         if self.adapter.rank is not None:
             if self.random_init:
                 yield f"{role}.random_init: an adapter needs a network that has learnt something"
-            if self.muon_lr is not None and self.adapter.rate != 1.0:
-                yield f"{role}.adapter.alpha: has no effect on directions, which Muon takes whole"
             return
         for name in ("storage", "sharded", "adapters"):
             if getattr(self, name) not in (None, []):
@@ -317,15 +320,15 @@ def _causal_problems(config: Config) -> Iterator[str]:
 
 
 def _role_problems(config: Config) -> Iterator[str]:
-    for role, settings in config.networks.items():
+    for role, network in config.networks.items():
         frozen = config.frozen(role)
         if frozen is not None and frozen.storage is not None and frozen.sharded:
             yield (
                 f"{role}.storage: {frozen.storage} needs whole weights on each rank, since a row's "
                 f"scale belongs to all of it; set {role}.sharded=false, or {role}.storage=null"
             )
-        if isinstance(settings, TrainedNetworkConfig):
-            yield from settings.problems(role)
+        if isinstance(network, TrainedNetworkConfig):
+            yield from network.problems(role)
     pull = getattr(config.loss, "critic_pull", 0.0)
     if pull and any(own.adapter.rank is not None for own in config.trainable.values()):
         yield (
@@ -338,8 +341,8 @@ def _role_problems(config: Config) -> Iterator[str]:
         yield f"teacher.{idle[0]}: has no effect on method '{method_name(config)}', without teacher"
     for name, settings in config.optimizers.items():
         yield from _optimizer_problems(name, settings)
-    for name, network in config.trainable.items():
-        if network.random_init and network.weights is not None:
+    for name, trained in config.trainable.items():
+        if trained.random_init and trained.weights is not None:
             yield f"{name}.weights: cannot be given together with {name}.random_init"
     hidden = config.discriminator.ffn_dim
     if hidden is not None and hidden < 1:

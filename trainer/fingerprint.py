@@ -15,6 +15,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from trainer.bases import adapter_files
 from trainer.inputs import Inputs
 from trainer.run import Run
 from utils.data.dataset import Dataset, RawItem
@@ -65,11 +66,16 @@ def fingerprint(run: Run, inputs: Inputs) -> Fingerprint:
         records=len(data),
         captions=_digest(captions),
         tensors=_digest(chain.from_iterable(map(_tensors, _sampled(data)))),
-        weights={
-            role: "random" if run.random_init(role) else _digest(_rows(run.weights(role)))
-            for role in run.models
-        },
+        weights={role: _begins(run, role) for role in run.models},
     )
+
+
+def _begins(run: Run, role: str) -> str:
+    """A hash of the weights that a role begins with, its adapters included."""
+    if run.random_init(role):
+        return "random"
+    adapters = (file.factors[layer] for file in adapter_files(run, role) for layer in file.factors)
+    return _digest(chain(_rows(run.weights(role)), (_bytes(t) for pair in adapters for t in pair)))
 
 
 def _sampled(data: Dataset) -> Iterator[RawItem]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from model.discriminator import tapped_layers
 from model.families.base import Model
 from model.families.registry import check_model
+from trainer.bases import check_adapters
 from trainer.config import Config
 from trainer.limits import check_memory
 from trainer.run import Run
@@ -84,6 +85,7 @@ def _check_models(run: Run) -> None:
         )
         if not fresh:
             model.check_weights(run.weights(role), what=f"{role} {model.path}")
+    check_adapters(run)
     if len({model.images is None for model in models.values()}) > 1:
         named = ", ".join(f"{role} {model.path}" for role, model in models.items())
         raise ConfigError(

@@ -24,9 +24,9 @@ from model.types import Batch, Conditioning
 from model.wan.cache import KeyValue, KVCache, TextKeys
 from pipeline.causal import CausalConfig
 from trainer.base import Trainer, TrainerParts
-from trainer.build import build_networks, build_rollout
+from trainer.build import build_networks, build_rollout, build_trained
 from trainer.registry import TRAINERS
-from trainer.roles import Role, build_role
+from trainer.roles import Role
 from trainer.run import Run
 from utils.distributed import Session
 from utils.dry_run import Draw, dry_run
@@ -83,6 +83,11 @@ class Unread:
 
 class UnreadRun(Run):
     """A run that asks for no weights."""
+
+    @property
+    def reads_values(self) -> bool:
+        """Not at all."""
+        return False
 
     def random_init(self, role: str) -> bool:
         """None begins with values."""
@@ -216,9 +221,7 @@ def build_stand_in(run: Run, session: Session, meter: Meter, *, on_gpu: bool) ->
     for name, network in networks.items():
         meter.watch(name, network)
         meter.tag(network.parameters(), name, "weights")
-    roles = {
-        name: build_role(name, networks[name], run.optimizer(name)) for name in run.needs.trained
-    }
+    roles = {name: build_trained(run, name, networks[name]) for name in run.needs.trained}
     if on_gpu:
         use_fused(roles)
     parts = Parts(

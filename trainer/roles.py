@@ -105,9 +105,15 @@ class GatheredRollout:
 
 
 def build_role(
-    name: str, network: nn.Module, config: OptimizerConfig, own: Iterable[str] | None = None
+    name: str,
+    network: nn.Module,
+    config: OptimizerConfig,
+    own: Iterable[str] | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> Role:
     """The role of `network`, whose `model` holds the weights; own: names of its own, None = all.
+
+    rates: how fast some of these learn, as multiples of the role's learning rate.
 
     All that it owns must want a gradient, and no forward pass may have come before (see
     `fix_gradient_reduction`).
@@ -116,7 +122,7 @@ def build_role(
     assert isinstance(module, nn.Module), "a network keeps its weights in `model`"
     named = dict(module.named_parameters())
     parameters = named if own is None else {key: named[key] for key in own}
-    optimizers = build_optimizers(parameters, config)
+    optimizers = build_optimizers(parameters, config, rates)
     for root in sharded_roots(module):
         fix_gradient_reduction(root)
     initialise(module, optimizers)

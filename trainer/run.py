@@ -64,16 +64,21 @@ class Run:
         settings = self.config.networks[role]
         return isinstance(settings, TrainedNetworkConfig) and settings.random_init
 
+    @property
+    def reads_values(self) -> bool:
+        """Whether networks are given values; a plan knows how much they take without any."""
+        return True
+
     def weights(self, role: str) -> Weights:
         """Where a role begins: its own weights, or those of its model folder.
 
-        Of a checkpoint with several networks a critic takes the critic, if there is one, and every
-        other role the generator.
+        Of a checkpoint with several networks a critic that is trained whole takes the critic, if
+        there is one, and every other role the generator.
         """
         own, model = self.config.networks[role].weights, self.models[role]
         if own is None:
             return model.find_weights()
-        if role == "critic":
+        if role == "critic" and self.config.frozen(role) is None:
             try:
                 return model.find_weights(Path(own), role="critic")
             except WeightsError:  # else the generator, or what is wrong with it

@@ -40,6 +40,10 @@ METHODS = {
 }
 
 MICRO = "accumulation=2"
+ADAPTERS = (
+    "generator.adapter.rank=4", "generator.adapter.targets=blocks+embeddings",
+    "critic.adapter.rank=2", "critic.adapter.alpha=3",
+)  # fmt: skip
 BLOCK = "parallel.activation_checkpoint=block"
 SELECTIVE = "parallel.activation_checkpoint=selective"
 WAYS = {
@@ -55,11 +59,18 @@ WAYS = {
     "whole teacher": ("teacher.sharded=false", SELECTIVE),
     "reused, offloaded": ("loss.reuse_rollout=true", BLOCK, "parallel.offload_inputs=true", MICRO),
     "compiled": ("parallel.compile=true", BLOCK, MICRO),
+    "adapters": ADAPTERS,
+    "adapters, recomputed": (*ADAPTERS, BLOCK, "parallel.offload_inputs=true", MICRO),
+    "adapters, whole base": (*ADAPTERS, SELECTIVE, "teacher.sharded=false", MICRO),
+    "adapters, gathered": (*ADAPTERS, "parallel.keep_gathered=true", "parallel.prefetch=2"),
+    "adapters, compiled": (*ADAPTERS, "parallel.compile=true", BLOCK),
 }
 # Ways that mean something to some methods alone.
 OF = {"whole teacher": ("dmd", "self_forcing_dmd"), "reused, offloaded": ("dmd", "gan")}
+OF |= {way: ("dmd", "self_forcing_dmd") for way in WAYS if way.startswith("adapters")}
 # What changes the recipe is compared with one process of the same recipe.
 RECIPES = {"reused, offloaded": ("loss.reuse_rollout=true",)}
+RECIPES |= {way: ADAPTERS for way in WAYS if way.startswith("adapters")}
 
 
 Case = tuple[str, str, str]  # ranks, method, way
@@ -81,7 +92,7 @@ RANKS = {
     "4": Ranks(4),
     "2 x 2": Ranks(4, 2, ("sharding_strategy=hybrid_full",)),
 }
-ON = {"compiled": ("1", "2", "2 x 2")}  # compilation takes most of the time
+ON = {way: ("1", "2", "2 x 2") for way in WAYS if "compiled" in way}  # which takes most of the time
 CASES = [
     (ranks, method, way)
     for ranks in RANKS
@@ -93,6 +104,8 @@ FAST = {
     ("2", "dmd", "selective, accumulated"),
     ("2", "self_forcing_dmd", "gathered"),
     ("2", "gan", "reused, offloaded"),
+    ("2", "dmd", "adapters, recomputed"),
+    ("2", "dmd", "adapters, whole base"),
 }
 
 
@@ -107,7 +120,7 @@ class Job:
 
 @dataclass
 class Seen:
-    """The gradients of a run's first update of each role, and where its metrics are."""
+    """The gradients of an early update of each role, and where its metrics are."""
 
     logdir: Path
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -124,15 +137,16 @@ def train(job: Job, session: Session) -> Seen:
 
 
 def watch(trainer: Trainer, gradients: dict[str, Tensor]) -> None:
-    """Note each role's gradients of its first update."""
-    apply, noted = trainer.apply_gradients, set()
+    """Note each role's gradients of its first update; of an adapter, whose factor a has none then,
+    those of its second one."""
+    apply = trainer.apply_gradients
 
     def noting(name: str) -> None:
-        if name not in noted:
-            for key, parameter in trainer.roles[name].parameters.items():
+        own = trainer.roles[name].parameters
+        if trainer.state.updates[name] == int(any(".adapters." in key for key in own)):
+            for key, parameter in own.items():
                 if parameter.grad is not None:  # some of a discriminator serve other methods
                     gradients[f"{name}.{key}"] = whole(parameter.grad).clone()
-        noted.add(name)
         apply(name)
 
     trainer.apply_gradients = noting  # type: ignore[method-assign]

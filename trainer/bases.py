@@ -1,0 +1,147 @@
+"""Which roles share a network that none of them moves, and the adapters that each has on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from model.adapters import OnAdapters, RankOf, fill, pairs, start
+from model.folders.adapter_files import AdapterFile, check_adapter, read_adapter
+from trainer.config import NetworkConfig, TrainedNetworkConfig
+from trainer.run import Run
+from utils.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Added:
+    """An adapter that is added as it is, times `scale`."""
+
+    path: Path
+    scale: float = 1.0
+
+    @classmethod
+    def parse(cls, word: str) -> Added:
+        """From path or path:scale."""
+        path, colon, number = word.rpartition(":")
+        if colon:
+            try:
+                return cls(Path(path), float(number))
+            except ValueError:
+                pass  # a path with a colon
+        return cls(Path(word))
+
+    def read(self) -> AdapterFile:
+        """What it adds. Raises ConfigError if that is more than factors, or WeightsError."""
+        found = read_adapter(self.path).scaled(self.scale)
+        if found.diffs:
+            raise ConfigError(
+                f"{self.path}: adds to whole weights ({next(iter(found.diffs))}, ...), which roles "
+                f"that share a network cannot do each for itself; merge it into the network first "
+                f"(convert_checkpoint.py), and name the result as model or weights"
+            )
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """One network, and the roles whose it is: one that trains all of it, or some that share it."""
+
+    run: Run
+    roles: tuple[str, ...]
+
+    @property
+    def settings(self) -> NetworkConfig | None:
+        """How it is used; None = its one role trains all of it."""
+        return self.run.config.frozen(self.roles[0])
+
+    @property
+    def added(self) -> Mapping[Added, str]:
+        """The adapters that some role adds as they are, and their names in the network."""
+        words = [word for role in self.roles for word in _own(self.run, role).adapters]
+        return {one: f"added{n}" for n, one in enumerate(dict.fromkeys(map(Added.parse, words)))}
+
+    @property
+    def trained(self) -> list[str]:
+        """The roles that train an adapter of it, which has the role's name."""
+        return [role for role in self.roles if adapter_rank(self.run, role) is not None]
+
+    def names(self, role: str) -> tuple[str, ...]:
+        """The adapters that are on where `role` calls it, its own last."""
+        added = self.added
+        held = (added[Added.parse(word)] for word in _own(self.run, role).adapters)
+        return (*held, role) if role in self.trained else tuple(held)
+
+    def ranks(self) -> dict[str, RankOf]:
+        """What each adapter adds to, before it has values."""
+        found: dict[str, RankOf] = {}
+        for one, name in self.added.items():
+            factors = one.read().factors
+            found[name] = {layer: pair.rank for layer, pair in factors.items()}.get
+        for role in self.trained:
+            found[role] = self.run.config.trainable[role].adapter.rank_of
+        return found
+
+    def give_values(self, network: nn.Module) -> None:
+        """Load or begin every adapter of `network`; those that are trained want a gradient."""
+        model, read = network.model, self.run.reads_values
+        assert isinstance(model, nn.Module), "a network keeps its weights in `model`"
+        for _, name, pair in pairs(model):
+            pair.requires_grad_(name in self.trained)
+        for one, name in self.added.items():
+            if read:
+                fill(model, name, one.read().factors, what=f"adapter {one.path}")
+        for role in self.trained:
+            begin = self.run.config.trainable[role].adapter.weights
+            if read and begin is not None:
+                given = read_adapter(Path(begin), role=role)
+                fill(model, role, given.factors, what=f"{role}.adapter.weights {begin}")
+            else:
+                start(model, role, self.run.config.seed)
+
+    def views(self, network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """What each role calls."""
+        for role in self.roles:
+            names = self.names(role)
+            yield role, OnAdapters(network, names) if names else network
+
+
+def bases(run: Run) -> list[Base]:
+    """All networks of a run, in the order of their first roles."""
+    shared: dict[object, list[str]] = {}
+    for role in run.needs.networks:
+        settings = run.config.frozen(role)
+        key: object = role
+        if settings is not None:
+            place = run.models[role].path.resolve()
+            key = (place, settings.weights, settings.storage, settings.whole)
+        shared.setdefault(key, []).append(role)
+    return [Base(run, tuple(roles)) for roles in shared.values()]
+
+
+def adapter_rank(run: Run, role: str) -> int | None:
+    """Of the adapter that `role` trains; None = it trains a whole network, or nothing."""
+    settings = run.config.networks[role]
+    return settings.adapter.rank if isinstance(settings, TrainedNetworkConfig) else None
+
+
+def adapter_files(run: Run, role: str) -> Iterator[AdapterFile]:
+    """What is added to the role's network before training, and what its own adapter begins with."""
+    for word in _own(run, role).adapters:
+        yield Added.parse(word).read()
+    settings = run.config.networks[role]
+    if isinstance(settings, TrainedNetworkConfig) and settings.adapter.weights is not None:
+        yield read_adapter(Path(settings.adapter.weights), role=role)
+
+
+def check_adapters(run: Run) -> None:
+    """Raise ConfigError or WeightsError unless every adapter that is named fits its network."""
+    for role, model in run.models.items():
+        for file in adapter_files(run, role):
+            check_adapter(file, run.weights(role).shapes(), what=f"{role} {model.path}")
+
+
+def _own(run: Run, role: str) -> NetworkConfig | TrainedNetworkConfig:
+    return run.config.networks[role]
