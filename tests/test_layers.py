@@ -81,7 +81,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "utils.web": (),
     "model.wan": (),
     "model.encoders": ("model.folders", "utils.media.frame_groups"),
-    "model.folders": ("model.discriminator", "model.types"),
+    # Adapter files have names of their own, which are Wan's whatever family a folder is of.
+    "model.folders": ("model.discriminator", "model.types", "model.wan.adapter_names"),
 }
 
 
