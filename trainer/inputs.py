@@ -44,6 +44,7 @@ def check_inputs(run: Run, session: Session) -> Inputs:
             f"batch_size: {config.batch_size} samples do not divide over {session.data_world} "
             f"{who} x {config.accumulation} micro-batches; use a multiple of {share}"
         )
+    run.check_kernel(session.device, run.compute, grad=True)
     _check_models(run)
     model = run.model
     tokens, features = model.latent.tokens(run.latent_shape), model.features
