@@ -133,6 +133,21 @@ def test_ways_that_fit_are_looked_at_from_the_fastest_on(tmp_path: Path) -> None
     assert {way.accumulation for way in ways} == {1, 2}  # 4 samples on 2 GPUs
 
 
+@pytest.mark.parametrize(
+    ("world", "tried"),
+    [
+        (World(1, 1), {"full"}),
+        (World(2, 2), {"none", "full"}),
+        (World(4, 2), {"none", "hybrid_full", "full"}),
+    ],
+)
+def test_weights_are_laid_in_each_way_that_differs_on_these_machines(
+    tmp_path: Path, world: World, tried: set[str]
+) -> None:
+    ways = candidates(small_run(tmp_path, "tiny", batch=4), world)
+    assert {way.sharding_strategy for way in ways} == tried
+
+
 @pytest.mark.slow  # three plans
 def test_what_fits_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--config_path", str(config_of(tmp_path)), "--plan", "--fits", "--gpus", "1"]
