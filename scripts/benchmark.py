@@ -3,7 +3,7 @@
   benchmark.py --config_path configs/tiny/dmd.yaml   your configuration, from your folders
   benchmark.py --shape tiny small                    sizes with random weights, nothing to fetch
   benchmark.py inference --shape small               clips: the network, first frame, frames/s
-  benchmark.py attention --shape 1.3B                every attention kernel that is installed here
+  benchmark.py attention --shape 1.3B                attention kernels that are here, and masks
 
 One JSON line and one row of a table per configuration; a dash is what was not measured. Under
 torchrun, training is timed on all its ranks. Nothing is saved.

@@ -157,7 +157,22 @@ def test_attention_kernels_are_timed_and_one_is_chosen(
     assert found["fastest"] == min(times, key=times.get)
     assert "flash2" in found["unusable"]
     assert {"sdpa", "math"} <= set(times)
-    assert len(table) == 2 + len(found["forward_ms"])
+    ways = found["masked"]["forward_and_backward_ms"]
+    assert len(table) == 2 + len(found["forward_ms"]) + 2 + len(ways)
+
+
+def test_both_ways_of_masking_are_timed_where_they_run(capsys: pytest.CaptureFixture[str]) -> None:
+    (found,), table = measured(["attention", "--shape", "tiny", "--device", "cpu"], capsys)
+    masked = found["masked"]
+    assert masked["frames"] == 2 * 5  # a clean video and a noisy one
+    assert masked["blocks_call"] == found["fastest"]
+    assert masked["fastest"] == "blocks"
+    assert set(masked["forward_ms"]) == {"blocks"}
+    assert masked["unusable"]["flex"].startswith("it is compiled for CUDA")
+    (row,) = [line for line in table if line.startswith("| blocks | ")]
+    assert float(row.split("|")[3]) == pytest.approx(
+        masked["forward_and_backward_ms"]["blocks"], abs=1e-3
+    )
 
 
 @pytest.mark.parametrize(

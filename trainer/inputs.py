@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,14 +37,8 @@ class Inputs:
 def check_inputs(run: Run, session: Session) -> Inputs:
     """Look at every file and number that the run depends on; nothing heavy is read."""
     config, session = run.config, replace(session, group=run.config.parallel.context)
-    _check_sharing(run, session)
-    share = config.accumulation * session.data_world
-    if config.batch_size % share:
-        who = "ranks" if session.group == 1 else f"groups of {session.group} ranks"
-        raise ConfigError(
-            f"batch_size: {config.batch_size} samples do not divide over {session.data_world} "
-            f"{who} x {config.accumulation} micro-batches; use a multiple of {share}"
-        )
+    _refuse(rank_problems(run, session.world_size, ranks_at_hand(session.world_size)))
+    run.check_kernel(session.device, run.compute, grad=True)
     _check_models(run)
     model = run.model
     tokens, features = model.latent.tokens(run.latent_shape), model.features
@@ -56,15 +50,34 @@ def check_inputs(run: Run, session: Session) -> Inputs:
     return Inputs(dataset, _shown(run, dataset), _open_embeddings(run, dataset))
 
 
-def _check_sharing(run: Run, session: Session) -> None:
-    """Ranks that share samples must be able to divide the heads and tokens of every network."""
+def _refuse(problems: Iterable[str]) -> None:
+    """Raise ConfigError with all problems, if there are any."""
+    found = list(problems)
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def rank_problems(run: Run, ranks: int, host: Mapping[str, int]) -> Iterator[str]:
+    """Why a run cannot be laid over so many ranks, one line each.
+
+    host: how many of them are on one host, by how they are called, see `ranks_at_hand`.
+    """
+    config, group = run.config, run.config.parallel.context
     counts = {
         f"attention heads of {role} {model.path}": model.features.heads
         for role, model in run.models.items()
     }
-    counts |= _frame_tokens(run, run.latent_shape) | ranks_at_hand(session.world_size)
-    for problem in sharing_problems("parallel.context", session.group, counts):
-        raise ConfigError(problem)
+    counts = {**counts, **_frame_tokens(run, run.latent_shape), **host}
+    found = list(sharing_problems("parallel.context", group, counts))
+    yield from found
+    groups = ranks // group
+    share = config.accumulation * groups
+    if not found and config.batch_size % share:
+        who = "ranks" if group == 1 else f"groups of {group} ranks"
+        yield (
+            f"batch_size: {config.batch_size} samples do not divide over {groups} {who} x "
+            f"{config.accumulation} micro-batches; use a multiple of {share}"
+        )
 
 
 def _frame_tokens(run: Run, shape: Sequence[int]) -> dict[str, int]:
@@ -74,8 +87,8 @@ def _frame_tokens(run: Run, shape: Sequence[int]) -> dict[str, int]:
 
 
 def _check_models(run: Run) -> None:
-    config, models = run.config, run.models
-    for role, model in models.items():
+    config = run.config
+    for role, model in run.models.items():
         fresh = run.random_init(role)
         check_model(
             model,
@@ -86,48 +99,57 @@ def _check_models(run: Run) -> None:
         if not fresh:
             model.check_weights(run.weights(role), what=f"{role} {model.path}")
     check_adapters(run)
+    _refuse(model_problems(run))
+
+
+def model_problems(run: Run) -> Iterator[str]:
+    """Why the models of a run's roles cannot serve together or its shape, one line each."""
+    models = run.models
     if len({model.images is None for model in models.values()}) > 1:
         named = ", ".join(f"{role} {model.path}" for role, model in models.items())
-        raise ConfigError(
+        yield (
             f"teacher.model: an image-to-video model and a text-to-video model cannot be used "
             f"together; {named}"
         )
     alike = {role: models[role] for role in run.needs.same_architecture}
     if len({model.architecture for model in alike.values()}) > 1:
-        raise ConfigError(
+        yield (
             f"{' and '.join(f'{role}.model' for role in alike)}: this method needs them of the "
             f"same architecture, got {', '.join(str(model.path) for model in alike.values())}"
         )
-    _check_latents(run)
-    check_latent_shape(config.latent_shape, run.model)
+    yield from _latent_problems(run)
+    yield from latent_shape_problems(run.config.latent_shape, run.model)
 
 
-def _check_latents(run: Run) -> None:
+def _latent_problems(run: Run) -> Iterator[str]:
     """All roles must speak of the same latents and texts."""
     own = run.model
     for role, model in run.models.items():
         for what in ("latent", "text"):
             theirs, ours = getattr(model, what), getattr(own, what)
             if theirs != ours:
-                raise ConfigError(
+                yield (
                     f"{role}.model: {model.path} has {theirs}, but the generator's {own.path} has "
                     f"{ours}; use models of one family"
                 )
 
 
-def check_latent_shape(shape: Sequence[int], model: Model) -> None:
-    """Raise ConfigError unless `model` makes latents of `shape`, [C, F, H, W]."""
+def latent_shape_problems(shape: Sequence[int], model: Model) -> Iterator[str]:
+    """Why `model` does not make latents of `shape`, [C, F, H, W]."""
     latent = model.latent
     if shape[0] != latent.channels:
-        raise ConfigError(
-            f"latent_shape: has {shape[0]} channels, {model.path} makes {latent.channels}"
-        )
+        yield f"latent_shape: has {shape[0]} channels, {model.path} makes {latent.channels}"
     rows, columns = latent.patch
     if shape[2] % rows or shape[3] % columns:
-        raise ConfigError(
+        yield (
             f"latent_shape: {shape[2]} x {shape[3]} does not divide into patches of "
             f"{rows} x {columns}"
         )
+
+
+def check_latent_shape(shape: Sequence[int], model: Model) -> None:
+    """Raise ConfigError unless `model` makes latents of `shape`, [C, F, H, W]."""
+    _refuse(latent_shape_problems(shape, model))
 
 
 def _check_data(run: Run, dataset: Dataset) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from model.families.base import Model
 from model.families.registry import find_model, sketch_model
+from model.wan.kernels import AUTO, EXACT
 from trainer.config import Config
-from trainer.inputs import check_latent_shape
+from trainer.inputs import check_latent_shape, model_problems, rank_problems
 from trainer.plan import Plan, make_plan
 from trainer.plan_fits import candidates, fitting
 from trainer.plan_inference import plan_clips, with_frames
@@ -22,8 +23,7 @@ from trainer.plan_table import as_json, fits_table, table
 from trainer.plan_trace import World
 from trainer.run import Run, resolve
 from utils.config import ConfigError
-from utils.context_parallel import sharing_problems
-from utils.errors import NotFoundError, UserError
+from utils.errors import NotFoundError
 from utils.files import write_text
 from utils.gpus import GPUS, find_gpu
 
@@ -130,28 +130,9 @@ def sketched_run(config: Config, folder: Path, roles: Sequence[str] | None = Non
 
 
 def run_problems(run: Run, world: World) -> Iterator[str]:
-    """What keeps a run from these GPUs, one line each."""
-    config = run.config
-    share = config.accumulation * max(1, world.ranks // config.parallel.context)
-    if config.batch_size % max(1, share):
-        yield (
-            f"batch_size: {config.batch_size} samples do not divide over {world.ranks} GPUs x "
-            f"{config.accumulation} micro-batches; use a multiple of {share}"
-        )
-    counts = {"GPUs": world.ranks, "tokens of a frame": _frame_tokens(run)}
-    counts |= {f"attention heads of {r}": m.features.heads for r, m in run.models.items()}
-    yield from sharing_problems("parallel.context", config.parallel.context, counts)
-    for role, model in run.models.items():
-        try:
-            check_latent_shape(config.latent_shape, model)
-        except UserError as error:
-            yield str(error)
-        for what in ("latent", "text"):
-            theirs, ours = getattr(model, what), getattr(run.model, what)
-            if theirs != ours:
-                yield f"{role}.model: has {theirs}, but the generator's has {ours}"
-
-
-def _frame_tokens(run: Run) -> int:
-    channels, _, height, width = run.latent_shape
-    return run.model.latent.tokens((channels, 1, height, width))
+    """What keeps a run from these GPUs, one line each: what the run itself would say of them."""
+    attention = run.config.parallel.attention
+    if attention not in (AUTO, *EXACT):
+        yield f"parallel.attention: '{attention}' has no backward pass: it serves inference alone"
+    yield from rank_problems(run, world.ranks, {"GPUs of a machine": world.per_node})
+    yield from model_problems(run)

@@ -62,8 +62,10 @@ def _recomputed() -> list[str]:
 
 def _shardings(world: World) -> list[str]:
     allowed = get_args(get_type_hints(Config)["sharding_strategy"])
-    several = world.nodes > 1
-    return [s for s in ("none", "hybrid_full", "full") if s in allowed and (several or s == "full")]
+    alike = {"hybrid_full"} if world.nodes == 1 else set()  # as "full" on a single machine
+    if world.ranks == 1:
+        alike.add("none")  # a single rank shards nothing in any of them
+    return [s for s in ("none", "hybrid_full", "full") if s in allowed and s not in alike]
 
 
 def fitting(run: Run, world: World, gpu: GPU, ways: Sequence[Config]) -> list[Plan]:

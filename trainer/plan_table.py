@@ -9,7 +9,7 @@ from typing import Any
 from trainer.plan import Plan
 from trainer.plan_fits import name_of
 from trainer.plan_trace import World
-from utils.gpus import GPU, HIDDEN_BYTES
+from utils.gpus import GPU, HIDDEN_BYTES, kernel_of, uncounted
 from utils.metering import Place, Tag
 
 KINDS = ("weights", "gradients", "optimizer", "average", "gathered", "kv cache", "activations")
@@ -28,8 +28,15 @@ def table(plan: Plan) -> str:
             "",
             *_traffic(plan),
             f"Source: {plan.layers_traced}.",
+            *_notes(plan),
         ]
     )
+
+
+def _notes(plan: Plan) -> list[str]:
+    """What a reader of the figures must know beside them."""
+    said = uncounted(plan.gpu, plan.run.config.parallel.attention)
+    return [] if said is None else [said]
 
 
 def _heading(plan: Plan) -> list[str]:
@@ -139,6 +146,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "step_seconds": plan.step_seconds,
         "run_seconds": plan.run_seconds,
         "traced": plan.layers_traced,
+        "attention": kernel_of(plan.gpu, plan.run.config.parallel.attention),
+        "notes": _notes(plan),
     }
 
 

@@ -101,6 +101,11 @@ class Run:
         )
         return kernels.chosen(self.config.parallel.attention, shape, device, dtype, grad=grad)
 
+    def check_kernel(self, device: torch.device, dtype: torch.dtype, *, grad: bool) -> None:
+        """Raise UserError unless the kernel that was asked for by name works here."""
+        if self.config.parallel.attention != kernels.AUTO:  # which is measured, and always found
+            self.kernel("generator", device, dtype, grad=grad)
+
     def rollout(self, vae: VideoVAE | None) -> Rollout | None:
         """What makes samples of the generator in training, if the method needs them."""
         if self.needs.rollout is None:

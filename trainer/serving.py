@@ -82,6 +82,7 @@ def load_generator(
 ) -> VideoGenerator:
     """Load what `check_source` found, for inference; `team`: with whom this rank makes clips."""
     run, what = source.run, f"generator {source.run.model.path}"
+    run.check_kernel(device, serving_dtype(run, device), grad=False)
     place = serving_place(run, device, team)
     return serve(run, run.model.load_network(source.weights, place, what=what), device, team)
 

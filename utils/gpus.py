@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from utils.errors import UserError
 from utils.op_costs import Transfer, Work
 
+USUAL = "flash2"  # the attention kernel that torch takes by itself
 LAUNCH_S = 4e-6  # of a kernel that has next to nothing to do
 
 
@@ -80,11 +81,23 @@ def find_device(name: str) -> GPU | None:
 def kernel_of(gpu: GPU, wanted: str) -> str:
     """The attention kernel that is counted on; `auto` = the fastest that needs no installation.
 
-    What torch chooses by itself is FlashAttention-2, and what it has beside is counted as that.
+    What torch chooses by itself is FlashAttention-2; so is what no rate is known of, see
+    `uncounted`.
     """
     if wanted == "auto":
-        return "cudnn" if "cudnn" in gpu.attention else "flash2"
-    return wanted if wanted in gpu.attention else "flash2"
+        return "cudnn" if "cudnn" in gpu.attention else USUAL
+    return wanted if wanted in gpu.attention else USUAL
+
+
+def uncounted(gpu: GPU, wanted: str) -> str | None:
+    """What to say if the kernel that was asked for is counted as another; None = it is not."""
+    if wanted in ("auto", "sdpa", "flash") or wanted in gpu.attention:
+        return None
+    known = ", ".join(gpu.attention)
+    return (
+        f"parallel.attention: no rate of '{wanted}' is known on {gpu.name}, so it is counted as "
+        f"{kernel_of(gpu, wanted)}; known are {known}"
+    )
 
 
 def seconds(work: Work, gpu: GPU, kernel: str, *, compiled: bool = False) -> float:

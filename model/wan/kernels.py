@@ -235,6 +235,11 @@ def milliseconds(
         if grad:
             torch.autograd.grad(out, x, weight)
 
+    return median_ms(call, device)
+
+
+def median_ms(call: Callable[[], None], device: torch.device) -> float:
+    """The median time of a call in milliseconds, after a first one that does not count."""
     call()
     found = []
     for _ in range(ROUNDS):

@@ -58,6 +58,7 @@ def test_a_kernel_is_chosen_at_the_real_size(capsys: pytest.CaptureFixture[str])
     assert (found["tokens"], found["dtype"]) == (32760, "bfloat16")
     assert found["fastest"] in found["forward_and_backward_ms"]
     assert "math" not in found["forward_ms"]  # its scores would fill the memory
+    assert set(found["masked"]["forward_and_backward_ms"]) == {"blocks", "flex"}
 
 
 @pytest.mark.slow

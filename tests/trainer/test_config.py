@@ -443,6 +443,24 @@ def test_a_value_that_is_none_of_a_few_lists_them(minimal: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("kernel", ["auto", "sdpa", "cudnn", "flash3", "sage"])
+def test_attention_kernels_are_taken_by_name(minimal: Path, kernel: str) -> None:
+    assert load(minimal, [f"parallel.attention={kernel}"]).parallel.attention == kernel
+
+
+@pytest.mark.parametrize(
+    ("kernel", "hint"),
+    [("flash4", "; did you mean 'flash'?"), ("cudn", "; did you mean 'cudnn'?"), ("xformers", "")],
+)
+def test_a_name_of_no_attention_kernel_is_answered_with_those_that_there_are(
+    minimal: Path, kernel: str, hint: str
+) -> None:
+    assert error_of(minimal, f"parallel.attention={kernel}") == (
+        "parallel.attention: must be one of auto, sdpa, cudnn, flash, efficient, math, flash2, "
+        f"flash3, sage, got '{kernel}'{hint}"
+    )
+
+
 def test_the_optimizer_of_the_discriminator_is_checked_as_the_others(minimal: Path) -> None:
     assert error_of(minimal, "discriminator.lr=-1", "discriminator.betas=[0.9]").splitlines() == [
         "discriminator.lr: must be positive and finite, got -1.0",

@@ -15,7 +15,9 @@ from tests.conftest import build_wan
 from tests.runs import refusal
 from trainer.config import load
 from trainer.run import resolve
+from trainer.serving import check_source, load_generator
 from utils.data.shards import ShardWriter
+from utils.errors import UserError
 from utils.records import MANIFEST
 
 __all__ = ["no_weights"]
@@ -100,6 +102,26 @@ def test_a_damaged_manifest_is_named(pairs: Path, configs: dict[str, Path], tmp_
     (path / MANIFEST).write_text('{"count": 16}', encoding="utf-8")
     message = refusal(configs["ode"], tmp_path, f"data.path={path}")
     assert message.startswith(f"{path}/manifest.json: not a manifest of ODE pairs: ")
+
+
+@pytest.mark.parametrize("kernel", ["flash2", "sage"])
+def test_an_attention_kernel_that_does_not_work_here_is_refused_before_weights_are_read(
+    kernel: str, configs: dict[str, Path], tmp_path: Path
+) -> None:
+    told = refusal(configs["dmd"], tmp_path, f"parallel.attention={kernel}")
+    assert told.startswith(f"attention '{kernel}' cannot be used: it ")
+    assert told.endswith("; choose auto, or another")
+
+
+@pytest.mark.parametrize("kernel", ["flash2", "sage"])
+def test_clips_refuse_such_a_kernel_before_weights_are_read(
+    kernel: str, tiny_root: Path, configs: dict[str, Path]
+) -> None:
+    config = load(configs["dmd"], [f"parallel.attention={kernel}"])
+    folder = tiny_root / "wan_models" / "Wan2.1-T2V-Tiny"
+    source = check_source(config, folder, use_ema=None)
+    with pytest.raises(UserError, match=f"attention '{kernel}' cannot be used: it needs a CUDA"):
+        load_generator(source, torch.device("cpu"))
 
 
 LATENTS = "needs real latents"

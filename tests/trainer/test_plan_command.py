@@ -53,8 +53,29 @@ def test_every_problem_is_told_at_once(tmp_path: Path, capsys: pytest.CaptureFix
     words = ["--config_path", str(path), "--plan", "--gpus", "2", "latent_shape=[8,5,4,4]"]
     assert train.main(words) == 2
     told = capsys.readouterr().err
-    assert "error: batch_size: 3 samples do not divide over 2 GPUs x 1 micro-batches" in told
+    assert "error: batch_size: 3 samples do not divide over 2 ranks x 1 micro-batches" in told
     assert "error: latent_shape: has 8 channels" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["--gpus", "4", "--gpus_per_node", "2", "parallel.context=4"],
+            "parallel.context: 4 ranks must divide the 2 GPUs of a machine; choose one of 1, 2",
+        ),
+        (
+            ["--gpus", "1", "parallel.attention=sage"],
+            "parallel.attention: 'sage' has no backward pass: it serves inference alone",
+        ),
+        (["--gpus", "1", "latent_shape=[16,5,3,4]"], "latent_shape: 3 x 4 does not divide into"),
+    ],
+)
+def test_what_the_run_itself_would_refuse_is_not_planned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], told: str
+) -> None:
+    assert train.main(["--config_path", str(config_of(tmp_path, batch=4)), "--plan", *words]) == 2
+    assert f"error: {told}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -87,8 +108,9 @@ def test_clips_are_planned_with_their_codec(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--config_path", str(config_of(tmp_path)), "--plan", "--num_output_frames", "2"]
-    assert inference.main(words) == 0
+    assert inference.main([*words, "parallel.attention=sage"]) == 0
     printed = capsys.readouterr().out
+    assert "no rate of 'sage' is known on H100, so it is counted as flash2" in printed
     assert "text_encoder" in printed and "codec" in printed and "decode" in printed
 
 
@@ -131,6 +153,21 @@ def test_ways_that_fit_are_looked_at_from_the_fastest_on(tmp_path: Path) -> None
     assert first.parallel.activation_checkpoint == "none"
     assert len({way.sharding_strategy for way in ways}) == 3
     assert {way.accumulation for way in ways} == {1, 2}  # 4 samples on 2 GPUs
+
+
+@pytest.mark.parametrize(
+    ("world", "tried"),
+    [
+        (World(1, 1), {"full"}),
+        (World(2, 2), {"none", "full"}),
+        (World(4, 2), {"none", "hybrid_full", "full"}),
+    ],
+)
+def test_weights_are_laid_in_each_way_that_differs_on_these_machines(
+    tmp_path: Path, world: World, tried: set[str]
+) -> None:
+    ways = candidates(small_run(tmp_path, "tiny", batch=4), world)
+    assert {way.sharding_strategy for way in ways} == tried
 
 
 @pytest.mark.slow  # three plans

@@ -15,6 +15,7 @@ from utils.gpus import (
     kernel_of,
     seconds,
     transfer_seconds,
+    uncounted,
 )
 from utils.op_costs import Transfer, Work
 
@@ -56,6 +57,22 @@ def test_the_kernel_is_the_one_that_is_named_or_the_fastest_that_is_shipped() ->
     assert kernel_of(GPUS["A100"], "auto") == "flash2"
     assert kernel_of(H100, "flash3") == "flash3"
     assert kernel_of(H100, "sdpa") == "flash2"  # torch's own order
+
+
+@pytest.mark.parametrize("name", ["auto", "sdpa", "flash", "flash2", "flash3", "cudnn"])
+def test_a_kernel_of_a_known_rate_needs_no_word(name: str) -> None:
+    assert uncounted(H100, name) is None
+
+
+@pytest.mark.parametrize(("gpu", "name"), [("H100", "sage"), ("A100", "flash3"), ("L40S", "math")])
+def test_a_kernel_without_a_known_rate_is_said_to_be_counted_as_another(
+    gpu: str, name: str
+) -> None:
+    assert kernel_of(GPUS[gpu], name) == "flash2"
+    assert uncounted(GPUS[gpu], name) == (
+        f"parallel.attention: no rate of '{name}' is known on {gpu}, so it is counted as flash2; "
+        f"known are {', '.join(GPUS[gpu].attention)}"
+    )
 
 
 def test_messages_are_slower_between_machines() -> None:
