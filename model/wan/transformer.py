@@ -191,9 +191,7 @@ class WanTransformer(nn.Module):
         time = float32_mlp(self.time_embedding, waves, adapters)
         return time, float32_mlp(self.time_projection, time, adapters).unflatten(-1, (6, -1))
 
-    def embed_text(
-        self, text: Tensor, clip: Tensor | None, adapters: Sequence[str] = ()
-    ) -> Tensor:
+    def embed_text(self, text: Tensor, clip: Tensor | None, adapters: Sequence[str] = ()) -> Tensor:
         """Text states [B, L, text_dim] to memory [B, L, D], behind the images' tokens if any."""
         text_states = text.to(_dtype(self.text_embedding))
         memory = sequential(self.text_embedding, text_states, adapters)
