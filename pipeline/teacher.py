@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from model.experts import side_of
 from model.flow import TIMESTEPS, constant_sigma
 from model.guidance import guided_velocity
-from model.types import FULL_ATTENTION, Conditioning, Context, Denoiser
+from model.types import FULL_ATTENTION, Conditioning, Context, Denoiser, Side
 from pipeline.few_step import OnStep, remembering
 from pipeline.protocol import refuse_initial
 from utils.seeding import SampleRNG
@@ -25,15 +26,31 @@ class SamplingConfig:
     cfg_scale: float = 5.0  # uncond + cfg_scale (cond - uncond), 1 = off
     timestep_shift: float = 5.0
     solver: Literal["euler", "unipc"] = "unipc"  # first order, or second (arXiv:2302.04867)
+    # Of models of two experts, where cfg_scale is the high one's: that of the low one; None = the
+    # same.
+    cfg_scale_low: float | None = None
+    # The noise level from which on the high expert is asked; None = the model's, or of a model of
+    # few steps the middle between the two of them around it.
+    boundary: float | None = None
+
+    def side(self, level: float) -> Side | None:
+        """The expert that is asked at a noise level; None = that of the network itself."""
+        return None if self.boundary is None else side_of(level, self.boundary)
+
+    def scale(self, level: float) -> float:
+        """Guidance at a noise level."""
+        if self.cfg_scale_low is None:
+            return self.cfg_scale
+        assert self.boundary is not None, "the guidance of two experts changes at a boundary"
+        return self.cfg_scale if self.side(level) == "high" else self.cfg_scale_low
 
 
 def adjusted(config: SamplingConfig, steps: int | None, cfg_scale: float | None) -> SamplingConfig:
-    """Other settings; None = as they are."""
-    return replace(
-        config,
-        steps=config.steps if steps is None else steps,
-        cfg_scale=config.cfg_scale if cfg_scale is None else cfg_scale,
-    )
+    """Other settings; None = as they are. A scale is for both experts."""
+    config = config if steps is None else replace(config, steps=steps)
+    if cfg_scale is None:
+        return config
+    return replace(config, cfg_scale=cfg_scale, cfg_scale_low=None)
 
 
 class TeacherInferencePipeline:
@@ -56,7 +73,11 @@ class TeacherInferencePipeline:
 
     def network_evaluations(self, frames: int) -> int:
         """One per step, two where it is guided."""
-        return self.steps(frames) * evaluations_per_step(self.config)
+        del frames
+        if self.config.cfg_scale_low is None:
+            return self.config.steps * evaluations_per_step(self.config)
+        levels = build_scheduler(self.config).sigmas[: self.config.steps].tolist()
+        return sum(1 if self.config.scale(level) == 1.0 else 2 for level in levels)
 
     def stream(
         self,
@@ -122,8 +143,8 @@ def trajectory(
             constant_sigma(level, x),
             conditioning,
             unconditional,
-            cfg_scale=config.cfg_scale,
-            context=replace(context, level=level),
+            cfg_scale=config.scale(level),
+            context=replace(context, level=level, side=config.side(level)),
         )
         x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
         if on_step is not None:
@@ -132,7 +153,7 @@ def trajectory(
 
 
 def evaluations_per_step(config: SamplingConfig) -> int:
-    """Network evaluations of one step; guidance counts twice."""
+    """Network evaluations of one step of one network; guidance counts twice."""
     return 1 if config.cfg_scale == 1.0 else 2
 
 

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.encoders.vae import meta_vae
 from model.encoders.vae_names import to_official
+from model.encoders.vae_sizes import WAN21, WAN22, Sizes
 from model.families.base import Export
 from model.families.registry import open_model
 from model.families.wan21.folder import CONFIG, IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, ModelFolder
@@ -114,13 +116,19 @@ def write_tokenizer(folder: Path) -> int:
     return len(vocabulary)
 
 
-def vae_state(seed: int = 0, *, base_dim: int = 8, z_dim: int = 16) -> dict[str, Tensor]:
-    """Random weights of an autoencoder under official names, fp32."""
-    from diffusers import AutoencoderKLWan
+def vae_state(
+    seed: int = 0, *, base_dim: int = 8, z_dim: int = 16, published: Sizes = WAN21
+) -> dict[str, Tensor]:
+    """Random weights of an autoencoder under official names, fp32.
 
-    with torch.device("meta"):
-        shapes = AutoencoderKLWan(base_dim=base_dim, z_dim=z_dim).state_dict()
-    return {to_official(name): _vae_value(name, v.shape, seed) for name, v in shapes.items()}
+    published: WAN21 or WAN22, whose widths are replaced; the decoder of WAN22 is wider.
+    """
+    sizes = published | {"base_dim": base_dim, "z_dim": z_dim}
+    if published is WAN22:
+        sizes["decoder_base_dim"] = base_dim * 3 // 2
+    shapes = meta_vae(sizes).state_dict()
+    names = to_official(shapes)
+    return {names[name]: _vae_value(name, v.shape, seed) for name, v in shapes.items()}
 
 
 def _vae_value(name: str, shape: torch.Size, seed: int) -> Tensor:

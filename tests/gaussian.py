@@ -57,7 +57,7 @@ class Exact:
         context: Context = FULL_ATTENTION,
     ) -> Prediction:
         """E[x0 | x], and the velocity that points there from x."""
-        assert vars(replace(context, level=None, cache=None)) == vars(FULL_ATTENTION)
+        assert vars(replace(context, level=None, cache=None, side=None)) == vars(FULL_ATTENTION)
         assert context.cache is None or not context.cache.frames
         self.calls.append((len(x), float(sigma[0, 0])))
         level = expand(sigma)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from model.encoders.vae_names import to_diffusers
+from model.encoders.vae_sizes import WAN21, name_of, sizes_in_file
 from model.folders import component
+from utils.errors import UserError
 from utils.media.frame_groups import frame_groups
 from utils.weights import WeightFile, Weights, WeightsError
 
 
 class VideoVAE(Protocol):
-    """Pixels [B, 3, P, H, W] in [-1, 1] to normalised latents [B, C, F, h, w] and back.
+    """Pixels [B, 3, P, s h, s w] in [-1, 1] to normalised latents [B, C, F, h, w] and back.
 
-    P = 1 + k (F - 1), where k is the temporal stride.
+    P = 1 + k (F - 1), where k is the temporal stride, and s the spatial one.
     """
 
     @property
@@ -54,44 +58,50 @@ class StreamDecoder(Protocol):
 class WanVAEWrapper(nn.Module):
     """diffusers' AutoencoderKLWan with Wan's latent normalisation, whole or as a stream.
 
-    Strides 4 in time and 8 in space: P = 1 + 4 (F - 1) pixel frames. Both directions go one latent
+    Of Wan2.1 (strides 4 in time, 8 in space; 16 channels) or Wan2.2 (4, 16; 48 channels, and
+    pixels come in patches). P = 1 + 4 (F - 1) pixel frames. Both directions go one latent
     frame at a time in either use, so a stream equals the whole bit for bit, and a long clip needs
     no more device memory than a short one: its pixels may stay on the CPU.
     """
 
-    temporal_stride = 4
-    spatial_stride = 8
-
     vae: Any
     mean: Tensor
     std: Tensor
+    channels: int  # of latents
+    temporal_stride: int
+    spatial_stride: int
+    patch: int  # pixels on a side that become channels before anything else
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
         self.vae = vae.requires_grad_(False)
         config: Any = vae.config
-        mean = torch.tensor(config.latents_mean[: config.z_dim]).view(1, -1, 1, 1, 1)
-        std = torch.tensor(config.latents_std[: config.z_dim]).view(1, -1, 1, 1, 1)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+        self.channels = config.z_dim
+        self.patch = config.patch_size or 1
+        self.temporal_stride = 2 ** sum(config.temperal_downsample)
+        self.spatial_stride = self.patch * 2 ** (len(config.dim_mult) - 1)
+        for name in ("mean", "std"):
+            values = torch.tensor(config[f"latents_{name}"][: self.channels])
+            self.register_buffer(name, values.view(1, -1, 1, 1, 1), persistent=False)
 
     @classmethod
     def load(cls, path: Path, dtype: torch.dtype) -> WanVAEWrapper:
-        """Read a diffusers VAE folder, or an official Wan2.1_VAE.pth of any width.
+        """Read a diffusers VAE folder, or an official Wan2.1_VAE.pth or Wan2.2_VAE.pth.
 
-        Raises WeightsError that lists what is missing, unexpected or of another shape.
+        Of any width. Raises WeightsError that lists what is missing, unexpected or of another
+        shape.
         """
         vae, weights = open_vae(path)
-        component.fill(vae, weights, dtype, what="Wan2.1's autoencoder")
+        component.fill(vae, weights, dtype, what=name_of(vae.config))
         return cls(vae)
 
     @torch.no_grad()
     def encode_to_latent(self, pixels: Tensor) -> Tensor:
-        """pixels [B, 3, P, 8 h, 8 w] in [-1, 1] to the posterior's mean [B, C, F, h, w]."""
+        """pixels [B, 3, P, s h, s w] in [-1, 1] to the posterior's mean [B, C, F, h, w]."""
         return self.stream_encoder().encode(pixels)
 
     def decode_to_pixel(self, latents: Tensor) -> Tensor:
-        """latents [B, C, F, h, w] to pixels [B, 3, P, 8 h, 8 w] in [-1, 1], fp32."""
+        """latents [B, C, F, h, w] to pixels [B, 3, P, s h, s w] in [-1, 1], fp32."""
         return self.stream_decoder().decode(latents)
 
     def stream_encoder(self) -> WanStreamEncoder:
@@ -108,25 +118,50 @@ def open_vae(path: Path) -> tuple[Any, Weights]:
 
     The weights are under diffusers' names. Raises WeightsError if the sizes cannot be told.
     """
-    from diffusers import AutoencoderKLWan  # slow to import
-
     weights: Weights
     if path.is_dir():
-        config = component.folder_config(path, "AutoencoderKLWan")
-        if config.get("patch_size") is not None:
-            raise WeightsError(f"{path}: an autoencoder of Wan2.2; Wan2.1's is needed")
+        sizes = component.folder_config(path, "AutoencoderKLWan")
         weights = component.folder_weights(path)
     else:
         file = WeightFile(path)
         shapes = file.shapes()
         try:
-            width, channels = shapes["encoder.conv1.weight"][0], shapes["conv2.weight"][0]
-        except (KeyError, IndexError) as error:
-            raise WeightsError(f"{path}: not Wan2.1's autoencoder: lacks {error}") from error
-        config = {"base_dim": width, "z_dim": channels}
+            sizes = sizes_in_file(shapes)
+        except UserError as error:
+            raise WeightsError(f"{path}: not an autoencoder of Wan: {error}") from error
         weights = component.Renamed(file, {to_diffusers(name): name for name in shapes})
-    with component.described(path), torch.device("meta"):
-        return AutoencoderKLWan.from_config(config), weights
+    with component.described(path):
+        vae = meta_vae(sizes)
+    _check_statistics(path, vae.config)
+    return vae, weights
+
+
+def meta_vae(sizes: Mapping[str, Any] = WAN21) -> Any:
+    """An AutoencoderKLWan of `sizes` on the meta device: WAN21 or WAN22 for the published ones."""
+    from diffusers import AutoencoderKLWan  # slow to import
+
+    with torch.device("meta"):
+        return AutoencoderKLWan.from_config(dict(sizes))
+
+
+def _check_statistics(path: Path, config: Any) -> None:
+    """Raise WeightsError unless there is a mean and a deviation of each latent channel."""
+    found = len(config.latents_mean), len(config.latents_std)
+    if min(found) < config.z_dim:
+        raise WeightsError(
+            f"{path}: config.json gives {found[0]} latents_mean and {found[1]} latents_std for "
+            f"{config.z_dim} channels; copy config.json from the release, which has them all"
+        )
+
+
+def to_patches(pixels: Tensor, size: int) -> Tensor:
+    """[B, c, f, H, W] to [B, c size^2, f, H / size, W / size]: colour, then column, then row."""
+    return rearrange(pixels, "b c f (h p) (w q) -> b (c q p) f h w", p=size, q=size)
+
+
+def from_patches(patches: Tensor, size: int) -> Tensor:
+    """Undo `to_patches`."""
+    return rearrange(patches, "b (c q p) f h w -> b c f (h p) (w q)", p=size, q=size)
 
 
 class WanStreamEncoder:
@@ -139,13 +174,13 @@ class WanStreamEncoder:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """The next pixels [B, 3, p, 8 h, 8 w] to latents, p = 1 + 4 k at first, then 4 k."""
+        """The next pixels [B, 3, p, s h, s w] to latents, p = 1 + 4 k at first, then 4 k."""
         vae, mean = self._wrapper.vae, self._wrapper.mean
         strides = self._wrapper.temporal_stride, self._wrapper.spatial_stride
         parts = []
         for frames in frame_groups(pixels, strides, started=self._started):
-            moved = frames.to(mean.device, vae.dtype)
-            features = vae.encoder(moved, feat_cache=self._cache, feat_idx=[0])
+            patches = to_patches(frames.to(mean.device, vae.dtype), self._wrapper.patch)
+            features = vae.encoder(patches, feat_cache=self._cache, feat_idx=[0])
             self._started = True
             parts.append(vae.quant_conv(features)[:, : mean.shape[1]].float())
         return (torch.cat(parts, dim=2) - mean) / self._wrapper.std
@@ -173,7 +208,7 @@ class WanStreamDecoder:
                 first_chunk=not self._started,
             )
             self._started = True
-            parts.append(pixels.float().clamp(-1.0, 1.0))
+            parts.append(from_patches(pixels, self._wrapper.patch).float().clamp(-1.0, 1.0))
         return torch.cat(parts, dim=2)
 
 

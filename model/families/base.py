@@ -14,7 +14,7 @@ from torch import nn
 from model.encoders.text import TextEncoder
 from model.encoders.vae import VideoVAE
 from model.folders.loading import Placement
-from model.types import FeatureSpec, LatentSpec
+from model.types import FeatureSpec, LatentSpec, Side
 from utils.errors import NotFoundError, UserError
 from utils.weights import Weights
 
@@ -39,10 +39,6 @@ class ImageSpec:
     how: Literal["channels", "frame"] = "channels"
     clip: bool = True  # whether it reads states of an image encoder too
     required: bool = True  # False = it makes clips without an image as well
-
-
-Side = Literal["high", "low"]  # of the noise levels
-SIDES: tuple[Side, Side] = ("high", "low")
 
 
 @dataclass(frozen=True)

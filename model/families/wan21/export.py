@@ -17,7 +17,8 @@ from model.encoders.clip import to_official as official_clip
 from model.encoders.umt5 import TIED, open_umt5
 from model.encoders.umt5 import to_official as official_umt5
 from model.encoders.vae import open_vae
-from model.encoders.vae_names import to_official as official_vae_name
+from model.encoders.vae_names import to_official as official_vae_names
+from model.encoders.vae_sizes import name_of
 from model.families.base import Export
 from model.families.wan21.folder import (
     CONFIG,
@@ -140,7 +141,8 @@ class Part:
 
 
 def _read_vae(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    return _state(*open_vae(path), what="Wan2.1's autoencoder")
+    vae, weights = open_vae(path)
+    return _state(vae, weights, what=name_of(vae.config))
 
 
 def _read_umt5(path: Path) -> tuple[Any, dict[str, Tensor]]:
@@ -161,7 +163,8 @@ def _state(network: Any, weights: Weights, *, what: str) -> tuple[Any, dict[str,
 
 
 def _official_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {official_vae_name(name): value for name, value in state.items()}
+    names = official_vae_names(state)
+    return {names[name]: value for name, value in state.items()}
 
 
 VAE = Part(VAE_FILE, VAE_FOLDER, MODEL_STEM, _read_vae, _official_vae)

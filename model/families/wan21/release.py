@@ -34,7 +34,7 @@ from model.wan.weights import to_diffusers
 from utils.weights import Weights, WeightsError
 
 # Of Wan2.1's autoencoder, whatever transformer lies beside it.
-TEMPORAL_STRIDE, SPATIAL_STRIDE = WanVAEWrapper.temporal_stride, WanVAEWrapper.spatial_stride
+TEMPORAL_STRIDE, SPATIAL_STRIDE = 4, 8
 USUAL = LatentSpec(16, TEMPORAL_STRIDE, SPATIAL_STRIDE, (2, 2))  # of all published releases
 MARKS = (*CONFIGS, MODEL_INDEX, VAE_FILE, f"{VAE_FOLDER}/config.json")  # any will do
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from utils.tiny_world.codec import FILE_NAME, PatchCodec
+from utils.errors import UserError
+from utils.tiny_world.codec import FILE_NAME, CodecSizes, PatchCodec
 from utils.tiny_world.world import draw_captions, draw_scenes, render
 from utils.weights import WeightsError, write_weights
 
@@ -130,3 +131,19 @@ def test_a_file_of_another_model_is_no_codec(tmp_path: Path) -> None:
     write_weights({"blocks.0.weight": torch.zeros(1)}, tmp_path / FILE_NAME, {})
     with pytest.raises(WeightsError, match="does not fit the patch codec"):
         PatchCodec.load(tmp_path / FILE_NAME)
+
+
+def test_a_codec_of_other_sizes_has_their_strides_and_channels(
+    pixels: Tensor, tmp_path: Path
+) -> None:
+    sizes = CodecSizes(channels=48, spatial_stride=16)
+    codec = PatchCodec.fit(pixels, sizes)
+    codec.save(tmp_path / FILE_NAME)
+    assert CodecSizes.of(tmp_path / FILE_NAME) == sizes
+    loaded = PatchCodec.load(tmp_path / FILE_NAME)
+    latents = loaded.encode_to_latent(pixels)
+    assert latents.shape == (64, 48, 5, 2, 2)
+    assert torch.equal(latents, codec.encode_to_latent(pixels))
+    assert (loaded.decode_to_pixel(latents) - pixels).square().mean() < 0.02
+    with pytest.raises(UserError, match="must be multiples of 16, got 24 x 32"):
+        loaded.encode_to_latent(pixels[..., :24, :])
