@@ -18,11 +18,12 @@ from utils.errors import UserError
 class ImageEncoder:
     """Keyframes to what Wan's image-to-video transformers read of them."""
 
-    clip: Callable[[Tensor], Tensor]  # [B, 3, H, W] in [-1, 1] to states [B, n, image_dim]
+    # [B, 3, H, W] in [-1, 1] to states [B, n, image_dim]; None = the transformer reads none.
+    clip: Callable[[Tensor], Tensor] | None
     vae: VideoVAE
 
     @torch.no_grad()
-    def __call__(self, keyframes: Keyframes, frames: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, keyframes: Keyframes, frames: int) -> tuple[Tensor | None, Tensor]:
         """CLIP states [B, n per image, image_dim], and mask and latents [B, k + C, F, H, W].
 
         frames: F. What is encoded is a video of the keyframes with grey in the place of all other
@@ -30,16 +31,10 @@ class ImageEncoder:
         sample is encoded alone, so that it never depends on its neighbours in a batch.
         """
         samples = [keyframes.row(i) for i in range(len(keyframes.first))]
-        states = torch.cat([self.states(sample) for sample in samples])
         channels = torch.cat([self.channels(sample, frames) for sample in samples])
-        return states, channels
-
-    def states(self, keyframes: Keyframes) -> Tensor:
-        """CLIP states of one image behind the other, [B, n per image, image_dim]."""
-        first = self.clip(keyframes.first)
-        if keyframes.last is None:
-            return first
-        return torch.cat([first, self.clip(keyframes.last)], dim=1)
+        if self.clip is None:
+            return None, channels
+        return torch.cat([_states(self.clip, sample) for sample in samples]), channels
 
     def channels(self, keyframes: Keyframes, frames: int) -> Tensor:
         """Mask and latents [B, k + C, F, H, W], k pixel frames in memory at a time."""
@@ -58,6 +53,12 @@ class ImageEncoder:
         if keyframes.last is not None:
             mask[:, -1, -1] = 1.0
         return torch.cat([mask, latents], dim=1)
+
+
+def _states(clip: Callable[[Tensor], Tensor], keyframes: Keyframes) -> Tensor:
+    """CLIP states of one image behind the other, [B, n per image, image_dim]."""
+    first = clip(keyframes.first)
+    return first if keyframes.last is None else torch.cat([first, clip(keyframes.last)], dim=1)
 
 
 def first_latents(vae: VideoVAE, images: Tensor) -> Tensor:

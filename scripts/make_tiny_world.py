@@ -126,7 +126,7 @@ def make_folder(folder: Path, name: str = NAME, sizes: WanConfig | None = None) 
     config = sizes or PRESETS[name]
     vocabulary = make_tokenizer(folder / TOKENIZER)
     make_text_encoder(folder / TEXT_ENCODER, vocabulary, config.text_dim)
-    if config.sees_images:
+    if config.reads_clip:
         make_image_encoder(folder / IMAGE_ENCODER, config.image_dim)
     write_wan_config(config, folder / CONFIG)
     rng = generator(SEED, "codec")

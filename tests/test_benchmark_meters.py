@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 def conditioning(config: WanConfig, batch: int, frames: int) -> Conditioning:
     text = torch.zeros(batch, config.text_len, config.text_dim)
-    if not config.sees_images:
+    if not config.reads_clip:
         return Conditioning(text)
     clip = torch.zeros(batch, config.image_tokens, config.image_dim)
     return Conditioning(text, clip, torch.zeros(batch, 20, frames, 4, 6))

@@ -220,8 +220,7 @@ def build_encoder(
     if run.model.images is not None:
         assert vae is not None, "an image-to-video model needs the VAE"
         clip = run.model.load_image_encoder(dtype)
-        assert clip is not None, "an image-to-video model reads images"
-        images = ImageEncoder(encoders.encoder(clip), vae)
+        images = ImageEncoder(None if clip is None else encoders.encoder(clip), vae)
     return ConditioningEncoder(
         encode,
         negative_prompt=run.config.data.negative_prompt,

@@ -18,7 +18,7 @@ def wanted_parts(run: Run) -> Iterator[str]:
         return  # they come while nothing else is there
     if config.data.text_embeddings is None:
         yield "text_encoder"
-    if run.model.images is not None:
+    if run.model.images is not None and run.model.images.clip:
         yield "image_encoder"
     beginning = run.begins_with_given or causal.rollout_frames is not None
     if config.validation.every > 0 or beginning:

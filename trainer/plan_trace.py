@@ -194,9 +194,12 @@ def _stand_in_images(run: Run, video: Sequence[int]) -> tuple[Tensor | None, Ten
         return None, None
     count, channels, frames, height, width = video
     images = model.images
-    clip = torch.zeros(count, images.tokens * images.count, images.width, dtype=run.compute)
     mask = model.latent.temporal_stride
-    return clip, torch.zeros(count, mask + channels, frames, height, width)
+    given = torch.zeros(count, mask + channels, frames, height, width)
+    if not images.clip:
+        return None, given
+    states = (count, images.tokens * images.count, images.width)
+    return torch.zeros(states, dtype=run.compute), given
 
 
 def planned(run: Run, meter: Meter) -> Run:

@@ -185,8 +185,8 @@ class CrossAttention(nn.Module):
         self.norm_q = nn.RMSNorm(config.dim, config.eps)
         self.norm_k = nn.RMSNorm(config.dim, config.eps)
         self.attend: Attend = attend
-        self.sees_images, self.text_len = config.sees_images, config.text_len
-        if self.sees_images:
+        self.reads_clip, self.text_len = config.reads_clip, config.text_len
+        if self.reads_clip:
             self.k_img, self.v_img = (nn.Linear(config.dim, config.dim) for _ in range(2))
             self.norm_k_img = nn.RMSNorm(config.dim, config.eps)
 
@@ -194,20 +194,20 @@ class CrossAttention(nn.Module):
         """x: [B, N, D]; keys: as of `keys_and_values`. Padding counts, as in Wan."""
         q = self.norm_q(linear(self.q, x, adapters)).unflatten(-1, (self.num_heads, -1))
         out = self.attend(q, keys[0], keys[1])
-        if self.sees_images:
+        if self.reads_clip:
             out = out + self.attend(q, keys[2], keys[3])
         return linear(self.o, out.flatten(2), adapters)
 
     def keys_and_values(self, memory: Tensor, adapters: Sequence[str] = ()) -> TextKeys:
         """Of memory [B, L, D], image tokens first; [B, l, heads, head_dim] each, text first."""
         heads = (self.num_heads, -1)
-        image_tokens = memory.shape[1] - self.text_len if self.sees_images else 0
+        image_tokens = memory.shape[1] - self.text_len if self.reads_clip else 0
         image, text = memory[:, :image_tokens], memory[:, image_tokens:]
         pairs = (
             self.norm_k(linear(self.k, text, adapters)).unflatten(-1, heads),
             linear(self.v, text, adapters).unflatten(-1, heads),
         )
-        if not self.sees_images:
+        if not self.reads_clip:
             return pairs
         return (
             *pairs,

@@ -1,4 +1,4 @@
-"""Sizes of Wan2.1 transformers: official and diffusers config.json files, and the presets."""
+"""Sizes of Wan transformers: official and diffusers config.json files, and the presets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 from utils.errors import UserError
 
-IMAGE_COUNT = {"t2v": 0, "i2v": 1, "flf2v": 2}  # images that a model of each type is given
+# Images that a model of each type is given beside the noisy latents.
+IMAGE_COUNT = {"t2v": 0, "ti2v": 0, "i2v": 1, "flf2v": 2}
+TI2V_CHANNELS = 48  # of TI2V-5B's latents; no other release has as many
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,9 @@ class WanConfig:
     ffn_dim: int
     num_heads: int
     num_layers: int
-    model_type: str = "t2v"  # t2v, i2v (given the first frame) or flf2v (first and last)
+    # t2v, i2v (given the first frame), flf2v (first and last), or ti2v (whose first latent frame
+    # may be an image's).
+    model_type: str = "t2v"
     in_dim: int = 16  # latent channels, plus 20 of mask and given frames for i2v and flf2v
     out_dim: int = 16
     freq_dim: int = 256
@@ -31,6 +35,9 @@ class WanConfig:
     eps: float = 1e-6
     patch_size: tuple[int, int, int] = (1, 2, 2)
     absolute_positions: bool = False  # append ten coordinate channels to the input (tiny models)
+    # Whether CLIP states of the given images are read too; Wan2.2's i2v models read none, of which
+    # an official config.json says nothing.
+    clip: bool = True
 
     @property
     def head_dim(self) -> int:
@@ -43,9 +50,14 @@ class WanConfig:
         return IMAGE_COUNT[self.model_type]
 
     @property
-    def sees_images(self) -> bool:
-        """Whether the transformer reads CLIP states and given frames beside the text."""
+    def given_latents(self) -> bool:
+        """Whether a mask and the latents of given frames lie beside the noisy ones."""
         return self.image_count > 0
+
+    @property
+    def reads_clip(self) -> bool:
+        """Whether the transformer reads CLIP states of images beside the text."""
+        return self.given_latents and self.clip
 
     def problems(self) -> list[str]:
         """What is impossible about these sizes, one sentence each."""
@@ -54,10 +66,13 @@ class WanConfig:
             return found
         if type(self.eps) not in (int, float) or not 0.0 < self.eps < 1.0:
             return [f"eps must be a number between 0 and 1, got {self.eps!r}"]
-        if type(self.absolute_positions) is not bool:
-            return [f"absolute_positions must be true or false, got {self.absolute_positions!r}"]
+        for name in ("absolute_positions", "clip"):
+            if type(getattr(self, name)) is not bool:
+                return [f"{name} must be true or false, got {getattr(self, name)!r}"]
         if self.model_type not in tuple(IMAGE_COUNT):
-            return [f"model_type must be t2v, i2v or flf2v, got {self.model_type!r}"]
+            return [f"model_type must be t2v, ti2v, i2v or flf2v, got {self.model_type!r}"]
+        if not self.clip and self.model_type != "i2v":
+            found.append(f"clip must be true unless model_type is i2v, got {self.model_type!r}")
         if self.dim % self.num_heads or self.head_dim % 2:
             found.append(
                 f"num_heads={self.num_heads} must divide dim={self.dim} into heads of even width"
@@ -66,7 +81,7 @@ class WanConfig:
             found.append(f"patch_size must not span frames, got {self.patch_size}")
         if self.freq_dim % 2:
             found.append(f"freq_dim must be even, got {self.freq_dim}")
-        extra = 20 * self.sees_images + 10 * self.absolute_positions
+        extra = 20 * self.given_latents + 10 * self.absolute_positions
         if self.in_dim != self.out_dim + extra:
             found.append(f"in_dim must be out_dim + {extra}, got {self.in_dim} and {self.out_dim}")
         return found
@@ -103,14 +118,32 @@ _TINY = WanConfig(
     text_dim=64,
     absolute_positions=True,
 )
+_SMALL22 = WanConfig(
+    dim=3072,
+    ffn_dim=14336,
+    num_heads=24,
+    num_layers=30,
+    model_type="ti2v",
+    in_dim=TI2V_CHANNELS,
+    out_dim=TI2V_CHANNELS,
+)
 
 PRESETS = {
     "Wan2.1-T2V-1.3B": _SMALL,
     "Wan2.1-T2V-14B": _LARGE,
     "Wan2.1-I2V-14B": replace(_LARGE, model_type="i2v", in_dim=36),
     "Wan2.1-FLF2V-14B": replace(_LARGE, model_type="flf2v", in_dim=36),
+    "Wan2.2-TI2V-5B": _SMALL22,
+    "Wan2.2-T2V-A14B": _LARGE,  # of each expert
+    "Wan2.2-I2V-A14B": replace(_LARGE, model_type="i2v", in_dim=36, clip=False),
     "Wan2.1-T2V-Tiny": _TINY,
     "Wan2.1-I2V-Tiny": replace(_TINY, model_type="i2v", in_dim=46, image_dim=80, image_tokens=5),
+    # A latent pixel to a token: with Wan's patches a frame of the tiny world would be one token.
+    "Wan2.2-TI2V-Tiny": replace(
+        _TINY, model_type="ti2v", in_dim=58, out_dim=TI2V_CHANNELS, patch_size=(1, 1, 1)
+    ),
+    "Wan2.2-T2V-A14B-Tiny": _TINY,
+    "Wan2.2-I2V-A14B-Tiny": replace(_TINY, model_type="i2v", in_dim=46, clip=False),
 }
 
 
@@ -169,37 +202,62 @@ def _official(values: dict[str, Any]) -> WanConfig:
 
 
 def _from_diffusers(values: dict[str, Any]) -> WanConfig:
-    """A WanTransformer3DModel's sizes; its model type follows from what it does with images."""
+    """A WanTransformer3DModel's sizes; its model type follows from its channels and images."""
     derived = {"attention_head_dim", "added_kv_proj_dim", "pos_embed_seq_len", "rope_max_seq_len"}
     required = {"num_attention_heads", "attention_head_dim", "ffn_dim", "num_layers"}
-    _check_fields(values, derived.union(_DIFFUSERS_NAMES.values()), required, _FIXED_DIFFUSERS)
+    known = derived.union(_DIFFUSERS_NAMES.values(), {"model_type"})
+    _check_fields(values, known, required, _FIXED_DIFFUSERS)
     heads, width = values["num_attention_heads"], values["attention_head_dim"]
     if type(heads) is not int or type(width) is not int:
         raise UserError(
             f"num_attention_heads and attention_head_dim must be whole numbers, "
             f"got {heads!r} and {width!r}"
         )
+    if claims_clip(values):
+        values = {**values, "image_dim": None, "added_kv_proj_dim": None}
     sizes = {
         ours: values[theirs]
         for ours, theirs in _DIFFUSERS_NAMES.items()
         if values.get(theirs) is not None
     }
+    kind = _diffusers_kind(values, heads * width)
+    if kind == "flf2v":
+        sizes["image_tokens"] = values["pos_embed_seq_len"] // 2
+    clip = kind != "i2v" or "image_dim" in sizes
+    return _build({**sizes, "dim": heads * width, "model_type": kind, "clip": clip})
+
+
+def claims_clip(values: dict[str, Any]) -> bool:
+    """Whether diffusers' sizes speak of a CLIP branch that the weights have not.
+
+    A published early copy of TI2V-5B does, where no images lie beside the noisy latents.
+    """
+    channels = values.get("in_channels"), values.get("out_channels")
+    return channels == (TI2V_CHANNELS, TI2V_CHANNELS) and values.get("image_dim") is not None
+
+
+def _diffusers_kind(values: dict[str, Any], dim: int) -> str:
+    """The model type of a WanTransformer3DModel as wide as `dim`. Raises UserError."""
     added, positions = values.get("added_kv_proj_dim"), values.get("pos_embed_seq_len")
-    sees_images = "image_dim" in sizes
-    if added != (heads * width if sees_images else None):
+    clip = values.get("image_dim") is not None
+    if added != (dim if clip else None):
         raise UserError(
-            f"added_kv_proj_dim must be {heads * width} with an image_dim, and null without, "
+            f"added_kv_proj_dim must be {dim} with an image_dim, and null without, "
             f"got {added!r} with {values.get('image_dim')!r}"
         )
-    if positions is not None:
-        if not sees_images or type(positions) is not int or positions % 2:
-            raise UserError(
-                f"pos_embed_seq_len must be an even number, of the tokens of two images, "
-                f"and needs an image_dim, got {positions!r}"
-            )
-        sizes["image_tokens"] = positions // 2
-    kind = "t2v" if not sees_images else "i2v" if positions is None else "flf2v"
-    return _build({**sizes, "dim": heads * width, "model_type": kind})
+    if positions is not None and (not clip or type(positions) is not int or positions % 2):
+        raise UserError(
+            f"pos_embed_seq_len must be an even number, of the tokens of two images, "
+            f"and needs an image_dim, got {positions!r}"
+        )
+    if clip:
+        return "i2v" if positions is None else "flf2v"
+    if isinstance(values.get("model_type"), str):  # ours, where nothing else tells
+        return str(values["model_type"])
+    inside, outside = (values.get(f"{way}_channels", 16) for way in ("in", "out"))
+    if outside == TI2V_CHANNELS:
+        return "ti2v"
+    return "t2v" if inside == outside else "i2v"
 
 
 def diffusers_config(config: WanConfig) -> dict[str, Any]:
@@ -209,7 +267,7 @@ def diffusers_config(config: WanConfig) -> dict[str, Any]:
     """
     if config.absolute_positions:
         raise UserError("diffusers has no transformer with absolute positions (the tiny models)")
-    if config.sees_images and config.text_len != _DIFFUSERS_CONSTANTS["text_len"]:
+    if config.reads_clip and config.text_len != _DIFFUSERS_CONSTANTS["text_len"]:
         raise UserError(
             f"text_len={config.text_len}: diffusers' image-to-video transformers count on "
             f"{_DIFFUSERS_CONSTANTS['text_len']} rows of text"
@@ -217,8 +275,11 @@ def diffusers_config(config: WanConfig) -> dict[str, Any]:
     sizes = asdict(config)
     values = {theirs: sizes[ours] for ours, theirs in _DIFFUSERS_NAMES.items()}
     for name, constant in _DIFFUSERS_CONSTANTS.items():
-        if values[name] == constant or (name == "image_tokens" and config.model_type != "i2v"):
+        unread = not config.reads_clip or config.image_count == 2  # said by another field
+        if values[name] == constant or (name == "image_tokens" and unread):
             del values[name]
+    if config.model_type == "ti2v" and config.out_dim != TI2V_CHANNELS:
+        values["model_type"] = config.model_type
     two_images = config.image_count == 2
     return {
         "_class_name": "WanTransformer3DModel",
@@ -226,8 +287,8 @@ def diffusers_config(config: WanConfig) -> dict[str, Any]:
         **_FIXED_DIFFUSERS,
         "attention_head_dim": config.head_dim,
         "rope_max_seq_len": 1024,
-        "image_dim": config.image_dim if config.sees_images else None,
-        "added_kv_proj_dim": config.dim if config.sees_images else None,
+        "image_dim": config.image_dim if config.reads_clip else None,
+        "added_kv_proj_dim": config.dim if config.reads_clip else None,
         "pos_embed_seq_len": 2 * config.image_tokens if two_images else None,
     }
 
@@ -257,4 +318,6 @@ def _build(values: dict[str, Any]) -> WanConfig:
 def write_wan_config(config: WanConfig, path: Path) -> None:
     """Write `config` as an official config.json."""
     values = {"_class_name": "WanModel", **asdict(config)}
+    if config.clip:  # what official files mean that say nothing
+        del values["clip"]
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -54,7 +54,7 @@ class WanTransformer(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
-        if config.sees_images:
+        if config.reads_clip:
             self.img_emb = ImageEmbedding(config)
 
     def forward(
@@ -197,7 +197,7 @@ class WanTransformer(nn.Module):
         """Text states [B, L, text_dim] to memory [B, L, D], behind the images' tokens if any."""
         text_states = text.to(_dtype(self.text_embedding))
         memory = sequential(self.text_embedding, text_states, adapters)
-        if not self.config.sees_images:
+        if not self.config.reads_clip:
             return memory
         check_images(self.config, text, clip)
         return torch.cat([self.img_emb(clip, adapters), memory], dim=1)

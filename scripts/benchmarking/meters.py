@@ -107,7 +107,7 @@ def forward_flops(
     _, rows, columns = sizes.patch_size
     n, d, text = frames * (height // rows) * (width // columns), sizes.dim, sizes.text_len
     patch = rows * columns
-    image = sizes.image_count * sizes.image_tokens if sizes.sees_images else 0
+    image = sizes.image_count * sizes.image_tokens if sizes.reads_clip else 0
     per_layer = (
         2 * n * (6 * d * d + 2 * d * sizes.ffn_dim)
     )  # q k v o, q o of the text, feed-forward

@@ -50,6 +50,15 @@ def test_channels_are_a_mask_of_four_and_the_latents_of_the_image_before_grey(
     assert torch.equal(states, clip_states(first))
 
 
+def test_a_model_without_clip_is_given_the_same_channels_and_no_states(
+    encoder: ImageEncoder, codec: PatchCodec
+) -> None:
+    keyframes = Keyframes(images(2, seed=1))
+    states, channels = ImageEncoder(None, codec)(keyframes, 4)
+    assert states is None
+    assert torch.equal(channels, encoder(keyframes, 4)[1])
+
+
 def test_the_mask_has_a_channel_for_each_pixel_frame_of_a_latent() -> None:
     with at_home():
         from model.families.toy.encoders import ToyCodec

@@ -47,7 +47,7 @@ def largest_difference(model: WanTransformer, x: Tensor, timestep: Tensor) -> fl
     assert all(weight.abs().max() > 0.0 for weight in model.parameters())
     text = random(batch, config.text_len, config.text_dim, seed=1)
     clip, theirs = None, None
-    if config.sees_images:
+    if config.reads_clip:
         # Tokens much alike, or attention would average the images away.
         alike = 3.0 * random(batch, 1, config.image_dim, seed=2)
         clip = alike + random(batch, config.image_count * config.image_tokens, config.image_dim)

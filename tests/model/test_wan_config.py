@@ -68,8 +68,8 @@ def test_presets_are_possible(name: str) -> None:
         ({"num_layers": 1.5}, "num_layers must be a whole number above 0, got 1.5"),
         ({"num_heads": 7}, "num_heads=7 must divide dim=1536 into heads of even width"),
         ({"num_heads": 512}, "num_heads=512 must divide dim=1536 into heads of even width"),
-        ({"model_type": "vace"}, "model_type must be t2v, i2v or flf2v, got 'vace'"),
-        ({"model_type": 3}, "model_type must be t2v, i2v or flf2v, got 3"),
+        ({"model_type": "vace"}, "model_type must be t2v, ti2v, i2v or flf2v, got 'vace'"),
+        ({"model_type": 3}, "model_type must be t2v, ti2v, i2v or flf2v, got 3"),
         ({"qk_norm": False}, "qk_norm must be True in Wan2.1, got False"),
         ({"cross_attn_norm": False}, "cross_attn_norm must be True in Wan2.1, got False"),
         ({"window_size": [4, 4]}, "window_size must be [-1, -1] in Wan2.1, got [4, 4]"),
@@ -126,6 +126,9 @@ DIFFUSERS = {
     "text_dim": 4096,
 }
 
+TI2V = {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30}
+TI2V |= {"in_channels": 48, "out_channels": 48}
+
 
 def write_diffusers(folder: Path, **changes: Any) -> Path:
     path = folder / "config.json"
@@ -140,6 +143,9 @@ def write_diffusers(folder: Path, **changes: Any) -> Path:
         ({"pos_embed_seq_len": None}, "Wan2.1-I2V-14B"),
         ({"pos_embed_seq_len": 514}, "Wan2.1-FLF2V-14B"),
         ({"image_dim": None, "added_kv_proj_dim": None, "in_channels": 16}, "Wan2.1-T2V-14B"),
+        ({"image_dim": None, "added_kv_proj_dim": None}, "Wan2.2-I2V-A14B"),
+        ({**TI2V, "image_dim": None, "added_kv_proj_dim": None}, "Wan2.2-TI2V-5B"),
+        (TI2V, "Wan2.2-TI2V-5B"),  # an early copy, which speaks of a branch that it has not
     ],
 )
 def test_a_diffusers_file_gives_its_preset(
@@ -180,6 +186,8 @@ CONVERTIBLE = [
     WanConfig(dim=8, ffn_dim=8, num_heads=2, num_layers=1, text_len=12),
     WanConfig(8, 8, 2, 1, model_type="i2v", in_dim=36, image_dim=80, image_tokens=5),
     WanConfig(8, 8, 2, 1, model_type="flf2v", in_dim=36, image_dim=80, image_tokens=5),
+    WanConfig(8, 8, 2, 1, model_type="i2v", in_dim=36, text_len=12, clip=False),
+    WanConfig(8, 8, 2, 1, model_type="ti2v", in_dim=8, out_dim=8),
 ]
 
 
@@ -212,11 +220,30 @@ def test_what_diffusers_cannot_hold_is_refused(config: WanConfig, problem: str) 
     assert str(caught.value).startswith(problem)
 
 
-@pytest.mark.parametrize(("kind", "count"), [("t2v", 0), ("i2v", 1), ("flf2v", 2)])
+@pytest.mark.parametrize(("kind", "count"), [("t2v", 0), ("ti2v", 0), ("i2v", 1), ("flf2v", 2)])
 def test_a_model_type_tells_how_many_images_it_sees(kind: str, count: int) -> None:
     config = WanConfig(8, 8, 2, 1, model_type=kind)
     assert config.image_count == count
-    assert config.sees_images is (count > 0)
+    assert config.given_latents is config.reads_clip is (count > 0)
+
+
+def test_only_a_model_that_is_given_an_image_alone_may_do_without_clip() -> None:
+    sizes = {"dim": 8, "ffn_dim": 8, "num_heads": 2, "num_layers": 1}
+    config = WanConfig(**sizes, model_type="i2v", in_dim=36, clip=False)
+    assert config.problems() == []
+    assert config.given_latents and not config.reads_clip
+    for kind in ("t2v", "ti2v", "flf2v"):
+        problems = WanConfig(**sizes, model_type=kind, clip=False).problems()
+        assert f"clip must be true unless model_type is i2v, got '{kind}'" in problems
+    assert WanConfig(**sizes, clip="no").problems() == ["clip must be true or false, got 'no'"]
+
+
+def test_a_file_says_nothing_of_clip_where_official_ones_say_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    for name, said in (("Wan2.1-I2V-14B", False), ("Wan2.2-I2V-A14B", True)):
+        write_wan_config(PRESETS[name], path)
+        assert ("clip" in json.loads(path.read_text())) is said
+        assert read_wan_config(path) == PRESETS[name]
 
 
 @pytest.mark.parametrize("text", ["", "{", "\x00"])

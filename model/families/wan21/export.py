@@ -83,7 +83,7 @@ def _write_folder(source: ModelFolder, export: Export, target: Path) -> None:
         _write_part(VAE, vae, target, export)
     else:
         copy_part(vae, target / vae.name)
-    if source.wan_config().sees_images:
+    if source.wan_config().reads_clip:
         _write_part(CLIP, _present(source.image_encoder), target, export)
     copy_part(_present(source.tokenizer), target / ("tokenizer" if diffusers else TOKENIZER))
     if diffusers:
@@ -222,7 +222,7 @@ def _write_diffusers_extras(source: ModelFolder, target: Path) -> None:
     # The same class in transformers 5; in 4 the plain name is the slow one's.
     fast = f"{name}Fast" if hasattr(transformers, f"{name}Fast") else name
     index["tokenizer"] = ["transformers", fast]
-    if source.wan_config().sees_images:
+    if source.wan_config().reads_clip:
         index["_class_name"] = "WanImageToVideoPipeline"
         index["image_encoder"] = ["transformers", "CLIPVisionModel"]
         index["image_processor"] = ["transformers", "CLIPImageProcessor"]

@@ -102,7 +102,7 @@ class ModelFolder:
         if encoders:
             wanted += [TEXT_ENCODERS, TOKENIZERS] if text else []
             wanted.append(self.codecs)
-            if self.config is not None and self.wan_config().sees_images:
+            if self.config is not None and self.wan_config().reads_clip:
                 wanted.append(IMAGE_ENCODERS)
         return [" or ".join(names) for names in wanted if self._first(names) is None]
 

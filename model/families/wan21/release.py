@@ -112,9 +112,11 @@ class Wan21(Model):
     def images(self) -> ImageSpec | None:
         """See Model."""
         sizes = self.sizes
-        if not sizes.sees_images:
+        if not sizes.given_latents:
             return None
-        return ImageSpec(sizes.image_count, sizes.image_tokens, sizes.image_dim)
+        return ImageSpec(
+            sizes.image_count, sizes.image_tokens, sizes.image_dim, clip=sizes.reads_clip
+        )
 
     @property
     def advice(self) -> Advice | None:
@@ -194,7 +196,7 @@ class Wan21(Model):
 
     def load_image_encoder(self, dtype: torch.dtype) -> nn.Module | None:
         """See Model."""
-        if not self.sizes.sees_images:
+        if not self.sizes.reads_clip:
             return None
         return WanCLIPEncoder(
             self.parts["image_encoder"],
@@ -234,7 +236,7 @@ class Wan21(Model):
             "text_encoder": lambda dtype: sketches.text_encoder(self.folder, dtype),
             "codec": lambda dtype: sketches.codec(self.folder, dtype),
         }
-        if self.sizes.sees_images:
+        if self.sizes.reads_clip:
             found["image_encoder"] = lambda dtype: sketches.image_encoder(self.sizes, dtype)
         return found
 

@@ -174,7 +174,7 @@ def difference(pipeline: Any, folder: ModelFolder) -> float:
     x = torch.randn(1, config.in_dim, 3, 4, 6, generator=rng)
     text = torch.randn(1, config.text_len, config.text_dim, generator=rng)
     clip = torch.randn(1, config.image_tokens, config.image_dim, generator=rng)
-    timestep, seen = torch.tensor([700.0]), clip if config.sees_images else None
+    timestep, seen = torch.tensor([700.0]), clip if config.reads_clip else None
     theirs = pipeline.transformer.eval()(x, timestep, text, seen, return_dict=False)[0]
     assert theirs.std() > 0.1
     return float((ours(x, timestep[:, None], text, seen) - theirs).abs().max())
