@@ -67,6 +67,11 @@ def count_given(given: Tensor | None) -> int:
     return 0 if given is None else given.shape[2]
 
 
+def both_given(real: Tensor, given: Tensor | None) -> Tensor | None:
+    """What real videos, and generated ones behind them, begin with: each with its own."""
+    return None if given is None else torch.cat([real[:, :, : given.shape[2]].to(given), given])
+
+
 def learnt(x: Tensor, given: int) -> Tensor:
     """What losses and figures are about: videos [B, C, F, H, W] without their given frames."""
     return x[:, :, given:] if given else x
