@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.causal import CausalLayout
 from model.flow import add_noise, shift, velocity_to_x0
+from model.given import count_given, learnt, on_given
 from model.guidance import guided_velocity
 from model.types import Batch, LossOutput, Rollout, Sample
 from utils.seeding import SampleRNG, StepRNG
@@ -65,6 +66,16 @@ class Parts:
     sigmas: Sequence[float] = ()  # noise levels of the few steps
     layout: CausalLayout | None = None  # how the generator's videos fall into blocks; None = whole
     parameters: Mapping[str, Sequence[nn.Parameter]] = field(default_factory=dict)  # a role's own
+    takes_given: bool = False  # whether networks take frames that videos begin with as they are
+
+    def clean_frames(self, sample: Sample) -> Tensor | None:
+        """The frames that a sample was given, which all networks see clean; None = they see none.
+
+        Models that are not made for it see them noised as all others, and no loss is on them.
+        """
+        if not self.takes_given or not sample.given_frames:
+            return None
+        return sample.x0[:, :, : sample.given_frames].detach()
 
 
 class Method(ABC):
@@ -167,6 +178,7 @@ class NoisedSample:
     x: Tensor  # [B, C, F, H, W]
     sigma: Tensor  # [B, 1]
     noise: Tensor  # [B, C, F, H, W]
+    given: Tensor | None = None  # [B, C, g, H, W], see Parts.clean_frames
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,15 +280,16 @@ class DistributionMatching(Method):
         """Samples with the generator's gradient, and both networks on them."""
         sample = self.rollout(self.generator, batch, rng, grad=True)
         with torch.set_grad_enabled(self.scores_need_grad):
-            return sample, self.scores(sample.x0, batch, rng.samples)
+            return sample, self.scores(sample, batch, rng.samples)
 
-    def scores(self, x0: Tensor, batch: Batch, rng: SampleRNG) -> Scores:
-        """Both networks on samples [B, C, F, H, W] at a random noise level."""
+    def scores(self, sample: Sample, batch: Batch, rng: SampleRNG) -> Scores:
+        """Both networks on samples at a random noise level."""
+        x0, given = sample.x0, self.parts.clean_frames(sample)
         sigma, noise = self.config.draw_sigma(rng, x0), rng.randn(x0.shape[1:])
         x = add_noise(x0, noise, sigma)
-        x0_critic = self.critic(x, sigma, batch.conditioning).x0
+        x0_critic = on_given(self.critic, given)(x, sigma, batch.conditioning).x0
         velocity = guided_velocity(
-            self.teacher,
+            on_given(self.teacher, given),
             x,
             sigma,
             batch.conditioning,
@@ -308,15 +321,17 @@ class DistributionMatching(Method):
     @torch.no_grad()
     def noised_sample(self, batch: Batch, rng: StepRNG) -> NoisedSample:
         """A sample of the generator as it is now, at a random noise level."""
-        x0 = self.rollout(self.generator, batch, rng, grad=False).x0
+        sample = self.rollout(self.generator, batch, rng, grad=False)
+        x0, given = sample.x0, self.parts.clean_frames(sample)
         sigma = self.config.draw_sigma(rng.samples, x0)
         noise = rng.samples.randn(x0.shape[1:])
-        return NoisedSample(x0, add_noise(x0, noise, sigma), sigma, noise)
+        return NoisedSample(x0, add_noise(x0, noise, sigma), sigma, noise, given)
 
     def denoising_loss(self, fake: NoisedSample, batch: Batch) -> Tensor:
         """Mean squared error of the critic's velocity."""
-        velocity = self.critic(fake.x, fake.sigma, batch.conditioning).velocity
-        return F.mse_loss(velocity, fake.noise - fake.x0)
+        critic, given = on_given(self.critic, fake.given), count_given(fake.given)
+        velocity = critic(fake.x, fake.sigma, batch.conditioning).velocity
+        return F.mse_loss(learnt(velocity, given), learnt(fake.noise - fake.x0, given))
 
     def after_update(self, role: str) -> None:
         """What options do then."""
@@ -345,10 +360,10 @@ def made_frames(sample: Sample, scores: Scores) -> tuple[Sample, Scores]:
     first = sample.given_frames
     if not first:
         return sample, scores
-    return Sample(sample.x0[:, :, first:]), replace(
+    return Sample(learnt(sample.x0, first)), replace(
         scores,
-        x=scores.x[:, :, first:],
-        noise=scores.noise[:, :, first:],
-        x0_teacher=scores.x0_teacher[:, :, first:],
-        x0_critic=scores.x0_critic[:, :, first:],
+        x=learnt(scores.x, first),
+        noise=learnt(scores.noise, first),
+        x0_teacher=learnt(scores.x0_teacher, first),
+        x0_critic=learnt(scores.x0_critic, first),
     )

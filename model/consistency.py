@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from model.base import MethodConfig, Needs, RegressionMethod
 from model.causal import count_blocks, on_real_video, per_block
 from model.flow import add_noise, expand, shift
+from model.given import count_given, learnt, on_given
 from model.guidance import guided_velocity
 from model.types import Batch, LossOutput
 from utils.seeding import StepRNG
@@ -68,10 +69,13 @@ class Consistency(RegressionMethod):
         index = per_block((draws * config.grid).long(), layout, frames)
         sigma, less = levels[index], levels[index + 1]
         x = add_noise(clean, rng.samples.randn(clean.shape[1:]), sigma)
-        student = on_real_video(self.parts.networks["generator"], layout, past)
+        student, teacher = (
+            on_given(on_real_video(self.parts.networks[role], layout, past), batch.given)
+            for role in ("generator", "teacher")
+        )
         with torch.no_grad():
             velocity = guided_velocity(
-                on_real_video(self.parts.networks["teacher"], layout, past),
+                teacher,
                 x,
                 sigma,
                 batch.conditioning,
@@ -81,4 +85,5 @@ class Consistency(RegressionMethod):
             )
             nearer = x + expand(less - sigma) * velocity
             target = student(nearer, less, batch.conditioning).x0
-        return LossOutput(F.mse_loss(student(x, sigma, batch.conditioning).x0, target))
+        x0, given = student(x, sigma, batch.conditioning).x0, count_given(batch.given)
+        return LossOutput(F.mse_loss(learnt(x0, given), learnt(target, given)))

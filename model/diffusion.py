@@ -11,9 +11,12 @@ from torch import Tensor
 
 from model.base import Method, MethodConfig, Needs
 from model.causal import TeacherForced, count_blocks, on_real_video, per_block
-from model.flow import add_noise, shift
+from model.flow import add_noise, constant_sigma, shift
+from model.given import OnGiven, count_given, learnt, on_given
 from model.types import Batch, Conditioning, Denoiser, LossOutput
 from utils.seeding import StepRNG
+
+GIVEN_NOISE = (-3.5, 0.5)  # mean and deviation of the logarithm of a given frame's noise level
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,15 @@ class DiffusionConfig(MethodConfig):
     caption_dropout: float = 0.1  # share of samples trained on the negative prompt, for guidance
     teacher_forcing: bool = True  # causal models: the clean past; false = diffusion forcing
     clean_noise: float = 0.0  # teacher forcing: the past is noised up to this sigma, at random
+    # Share of samples whose given first frame is noised a little (to about 0.03), as TI2V-5B was
+    # trained with 0.2; whole videos alone. 0 = given frames are always clean.
+    given_noise: float = 0.0
 
     def problems(self) -> Iterator[str]:
         """See MethodConfig."""
         if not self.timestep_shift > 0:
             yield f"loss.timestep_shift: must be positive, got {self.timestep_shift}"
-        for name in ("caption_dropout", "clean_noise"):
+        for name in ("caption_dropout", "clean_noise", "given_noise"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 yield f"loss.{name}: must lie in [0, 1], got {getattr(self, name)}"
         if self.clean_noise and not self.teacher_forcing:
@@ -40,6 +46,11 @@ class DiffusionConfig(MethodConfig):
         yield from super().run_problems(steps=steps, causal=causal)
         if not causal and 0.0 < self.clean_noise <= 1.0:
             yield "loss.clean_noise: has no effect without generator_type: causal"
+        if causal and 0.0 < self.given_noise <= 1.0:
+            yield (
+                "loss.given_noise: has no effect with generator_type: causal, whose past "
+                "loss.clean_noise noises"
+            )
 
 
 class Diffusion(Method):
@@ -72,8 +83,20 @@ class Diffusion(Method):
         dropped = rng.samples.rand((1, 1)) < self.config.caption_dropout
         text = torch.where(dropped.to(x0.device), batch.unconditional.text, batch.conditioning.text)
         conditioning = Conditioning(text, batch.conditioning.clip, batch.conditioning.first_frame)
-        velocity = self.forced(x0, rng)(add_noise(x0, noise, sigma), sigma, conditioning).velocity
-        return LossOutput(F.mse_loss(velocity, noise - x0))
+        net = self.with_given(self.forced(x0, rng), batch.given, rng)
+        velocity = net(add_noise(x0, noise, sigma), sigma, conditioning).velocity
+        given = count_given(batch.given)
+        return LossOutput(F.mse_loss(learnt(velocity, given), learnt(noise - x0, given)))
+
+    def with_given(self, net: Denoiser, given: Tensor | None, rng: StepRNG) -> Denoiser:
+        """`net` on videos that begin with `given`, which is noised a little as often as asked."""
+        if given is None or not self.config.given_noise:
+            return on_given(net, given)
+        mean, deviation = GIVEN_NOISE
+        level = (mean + deviation * rng.samples.randn((1,)).to(given.device)).exp().clamp(max=1.0)
+        noised = rng.samples.rand((1,)).to(given.device) < self.config.given_noise
+        level = torch.where(noised, level, constant_sigma(0.0, given))
+        return OnGiven(net, add_noise(given, rng.samples.randn(given.shape[1:]), level), level)
 
     def forced(self, x0: Tensor, rng: StepRNG) -> Denoiser:
         """The generator on the past that training forces on it: of the video x0, clean or noisy."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from model.base import AlternatingConfig, Method, Needs, Parts
 from model.discriminator import AdversarialConfig, Pair, adversarial_loss, discriminate
 from model.flow import add_noise
+from model.given import both_given, on_given
 from model.types import Batch, LossOutput
 from utils.seeding import StepRNG
 
@@ -74,21 +75,25 @@ class GAN(Method):
 
     def generator_loss(self, batch: Batch, rng: StepRNG) -> LossOutput:
         """softplus(-logit); relativistic: against a real sample with noise of its own."""
-        x0 = self.rollout(self.generator, batch, rng, grad=True).x0
+        sample = self.rollout(self.generator, batch, rng, grad=True)
+        x0, backbone = sample.x0, on_given(self.backbone, self.parts.clean_frames(sample))
         sigma = self.config.draw_sigma(rng.samples, x0)
         x = add_noise(x0, rng.samples.randn(x0.shape[1:]), sigma)
-        fake = self.discriminator(self.backbone, x, sigma, batch.conditioning).logits
+        fake = self.discriminator(backbone, x, sigma, batch.conditioning).logits
         real = None
         if self.config.adversarial.relativistic:
             assert batch.x0 is not None
+            given = self.parts.clean_frames(replace(sample, x0=batch.x0))
             x = add_noise(batch.x0, rng.samples.randn(x0.shape[1:]), sigma)
-            real = self.discriminator(self.backbone, x, sigma, batch.conditioning).logits
+            backbone = on_given(self.backbone, given)
+            real = self.discriminator(backbone, x, sigma, batch.conditioning).logits
         return LossOutput(adversarial_loss(fake, real), {"fake_logit": fake.detach().mean()})
 
     def critic_loss(self, batch: Batch, rng: StepRNG) -> LossOutput:
         """The discriminator's: real and generated samples under the same noise."""
         assert batch.x0 is not None, "the discriminator needs real latents"
-        x0 = self.rollout(self.generator, batch, rng, grad=False).x0
+        sample = self.rollout(self.generator, batch, rng, grad=False)
+        x0, given = sample.x0, both_given(batch.x0, self.parts.clean_frames(sample))
         sigma = self.config.draw_sigma(rng.samples, x0)
         noise = rng.samples.randn(x0.shape[1:])
         pair = Pair(
@@ -98,6 +103,10 @@ class GAN(Method):
             batch.conditioning,
         )
         found = discriminate(
-            self.discriminator, self.backbone, pair, self.config.adversarial, rng.samples
+            self.discriminator,
+            on_given(self.backbone, given),
+            pair,
+            self.config.adversarial,
+            rng.samples,
         )
         return LossOutput(found.loss, found.metrics)

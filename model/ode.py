@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from model.base import MethodConfig, Needs, RegressionMethod
 from model.causal import count_blocks, on_real_video, per_block
 from model.flow import on_device
+from model.given import count_given, learnt, on_given
 from model.types import Batch, LossOutput
 from utils.seeding import StepRNG
 
@@ -43,5 +44,6 @@ class ODE(RegressionMethod):
         where = index.expand(-1, frames)[:, None, None, :, None, None]
         x = states.gather(1, where.expand(-1, -1, *states.shape[2:]))[:, 0]
         clean = target if self.config.teacher_forcing else None
-        net = on_real_video(self.generator, self.parts.layout, clean)
-        return LossOutput(F.mse_loss(net(x, levels[index], batch.conditioning).x0, target))
+        net = on_given(on_real_video(self.generator, self.parts.layout, clean), batch.given)
+        x0, given = net(x, levels[index], batch.conditioning).x0, count_given(batch.given)
+        return LossOutput(F.mse_loss(learnt(x0, given), learnt(target, given)))

@@ -176,7 +176,7 @@ class Batch:
     unconditional: Conditioning  # the negative prompt, same batch size, same image
     latent_shape: tuple[int, int, int, int]  # [C, F, H, W] of the samples to make
     x0: Tensor | None = None  # [B, C, F, H, W] real latents, when the data has them
-    given: Tensor | None = None  # [B, C, g, H, W], what causal.given_first_frame begins with
+    given: Tensor | None = None  # [B, C, g, H, W], frames that its samples begin with
     trajectory: Tensor | None = None  # [B, S, C, F, H, W] a teacher's states, noise to clean
 
 

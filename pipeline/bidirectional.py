@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from model.given import count_given, on_given
 from model.types import Batch, Conditioning, Denoiser, Sample
 from pipeline.few_step import OnStep, backward_simulation, few_step
-from pipeline.protocol import refuse_adjusting, refuse_initial
+from pipeline.protocol import refuse_adjusting, refuse_filling
 from utils.seeding import SampleRNG, StepRNG
 
 
@@ -23,18 +24,21 @@ class BidirectionalTrainingPipeline:
         self.sigmas = list(sigmas)
 
     def __call__(self, generator: Denoiser, batch: Batch, rng: StepRNG, *, grad: bool) -> Sample:
-        """x0 [B, C, F, H, W] of `batch.conditioning` after exit + 1 network evaluations."""
+        """x0 [B, C, F, H, W] of `batch.conditioning` after exit + 1 network evaluations.
+
+        Begins with `batch.given`, which the generator sees clean.
+        """
         # One exit for all ranks: unequal forward counts would leave sharded gathers unpaired.
         exit_step = int(torch.randint(len(self.sigmas), (), generator=rng.shared))
         x0 = backward_simulation(
-            generator,
+            on_given(generator, batch.given),
             rng.samples.randn(batch.latent_shape),
             batch.conditioning,
             self.sigmas[: exit_step + 1],
             rng.samples,
             grad=grad,
         )
-        return Sample(x0)
+        return Sample(x0, given_frames=count_given(batch.given))
 
 
 class BidirectionalInferencePipeline:
@@ -72,8 +76,9 @@ class BidirectionalInferencePipeline:
     ) -> Iterator[Tensor]:
         """The whole clip at once; a distilled generator needs no negative prompt."""
         del unconditional
-        refuse_initial(initial)
+        refuse_filling(initial, latent_shape)
+        net = on_given(self.generator, initial)
         with torch.no_grad():
             noise = rng.randn(latent_shape)
-            x0 = few_step(self.generator, noise, conditioning, self.sigmas, rng, on_step=on_step)
+            x0 = few_step(net, noise, conditioning, self.sigmas, rng, on_step=on_step)
         yield x0

@@ -169,10 +169,7 @@ class SelfForcingTrainingPipeline:
 
     def given(self, batch: Batch) -> list[Tensor]:
         """The blocks that the video begins with."""
-        if not self.config.given_first_frame:
-            return []
-        assert batch.given is not None, "a given first frame comes with the batch"
-        return [batch.given]
+        return [] if batch.given is None else [batch.given]
 
     def draw_frames(self, scored: int, shared: torch.Generator) -> int:
         """How many frames to make: `scored`, or more in whole blocks up to rollout_frames."""

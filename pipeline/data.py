@@ -8,6 +8,7 @@ import torch
 
 from model.causal import CausalLayout, count_blocks, on_real_video, per_block
 from model.flow import add_noise, on_device
+from model.given import count_given, on_given
 from model.types import Batch, Denoiser, Sample
 from utils.seeding import StepRNG
 
@@ -31,7 +32,10 @@ class DataRollout:
         self.teacher_forcing = teacher_forcing
 
     def __call__(self, generator: Denoiser, batch: Batch, rng: StepRNG, *, grad: bool) -> Sample:
-        """x0 [B, C, F, H, W], predicted from `batch.x0` and `batch.conditioning`."""
+        """x0 [B, C, F, H, W], predicted from `batch.x0` and `batch.conditioning`.
+
+        Begins with `batch.given`, which the generator sees clean.
+        """
         clean = batch.x0
         assert clean is not None, "a DataRollout needs real latents"
         frames = clean.shape[2]
@@ -40,5 +44,7 @@ class DataRollout:
         sigma = per_block(levels[(draws * len(levels)).long()], self.layout, frames)
         noisy = add_noise(clean, rng.samples.randn(clean.shape[1:]), sigma)
         net = on_real_video(generator, self.layout, clean if self.teacher_forcing else None)
+        net = on_given(net, batch.given)
         with torch.set_grad_enabled(grad):
-            return Sample(net(noisy, sigma, batch.conditioning).x0)
+            x0 = net(noisy, sigma, batch.conditioning).x0
+        return Sample(x0, given_frames=count_given(batch.given))

@@ -78,12 +78,12 @@ def sample(
     return torch.cat(list(pieces), dim=2)
 
 
-def refuse_initial(initial: Tensor | None) -> None:
-    """Raise ValueError if there are frames to begin with: for pipelines that make whole clips."""
-    if initial is not None:
+def refuse_filling(initial: Tensor | None, latent_shape: Sequence[int]) -> None:
+    """Raise UserError if the frames to begin with leave none of [C, F, H, W] to make."""
+    if initial is not None and initial.shape[2] >= latent_shape[1]:
         raise UserError(
-            "this model makes whole clips and cannot begin with given frames; "
-            "use one with generator_type: causal"
+            f"{initial.shape[2]} given frames of {latent_shape[1]} leave none to make; give fewer, "
+            f"or make longer clips"
         )
 
 

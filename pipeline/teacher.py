@@ -11,10 +11,11 @@ from torch import Tensor
 
 from model.experts import side_of
 from model.flow import TIMESTEPS, constant_sigma
+from model.given import begin_with, on_given
 from model.guidance import guided_velocity
 from model.types import FULL_ATTENTION, Conditioning, Context, Denoiser, Side
 from pipeline.few_step import OnStep, remembering
-from pipeline.protocol import refuse_initial
+from pipeline.protocol import refuse_filling
 from utils.seeding import SampleRNG
 
 
@@ -90,13 +91,14 @@ class TeacherInferencePipeline:
         on_step: OnStep | None = None,
     ) -> Iterator[Tensor]:
         """The whole clip at once, fp32."""
-        refuse_initial(initial)
+        refuse_filling(initial, latent_shape)
         yield integrate(
             self.net,
             rng.randn(latent_shape),
             conditioning,
             unconditional,
             self.config,
+            given=initial,
             on_step=on_step,
         )
 
@@ -108,12 +110,20 @@ def integrate(
     unconditional: Conditioning,
     config: SamplingConfig,
     *,
+    given: Tensor | None = None,
     context: Context = FULL_ATTENTION,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Follow the guided ODE from noise [B, C, F, H, W] to clean latents, fp32."""
     states = trajectory(
-        net, noise, conditioning, unconditional, config, context=context, on_step=on_step
+        net,
+        noise,
+        conditioning,
+        unconditional,
+        config,
+        given=given,
+        context=context,
+        on_step=on_step,
     )
     *_, last = states
     return last
@@ -127,12 +137,16 @@ def trajectory(
     unconditional: Conditioning,
     config: SamplingConfig,
     *,
+    given: Tensor | None = None,
     context: Context = FULL_ATTENTION,
     on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
-    """All states of the guided ODE [B, C, F, H, W], the noise first and clean latents last."""
-    scheduler = build_scheduler(config)
-    x, context = noise, remembering(context)
+    """All states of the guided ODE [B, C, F, H, W], the noise first and clean latents last.
+
+    given: [B, C, g, H, W], frames that all states begin with, clean.
+    """
+    scheduler, net = build_scheduler(config), on_given(net, given)
+    x, context = begin_with(given, noise), remembering(context)
     yield x
     for step, timestep in enumerate(scheduler.timesteps):
         # UniPC rounds its timesteps to integers; the noise level itself is exact.
@@ -146,7 +160,8 @@ def trajectory(
             cfg_scale=config.scale(level),
             context=replace(context, level=level, side=config.side(level)),
         )
-        x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
+        # Solvers leave what does not move where it is, but for their rounding.
+        x = begin_with(given, scheduler.step(velocity, timestep, x, return_dict=False)[0])
         if on_step is not None:
             on_step(step + 1, config.steps)
         yield x

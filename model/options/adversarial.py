@@ -19,6 +19,7 @@ from model.discriminator import (
     discriminate,
 )
 from model.flow import add_noise
+from model.given import both_given, on_given
 from model.options.f_divergence import MIN_MEAN_WEIGHT, Divergence, divergence_weight
 from model.types import Batch, LossOutput
 from utils.seeding import StepRNG
@@ -85,11 +86,10 @@ class AdversarialOption(Option):
     def on_generator(self, at: Comparison) -> Effect:
         """The divergence's weights, and the adversarial term where it is asked."""
         gan_weight, sigma = self.config.gan_weight, at.scores.sigma
+        teacher = on_given(self.teacher, self.parts.clean_frames(at.sample))
         with torch.set_grad_enabled(gan_weight > 0.0):
             x = add_noise(at.sample.x0, at.scores.noise, sigma)  # once more, with the gradient
-            fake: DiscriminatorOutput = self.discriminator(
-                self.teacher, x, sigma, at.batch.conditioning
-            )
+            fake: DiscriminatorOutput = self.discriminator(teacher, x, sigma, at.batch.conditioning)
         weight = self.weight(fake)
         weight = weight / fake.mean_weight.detach().clamp(min=MIN_MEAN_WEIGHT)
 
@@ -111,7 +111,9 @@ class AdversarialOption(Option):
         x0, sigma = at.batch.x0, at.scores.sigma
         assert x0 is not None, "the discriminator needs real latents"
         x = add_noise(x0, at.rng.samples.randn(x0.shape[1:]), sigma)
-        logits: Tensor = self.discriminator(self.teacher, x, sigma, at.batch.conditioning).logits
+        given = self.parts.clean_frames(replace(at.sample, x0=x0))
+        teacher = on_given(self.teacher, given)
+        logits: Tensor = self.discriminator(teacher, x, sigma, at.batch.conditioning).logits
         return logits
 
     def on_critic(self, fake: NoisedSample, batch: Batch, rng: StepRNG) -> Iterator[LossOutput]:
@@ -119,8 +121,9 @@ class AdversarialOption(Option):
         assert batch.x0 is not None, "the discriminator needs real latents"
         real = add_noise(batch.x0, fake.noise, fake.sigma)
         pair = Pair(real, fake.x, fake.sigma, batch.conditioning)
+        teacher = on_given(self.teacher, both_given(batch.x0, fake.given))
         found = discriminate(
-            self.discriminator, self.teacher, pair, self.config.adversarial, rng.samples
+            self.discriminator, teacher, pair, self.config.adversarial, rng.samples
         )
         yield LossOutput(found.loss, found.metrics)
         yield LossOutput(F.mse_loss(found.fake.mean_weight, self.weight(found.fake)))

@@ -158,10 +158,3 @@ def test_inference_tells_its_progress_once_per_step() -> None:
     )
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert pipeline.steps(SHAPE[1]) == 4
-
-
-def test_frames_to_begin_with_are_refused() -> None:
-    pipeline = BidirectionalInferencePipeline(Exact(), SIGMAS)
-    first = torch.zeros(1, SHAPE[0], 1, *SHAPE[2:])
-    with pytest.raises(ValueError, match="makes whole clips and cannot begin with given frames"):
-        sample(pipeline, saying(2.0, 1), saying(0.0, 1), SHAPE, streams(1), initial=first)

@@ -131,13 +131,6 @@ def test_a_trajectory_runs_from_its_noise_to_what_is_sampled(solver: str) -> Non
     assert torch.equal(states[-1], integrate(Exact(), noise, *told, config))
 
 
-def test_frames_to_begin_with_are_refused() -> None:
-    pipeline = TeacherInferencePipeline(Exact(), SamplingConfig(3))
-    first = torch.zeros(1, SHAPE[0], 1, *SHAPE[2:])
-    with pytest.raises(ValueError, match="makes whole clips and cannot begin with given frames"):
-        sample(pipeline, saying(0.0, 1), saying(0.0, 1), SHAPE, streams(1), initial=first)
-
-
 BLOCKS = CausalConfig(num_frame_per_block=2, independent_first_frame=True)
 
 
