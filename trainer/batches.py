@@ -15,6 +15,7 @@ from model.types import Batch, Keyframes
 from trainer.run import Run
 from utils.data.dataset import DataOrder, Dataset, Part, RawItem
 from utils.media.images import to_signed
+from utils.seeding import generator
 
 
 class BatchLoader:
@@ -30,7 +31,7 @@ class BatchLoader:
     ) -> None:
         """encoders: what `encoder` and `vae` are made of.
 
-        vae: for causal.given_first_frame of data with images but without latents.
+        vae: for batches that begin with images, of data without latents.
         """
         self.run = run
         self.dataset = dataset
@@ -48,7 +49,20 @@ class BatchLoader:
         """The samples at `indices` of the global batch that begins at draw number `draws`."""
         wanted = tuple(draws + i for i in indices)
         ahead = self._ahead.pop(wanted, None)
-        return self.batch(self._read(wanted) if ahead is None else ahead.result())
+        items = self._read(wanted) if ahead is None else ahead.result()
+        return self.batch(items, given=self.begins(draws))
+
+    def begins(self, draws: int) -> bool:
+        """Whether the global batch that begins at draw number `draws` begins with given frames.
+
+        Keyed by the batch alone: ranks and micro-batches must agree, since a causal rollout runs
+        other passes then; so do the phases of a step that are handed the same samples.
+        """
+        share = self.run.given_share
+        if share in (0.0, 1.0):
+            return share == 1.0
+        rng = generator(self.run.config.seed, "image share", draws)
+        return float(torch.rand((), generator=rng)) < share
 
     def prefetch(self, draws: int, indices: Sequence[int]) -> None:
         """Begin to read what `__call__` will be asked for next; other reads ahead are dropped."""
@@ -63,12 +77,12 @@ class BatchLoader:
     def _read(self, draws: Sequence[int]) -> list[RawItem]:
         return [self.dataset.read(self.order[draw], self.parts) for draw in draws]
 
-    def batch(self, items: Sequence[RawItem]) -> Batch:
-        """Records of one shape, encoded."""
+    def batch(self, items: Sequence[RawItem], *, given: bool) -> Batch:
+        """Records of one shape, encoded; `given`: they begin with their first latent frames."""
         with self.encoders.held():
-            return self._batch(items)
+            return self._batch(items, given=given)
 
-    def _batch(self, items: Sequence[RawItem]) -> Batch:
+    def _batch(self, items: Sequence[RawItem], *, given: bool) -> Batch:
         x0 = self._stack(item.latents for item in items)
         images = self._stack(item.image for item in items)
         first = None if images is None else to_signed(images)
@@ -79,21 +93,21 @@ class BatchLoader:
         conditioning = self.encoder.encode(
             [item.prompt for item in items], keyframes, frames=shape[1]
         )
+        trajectory = self._stack(item.trajectory for item in items)
+        clean = x0 if trajectory is None else trajectory[:, -1]
         return Batch(
             conditioning=conditioning,
             unconditional=self.encoder.unconditional(conditioning),
             latent_shape=shape,
             x0=x0,
-            given=self._given(x0, first),
-            trajectory=self._stack(item.trajectory for item in items),
+            given=self._first_frames(clean, first) if given else None,
+            trajectory=trajectory,
         )
 
-    def _given(self, x0: Tensor | None, first: Tensor | None) -> Tensor | None:
-        """The latent frame that causal videos begin with, if they begin with a given one."""
-        if not self.run.config.causal.given_first_frame:
-            return None
-        if x0 is not None:
-            return x0[:, :, :1]
+    def _first_frames(self, clean: Tensor | None, first: Tensor | None) -> Tensor:
+        """First latent frames [B, C, 1, H, W] of clean videos, or without them of images."""
+        if clean is not None:
+            return clean[:, :, :1]
         assert self.vae is not None, "a given first frame needs latents, or images and the VAE"
         assert first is not None, "a given first frame needs latents or images"
         return first_latents(self.vae, first)
@@ -111,13 +125,15 @@ class BatchLoader:
 
 def read_parts(run: Run, dataset: Dataset) -> set[Part]:
     """What of its records a run uses; the rest is not read."""
-    held, given = next(iter(dataset.buckets)), run.config.causal.given_first_frame
+    held, given = next(iter(dataset.buckets)), run.given_share > 0.0
     parts: set[Part] = set()
-    if run.needs.latents or given:
+    if run.needs.latents or (given and not run.needs.trajectories):
         parts.add("latents")
     if run.needs.trajectories:
         parts.add("trajectory")
-    if run.model.images is not None or (given and held.latents is None):
+    elif given and held.latents is None:
+        parts.add("image")
+    if run.reads_images:
         parts.add("image")
     if run.config.data.buckets:  # their shapes tell the sample's
         parts.add("image" if held.latents is None else "latents")

@@ -95,6 +95,7 @@ def assemble(run: Run, session: Session, options: RunOptions) -> Trainer:
         sigmas=run.sampling.sigmas,
         layout=run.causal,
         parameters={name: list(role.parameters.values()) for name, role in roles.items()},
+        takes_given=run.takes_given,
     )
     _announce(config, session, networks, roles)
     trainer: Trainer = TRAINERS[config.trainer].load()(
@@ -189,12 +190,12 @@ def _build_vae(
     run: Run, encoders: Encoders, options: RunOptions, inputs: Inputs
 ) -> VideoVAE | None:
     """The autoencoder, if the run decodes or encodes anything."""
-    causal = run.config.causal
+    causal, held = run.config.causal, next(iter(inputs.dataset.buckets))
     wanted = (
         options.visualize and run.config.validation.every > 0,
-        run.model.images is not None,
+        run.reads_images,
         causal.rollout_frames is not None,
-        causal.given_first_frame and next(iter(inputs.dataset.buckets)).latents is None,
+        run.given_share > 0.0 and not run.needs.trajectories and held.latents is None,
     )
     if not any(wanted):
         return None
@@ -217,7 +218,7 @@ def build_encoder(
         run.model.load_text_encoder(dtype)
     )
     images = None
-    if run.model.images is not None:
+    if run.reads_images:
         assert vae is not None, "an image-to-video model needs the VAE"
         clip = run.model.load_image_encoder(dtype)
         images = ImageEncoder(None if clip is None else encoders.encoder(clip), vae)

@@ -12,12 +12,14 @@ from omegaconf import MISSING
 
 from model.adapters import AdapterConfig
 from model.base import Method, MethodConfig, Needs
+from model.diffusion import DiffusionConfig
 from model.discriminator import DiscriminatorConfig
 from model.dmd import DMDConfig
 from model.flow import step_sigmas
 from model.wan.kernels import AUTO, KERNELS
 from pipeline.causal import ROLLOUT_KEYS, CausalConfig
 from pipeline.teacher import SamplingConfig
+from trainer.data import DataConfig
 from trainer.registry import TRAINERS, find_method
 from trainer.renamed import RENAMED
 from utils import shipped
@@ -73,16 +75,6 @@ class TrainedNetworkConfig(OptimizerConfig):
                     f"{role}.{name}: is for networks that stay as they are, under an adapter; set "
                     f"{role}.adapter.rank, or merge adapters first (convert_checkpoint.py)"
                 )
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What is trained on."""
-
-    path: str = MISSING  # a .txt file, a folder of .txt files, or a folder of LMDB shards
-    buckets: bool = False  # train on every shape that the shards hold, one at a time
-    negative_prompt: str = ""
-    text_embeddings: str | None = None  # of scripts/precompute_prompts.py; no text encoder then
 
 
 @dataclass(frozen=True)
@@ -285,6 +277,12 @@ def problems(config: Config) -> Iterator[str]:
     yield from _role_problems(config)
     if len(config.latent_shape) == 4:
         yield from _causal_problems(config)
+        yield from config.data.problems(causal_config(config), config.latent_shape[1])
+    if config.causal.given_first_frame and config.data.image_share is not None:
+        yield "data.image_share: causal.given_first_frame=true says 1 already; set one of them"
+    noisy = isinstance(config.loss, DiffusionConfig) and config.loss.given_noise
+    if noisy and not config.data.image_share:
+        yield "loss.given_noise: has no effect without data.image_share"
     if not 0.0 <= config.ema.decay < 1.0:
         yield f"ema.decay: must lie in [0, 1), got {config.ema.decay}"
     yield from config.parallel.problems()

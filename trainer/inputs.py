@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from model.discriminator import tapped_layers
 from model.families.base import Model
@@ -16,7 +17,13 @@ from trainer.limits import check_memory
 from trainer.run import Run
 from utils.config import ConfigError
 from utils.context_parallel import ranks_at_hand, sharing_problems
-from utils.data.dataset import Dataset, RawItem, TrajectoryManifest, open_dataset
+from utils.data.dataset import (
+    Dataset,
+    RawItem,
+    RecordShapes,
+    TrajectoryManifest,
+    open_dataset,
+)
 from utils.data.embeddings import EmbeddingReader, check_embeddings
 from utils.data.prompts import read_prompt_file
 from utils.distributed import Session
@@ -105,7 +112,7 @@ def _check_models(run: Run) -> None:
 def model_problems(run: Run) -> Iterator[str]:
     """Why the models of a run's roles cannot serve together or its shape, one line each."""
     models = run.models
-    if len({model.images is None for model in models.values()}) > 1:
+    if len({model.images and model.images.how for model in models.values()}) > 1:
         named = ", ".join(f"{role} {model.path}" for role, model in models.items())
         yield (
             f"teacher.model: an image-to-video model and a text-to-video model cannot be used "
@@ -154,22 +161,39 @@ def check_latent_shape(shape: Sequence[int], model: Model) -> None:
 
 def _check_data(run: Run, dataset: Dataset) -> None:
     """What the run reads must be there, in a shape that it can use."""
-    config, needs, model = run.config, run.needs, run.model
+    config, needs = run.config, run.needs
     path, held = config.data.path, next(iter(dataset.buckets))
     if needs.latents and held.latents is None:
         who = f"method '{run.method_name}' {needs.because}".rstrip()
         raise ConfigError(f"data.path: {who} needs real latents, but {path} holds none")
-    if config.causal.given_first_frame and held.latents is None and held.image is None:
-        raise ConfigError(
-            f"data.path: causal.given_first_frame needs real latents or images, "
-            f"but {path} holds none"
-        )
-    if model.images is not None:
+    if run.given_share > 0.0 and held == RecordShapes():
+        key = "causal.given_first_frame" if config.data.image_share is None else "data.image_share"
+        raise ConfigError(f"data.path: {key} needs real latents or images, but {path} holds none")
+    _check_image_share(run)
+    if run.reads_images:
         _check_first_images(run, has_images=held.image is not None)
     if needs.latents or run.begins_with_given or config.data.buckets:
         _check_shapes(run, dataset)
     if needs.trajectories:
         _check_trajectories(run, dataset)
+
+
+def _check_image_share(run: Run) -> None:
+    """Only some models make clips both with and without an image."""
+    share, model = run.config.data.image_share, run.model
+    if share is None or run.takes_given:
+        return
+    if run.reads_images:
+        raise ConfigError(
+            f"data.image_share: {model.path} begins all its videos with an image; set it to null"
+        )
+    if share > 0.0 and (run.causal is None or run.needs.rollout != "simulation"):
+        raise ConfigError(
+            f"data.image_share: {model.path} makes clips from text alone, and of such models only "
+            f"the rollouts of a causal generator begin with given frames, which method "
+            f"'{run.method_name}' of generator_type: {run.config.generator_type} has not; set it "
+            f"to null, or use a model that takes images as its first latent frame (TI2V)"
+        )
 
 
 def _check_first_images(run: Run, *, has_images: bool) -> None:
@@ -233,12 +257,15 @@ def _check_trajectories(run: Run, dataset: Dataset) -> None:
         raise ConfigError(
             f"data.path: {path} holds no ODE pairs; make them with scripts/generate_ode_pairs.py"
         )
-    here = {
+    here: dict[str, Any] = {
         "denoising_step_list": config.denoising_step_list,
         "timestep_shift": config.timestep_shift,
         "latent_shape": config.latent_shape,
     }
-    there = {key: getattr(manifest, key) for key in here}
+    there: dict[str, Any] = {key: getattr(manifest, key) for key in here}
+    if run.takes_given:  # pairs begin with images all of them, or none
+        here["data.image_share"] = run.given_share
+        there["data.image_share"] = 1.0 if manifest.images else 0.0
     differing = [f"{key} {there[key]}, here {here[key]}" for key in here if there[key] != here[key]]
     if differing:
         raise ConfigError(
@@ -261,7 +288,7 @@ def _shown(run: Run, dataset: Dataset) -> list[RawItem]:
     config, shape = run.config, run.latent_shape
     count, file = config.validation.count, config.validation.prompts
     if file is not None:
-        if run.begins_with_given:
+        if run.always_begins:
             raise ConfigError(
                 "validation.prompts: this run's videos begin with an image, which a prompt file "
                 "does not hold; set it to null to show the data's first records"

@@ -175,7 +175,7 @@ def stand_in_batch(run: Run, count: int) -> Batch:
     text = torch.zeros(count, model.text.length, model.text.width, dtype=run.compute)
     video = (count, channels, frames, height, width)
     conditioning = Conditioning(text, *_stand_in_images(run, video))
-    given = run.config.causal.given_first_frame
+    given = run.given_share > 0.0
     x0 = torch.zeros(video) if needs.latents or given else None
     states = (count, len(run.sampling.sigmas) + 1, *video[1:])
     return Batch(
@@ -190,7 +190,7 @@ def stand_in_batch(run: Run, count: int) -> Batch:
 
 def _stand_in_images(run: Run, video: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
     model = run.model
-    if model.images is None:
+    if model.images is None or not run.reads_images:
         return None, None
     count, channels, frames, height, width = video
     images = model.images
@@ -233,6 +233,7 @@ def build_stand_in(run: Run, session: Session, meter: Meter, *, on_gpu: bool) ->
         sigmas=run.sampling.sigmas,
         layout=run.causal,
         parameters={name: list(role.parameters.values()) for name, role in roles.items()},
+        takes_given=run.takes_given,
     )
     batches: Any = StandInBatches(run, meter)
     trainer: Trainer = TRAINERS[run.config.trainer].load()(

@@ -55,9 +55,32 @@ class Run:
         return self.method.__module__.rpartition(".")[2]
 
     @property
+    def reads_images(self) -> bool:
+        """Whether networks are conditioned on images that lie beside the noisy latents."""
+        return self.model.images is not None and self.model.images.how == "channels"
+
+    @property
+    def takes_given(self) -> bool:
+        """Whether networks take a given first latent frame in its place, clean (TI2V)."""
+        return self.model.images is not None and self.model.images.how == "frame"
+
+    @property
+    def given_share(self) -> float:
+        """Share of the batches that begin with a first latent frame of the data."""
+        share = self.config.data.image_share
+        if share is not None:
+            return share
+        return 1.0 if self.config.causal.given_first_frame else 0.0
+
+    @property
     def begins_with_given(self) -> bool:
-        """Whether samples begin with an image or a latent frame of the data."""
-        return self.model.images is not None or self.config.causal.given_first_frame
+        """Whether any samples begin with an image or a latent frame of the data."""
+        return self.reads_images or self.given_share > 0.0
+
+    @property
+    def always_begins(self) -> bool:
+        """Whether all of them do."""
+        return self.reads_images or self.given_share == 1.0
 
     def random_init(self, role: str) -> bool:
         """Whether a role begins with random weights."""

@@ -33,7 +33,8 @@ class Validator:
         Every rank samples the same clips: a sharded network needs them all.
         """
         path = self.folder / f"step_{step:06d}.png"
-        batch = batches.batch(self.items)
+        given = self.run.given_share > 0.0 and self.run.config.validation.prompts is None
+        batch = batches.batch(self.items, given=given)
         seed = self.run.config.seed
         rng = sample_rng(seed, "validation", range(len(self.items)), self.session.device)
         latents = sample(

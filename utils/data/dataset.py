@@ -159,6 +159,7 @@ class TrajectoryManifest:
     negative_prompt: str
     mixed_precision: bool
     weights: str  # where the teacher came from
+    images: bool = False  # whether all states begin with an image as their first latent frame
 
 
 def open_dataset(path: Path) -> Dataset:
