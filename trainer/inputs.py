@@ -124,8 +124,25 @@ def model_problems(run: Run) -> Iterator[str]:
             f"{' and '.join(f'{role}.model' for role in alike)}: this method needs them of the "
             f"same architecture, got {', '.join(str(model.path) for model in alike.values())}"
         )
+    yield from _image_share_problems(run)
     yield from _latent_problems(run)
     yield from latent_shape_problems(run.config.latent_shape, run.model)
+
+
+def _image_share_problems(run: Run) -> Iterator[str]:
+    """Why only some of the run's batches cannot begin with an image."""
+    share, model = run.config.data.image_share, run.model
+    if share is None or run.takes_given:
+        return
+    if run.reads_images:
+        yield f"data.image_share: {model.path} begins all its videos with an image; set it to null"
+    elif share > 0.0 and (run.causal is None or run.needs.rollout != "simulation"):
+        yield (
+            f"data.image_share: {model.path} makes clips from text alone, and of such models only "
+            f"rollouts of a causal generator begin with given frames, which method "
+            f"'{run.method_name}' with generator_type: {run.config.generator_type} does not make; "
+            f"set it to null, or use a model that takes images as first frames (TI2V)"
+        )
 
 
 def _latent_problems(run: Run) -> Iterator[str]:
@@ -169,31 +186,12 @@ def _check_data(run: Run, dataset: Dataset) -> None:
     if run.given_share > 0.0 and held == RecordShapes():
         key = "causal.given_first_frame" if config.data.image_share is None else "data.image_share"
         raise ConfigError(f"data.path: {key} needs real latents or images, but {path} holds none")
-    _check_image_share(run)
     if run.reads_images:
         _check_first_images(run, has_images=held.image is not None)
     if needs.latents or run.begins_with_given or config.data.buckets:
         _check_shapes(run, dataset)
     if needs.trajectories:
         _check_trajectories(run, dataset)
-
-
-def _check_image_share(run: Run) -> None:
-    """Only some models make clips both with and without an image."""
-    share, model = run.config.data.image_share, run.model
-    if share is None or run.takes_given:
-        return
-    if run.reads_images:
-        raise ConfigError(
-            f"data.image_share: {model.path} begins all its videos with an image; set it to null"
-        )
-    if share > 0.0 and (run.causal is None or run.needs.rollout != "simulation"):
-        raise ConfigError(
-            f"data.image_share: {model.path} makes clips from text alone, and of such models only "
-            f"the rollouts of a causal generator begin with given frames, which method "
-            f"'{run.method_name}' of generator_type: {run.config.generator_type} has not; set it "
-            f"to null, or use a model that takes images as its first latent frame (TI2V)"
-        )
 
 
 def _check_first_images(run: Run, *, has_images: bool) -> None:
