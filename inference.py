@@ -184,7 +184,7 @@ def list_jobs(args: argparse.Namespace, model: Capabilities, shared: Request) ->
     for stem, item in zip(stems, items, strict=True):
         kind = ("_ema" if args.use_ema else "_regular") if args.save_with_index else ""
         size = clip_size(args, model, shared, item)
-        images = [ImageFile(picture) for picture in item.pictures]
+        images = [ImageFile(picture, model.scale) for picture in item.pictures]
         first, last = (*images, None, None)[:2]
         wanted = replace(shared, prompt=item.text, size=size, first_image=first, last_image=last)
         for sample in range(args.num_samples or default_samples(item, vbench=args.vbench)):
@@ -256,7 +256,7 @@ def clip_size(
     shapes = [picture_size(picture) for picture in item.pictures]
     if not shapes or args.image_size == "configured":
         return size
-    return model.latent.nearest_size(shapes[0], size[0] * size[1])
+    return model.size_of_image(shapes[0], size[0] * size[1])
 
 
 def rate(args: argparse.Namespace, plan: Plan) -> float:

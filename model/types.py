@@ -91,6 +91,25 @@ class LatentSpec:
         )
         return height, width
 
+    def size_of_image(self, shape: tuple[int, int], area: int) -> tuple[int, int]:
+        """The size of at most `area` pixels for clips that begin with an image of `shape`.
+
+        As TI2V-5B was released: whole steps that fit, counted along one side first and then along
+        the other; of both ways the one nearer to the image's aspect ratio.
+        """
+        rows, columns = self.pixel_step
+        wanted = shape[1] / shape[0]  # width over height
+        width = whole_steps(math.sqrt(area * wanted), columns)
+        wide = (whole_steps(area / width, rows), width)
+        height = whole_steps(math.sqrt(area / wanted), rows)
+        high = (height, whole_steps(area / height, columns))
+
+        def error(size: tuple[int, int]) -> float:
+            ratio = size[1] / size[0]
+            return max(wanted / ratio, ratio / wanted)
+
+        return wide if error(wide) < error(high) else high
+
     def tokens(self, shape: Sequence[int]) -> int:
         """How many tokens the transformer sees of latents [C, F, H, W]."""
         _, frames, height, width = shape
@@ -106,6 +125,11 @@ class LatentSpec:
                 f"{height} x {width} does not divide into patches of "
                 f"{self.patch[0]} x {self.patch[1]}"
             )
+
+
+def whole_steps(length: float, step: int) -> int:
+    """The greatest multiple of `step` that `length` holds, but one step at least."""
+    return max(1, int(length // step)) * step
 
 
 @dataclass(frozen=True)

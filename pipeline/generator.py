@@ -44,7 +44,7 @@ class VideoGenerator:
     ) -> Iterator[Tensor]:
         """The same latents as they come, [B, C, f, H, W] each; a whole-clip model gives one piece.
 
-        A causal model without image inputs begins with a first image as its first latent frame.
+        A model without image inputs begins with a first image as its first latent frame.
         Raises RequestError where the model cannot.
         """
         first, model = requests[0], self.capabilities
@@ -119,7 +119,7 @@ class VideoGenerator:
         )
 
     def _initial(self, requests: Sequence[Request], size: Size) -> Tensor | None:
-        """Latents [B, C, g, H, W] that the clips of a causal model begin with."""
+        """Latents [B, C, g, H, W] that clips begin with, of models that do not read images."""
         images = [None if self.encoder.reads_images else r.first_image for r in requests]
         given = [r.initial or image for r, image in zip(requests, images, strict=True)]
         rows = [self._encode(footage, size) for footage in given if footage is not None]

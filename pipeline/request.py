@@ -27,10 +27,19 @@ from pipeline.memory import Footprint
 from pipeline.teacher import SamplingConfig
 from utils.data.prompts import Picture
 from utils.media.given_frames import Size, read_fitted
+from utils.media.images import Scale
 
 MAX_PROMPT = 2000  # characters
 MAX_SEED = 2**53 - 1  # beyond it, whole numbers in a browser are not exact
 FPS = Number(0.1, 240.0)  # frames per second of a file, which players know
+WHOLE = (
+    "this model makes whole clips and cannot begin with given frames; use one with "
+    "generator_type: causal"
+)
+WHOLE_WITH_IMAGE = (
+    "this model makes whole clips, which may begin with an image, but with no more frames; give "
+    "images (--i2v), or use a model with generator_type: causal"
+)
 R = TypeVar("R", bound="Request")
 
 
@@ -46,10 +55,11 @@ class ImageFile:
     """An image on disk, read when it is needed."""
 
     picture: Picture
+    scale: Scale = "bicubic"
 
     def read(self, size: Size) -> Tensor:
         """See Footage: it covers `size`, and is cropped at the centre."""
-        return read_fitted(self.picture, size)[:, None]
+        return read_fitted(self.picture, size, self.scale)[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,12 +99,45 @@ class Capabilities:
     sampling: SamplingConfig | None = None  # of a many-step model; None = steps are fixed
     layout: CausalLayout | None = None  # how clips fall into blocks; None = made whole
     images: int = 0  # that it must be given: 1 = the first frame, 2 = the last one, too
+    first_frame: bool = False  # whether it knows images as first latent frames of clips (TI2V)
     footprint: Footprint | None = None  # None = memory is not checked
 
     @property
     def streams(self) -> bool:
         """Whether frames come before the whole clip is done."""
         return self.layout is not None
+
+    @property
+    def scale(self) -> Scale:
+        """How images are brought to a clip's size."""
+        return "lanczos" if self.first_frame else "bicubic"
+
+    def size_of_image(self, shape: Size, area: int) -> Size:
+        """The size of about `area` pixels of clips that take the aspect ratio of an image."""
+        rule = self.latent.size_of_image if self.first_frame else self.latent.nearest_size
+        return rule(shape, area)
+
+    def image_problem(self, frames: int) -> str | None:
+        """Why a clip of `frames` latent frames cannot begin with an image in the first one's place.
+
+        None if it can.
+        """
+        if self.layout is not None:
+            try:
+                self.layout.split(frames, 1)
+            except ValueError as error:
+                return str(error)
+            return None
+        if not self.first_frame:
+            return (
+                "this model makes whole clips from text alone; use an image-to-video model, or one "
+                "with generator_type: causal"
+            )
+        return (
+            "a clip of one latent frame is its image, and leaves none to make"
+            if frames == 1
+            else None
+        )
 
     def nearest_frames(self, frames: int) -> int:
         """The number of pixel frames next to `frames` that it can make."""
@@ -273,18 +316,7 @@ def footprint_problem(request: Request, model: Capabilities, *, clips: int = 1) 
 def _first_image_problem(request: Request, model: Capabilities, frames: int) -> str | None:
     if request.first_image is None:
         return "this model begins with an image, but none is given" if model.images else None
-    if model.images:
-        return None
-    if model.layout is None:
-        return (
-            "this model makes whole clips from text alone; use an image-to-video model, or one "
-            "with generator_type: causal"
-        )
-    try:
-        model.layout.split(frames, 1)
-    except ValueError as error:
-        return str(error)
-    return None
+    return None if model.images else model.image_problem(frames)
 
 
 def _last_image_problem(request: Request, model: Capabilities, frames: int) -> str | None:
@@ -299,10 +331,7 @@ def _initial_problem(request: Request, model: Capabilities) -> str | None:
     if request.initial is None:
         return None
     if model.layout is None:
-        return (
-            "this model makes whole clips and cannot begin with given frames; use one with "
-            "generator_type: causal"
-        )
+        return WHOLE_WITH_IMAGE if model.first_frame else WHOLE
     if request.first_image is not None and not model.images:
         return "this model begins with an image or with given frames, not with both"
     return None

@@ -61,6 +61,7 @@ def capabilities(run: Run, device: torch.device, *, context: int = 1) -> Capabil
     """What a run's generator can be asked for on `device`, by so many ranks that share tokens."""
     _, frames, height, width = run.latent_shape
     latent, features, images = run.model.latent, run.model.features, run.model.images
+    needed = 0 if images is None or not images.required else images.count
     sampling = run.sampling.many_step if run.needs.sampler in ADJUSTABLE else None
     number_bytes = serving_dtype(run, device).itemsize
     return Capabilities(
@@ -70,7 +71,8 @@ def capabilities(run: Run, device: torch.device, *, context: int = 1) -> Capabil
         steps=len(run.sampling.sigmas) if sampling is None else sampling.steps,
         sampling=sampling,
         layout=run.causal,
-        images=0 if images is None else images.count,
+        images=needed,
+        first_frame=run.takes_given,
         footprint=Footprint(
             features.width, features.layers, number_bytes, available_memory(device), context
         ),

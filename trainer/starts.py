@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.request import Capabilities, Pixels, Request
+from pipeline.request import WHOLE, WHOLE_WITH_IMAGE, Capabilities, Pixels, Request
 from trainer.config import Config, causal_config
 from utils.config import ConfigError
 from utils.data.prompts import PromptItem, some
@@ -27,16 +27,13 @@ def check_images(
                 f"images and texts as --data_path"
             )
         return
-    if not count and layout is None:
+    if not count and layout is None and not model.first_frame:
         raise ConfigError(
             f"--i2v: {path} makes whole clips from text alone; use an image-to-video model, "
             f"or one with generator_type: causal"
         )
-    if not count and layout is not None:
-        try:
-            layout.split(frames, 1)
-        except ValueError as error:
-            raise ConfigError(f"--i2v: {error}") from error
+    if not count and (problem := model.image_problem(frames)):
+        raise ConfigError(f"--i2v: {problem}")
     if count > 1 and frames == 1:
         raise ConfigError("--i2v: a clip of one latent frame has no last image to end with")
     wanted = max(1, count)
@@ -61,12 +58,14 @@ def read_start(
                 "--initial_path: this model was trained to continue a first frame; give one, or "
                 "images with --i2v, or set causal.given_first_frame=false"
             )
+        if config.data.image_share == 1.0 and not images:
+            raise ConfigError(
+                "--i2v: this model was trained to begin all its clips with an image; give images, "
+                "or set data.image_share=null"
+            )
         return None
     if causal is None:
-        raise ConfigError(
-            "--initial_path: this model makes whole clips and cannot begin with given frames; "
-            "use one with generator_type: causal"
-        )
+        raise ConfigError(f"--initial_path: {WHOLE_WITH_IMAGE if model.first_frame else WHOLE}")
     try:
         start = read_given(path, request.size or model.size, request.frames or model.frames)
     except (OSError, ValueError) as error:

@@ -39,6 +39,7 @@ TEACHER = replace(STUDENT, steps=50, sampling=SamplingConfig(steps=50, cfg_scale
 BLOCKS = CausalLayout(num_frame_per_block=3, independent_first_frame=True)
 CAUSAL = replace(STUDENT, layout=BLOCKS, frames=85)
 IMAGE = replace(STUDENT, images=1)
+EITHER = replace(STUDENT, first_frame=True)  # with an image or without
 BOTH_ENDS = replace(STUDENT, images=2)
 GIB = 2**30
 # Wan2.1-1.3B in bf16 on one GPU of 80 GiB.
@@ -182,6 +183,13 @@ def test_a_negative_prompt_needs_guidance() -> None:
         (STUDENT, {"last_image": FRAME}, "last_image: this model ends with no image; use a first-"),
         (STUDENT, {"initial": FRAME}, "initial: this model makes whole clips and cannot begin wit"),
         (IMAGE, {}, "first_image: this model begins with an image, but none is given"),
+        (EITHER, {"first_image": FRAME, "frames": 1},
+         "first_image: a clip of one latent frame is its image, and leaves none to make"),
+        (EITHER, {"first_image": FRAME, "last_image": FRAME}, "last_image: this model ends with no"),
+        (EITHER, {"initial": FRAME}, "initial: this model makes whole clips, which may begin with "
+         "an image, but with no more frames; give images (--i2v), or use a model with "),
+        (replace(CAUSAL, first_frame=True, layout=CausalLayout(3), frames=81),
+         {"first_image": FRAME}, "first_image: 1 given frames of 21 must end where a block ends"),
         (IMAGE, {"first_image": FRAME, "last_image": FRAME}, "last_image: this model ends with no"),
         (BOTH_ENDS, {"first_image": FRAME}, "last_image: this model ends with an image, but none"),
         (BOTH_ENDS, {"first_image": FRAME, "last_image": FRAME, "frames": 1},
@@ -202,6 +210,10 @@ def test_a_model_says_what_its_clips_begin_and_end_with(
     ("model", "given"),
     [
         (IMAGE, {"first_image": FRAME}),
+        (EITHER, {}),
+        (EITHER, {"first_image": FRAME}),
+        (replace(CAUSAL, first_frame=True), {"first_image": FRAME}),
+        (replace(CAUSAL, first_frame=True), {"initial": FRAME}),
         (BOTH_ENDS, {"first_image": FRAME, "last_image": FRAME}),
         (CAUSAL, {"first_image": FRAME}),
         (CAUSAL, {"initial": FRAME}),
@@ -361,3 +373,15 @@ def test_kinds_describe_what_they_parse() -> None:
     assert Text(5, empty=True).schema() == {"type": "string", "minLength": 0, "maxLength": 5}
     assert Text(5, empty=True).parse(" ") == ""
     assert PixelSize().word("48 x 64") == "48 x 64"
+
+
+def test_images_are_fitted_as_the_models_release_does() -> None:
+    assert (STUDENT.scale, EITHER.scale) == ("bicubic", "lanczos")
+    spec = replace(WAN, spatial_stride=16)
+    area = 704 * 1280
+    assert replace(STUDENT, latent=spec).size_of_image((1080, 1920), area) == (704, 1280)
+    assert replace(EITHER, latent=spec).size_of_image((1080, 1920), area) == (704, 1248)
+
+
+def test_requests_with_and_without_an_image_do_not_share_a_batch() -> None:
+    assert Request("a", first_image=FRAME).batch_key != Request("a").batch_key

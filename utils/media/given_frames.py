@@ -10,7 +10,7 @@ from torch import Tensor
 
 from utils.data.prompts import Picture
 from utils.errors import UserError
-from utils.media.images import IMAGE_SUFFIXES, describe_fit, fit, read_image, to_signed
+from utils.media.images import IMAGE_SUFFIXES, Scale, describe_fit, fit, read_image, to_signed
 from utils.media.video import read_frames
 
 Size = tuple[int, int]  # height and width in pixels
@@ -61,9 +61,9 @@ def describe_picture(picture: Picture, size: Size) -> str:
     return f"{picture.path.name}: {box}{describe_fit((part[0], part[1]), size)}"
 
 
-def read_fitted(picture: Picture, size: Size) -> Tensor:
+def read_fitted(picture: Picture, size: Size, scale: Scale = "bicubic") -> Tensor:
     """An image that covers `size`, cropped at the centre, [3, H, W] in [-1, 1]."""
-    return to_signed(fit(read_picture(picture), size))
+    return to_signed(fit(read_picture(picture), size, scale))
 
 
 def read_given(path: Path, size: Size, most: int) -> Given:

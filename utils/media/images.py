@@ -5,7 +5,9 @@ Letters: frames [..., 3, H, W], uint8. Sizes are (height, width).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 from utils.errors import NotFoundError, UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+Scale = Literal["bicubic", "lanczos"]
 # What Pillow raises for files that are torn, of another kind, or far too large.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
@@ -52,19 +55,36 @@ def to_signed(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1.0
 
 
-def fit(frames: Tensor, size: tuple[int, int]) -> Tensor:
+def fit(frames: Tensor, size: tuple[int, int], scale: Scale = "bicubic") -> Tensor:
     """Scale frames to cover `size`, keeping their aspect ratio, and crop them at the centre.
 
-    frames: uint8 [..., 3, H, W]. Returns uint8 [..., 3, *size]; bicubic, antialiased.
+    frames: uint8 [..., 3, H, W]. Returns uint8 [..., 3, *size]; antialiased.
     """
     height, width = size
     scaled = _covering((frames.shape[-2], frames.shape[-1]), size)
     if scaled != tuple(frames.shape[-2:]):
         flat = frames.reshape(-1, *frames.shape[-3:])
-        flat = F.interpolate(flat, size=scaled, mode="bicubic", antialias=True)
+        flat = SCALES[scale](flat, scaled)
         frames = flat.reshape(*frames.shape[:-2], *scaled)
     top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
     return frames[..., top : top + height, left : left + width].contiguous()
+
+
+def _bicubic(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(frames, size=size, mode="bicubic", antialias=True)
+
+
+def _lanczos(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """As TI2V-5B's release scales images, by Pillow."""
+    pictures = (Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()) for frame in frames)
+    scaled = [np.array(p.resize(size[::-1], Image.Resampling.LANCZOS)) for p in pictures]
+    return torch.from_numpy(np.stack(scaled)).permute(0, 3, 1, 2).to(frames.device)
+
+
+SCALES: dict[Scale, Callable[[Tensor, tuple[int, int]], Tensor]] = {
+    "bicubic": _bicubic,
+    "lanczos": _lanczos,
+}  # of uint8 frames [n, 3, H, W]
 
 
 def _covering(shape: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:

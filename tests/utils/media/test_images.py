@@ -156,3 +156,21 @@ def test_what_is_done_to_a_frame_is_told(
     shape: tuple[int, int], size: tuple[int, int], words: str
 ) -> None:
     assert describe_fit(shape, size) == f"{words} (height x width)"
+
+
+@pytest.mark.parametrize("shape", [(90, 160), (64, 48), (33, 70)])
+def test_lanczos_scales_as_pillow_does_and_crops_the_centre(shape: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
+    height, width = 32, 64
+    scale = max(width / shape[1], height / shape[0])
+    size = (round(shape[1] * scale), round(shape[0] * scale))
+    scaled = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    expected = np.array(scaled.crop((left, top, left + width, top + height)))
+    found = fit(torch.from_numpy(pixels).permute(2, 0, 1), (height, width), "lanczos")
+    assert torch.equal(found, torch.from_numpy(expected).permute(2, 0, 1))
+
+
+def test_what_has_the_size_already_is_kept_by_every_way_of_scaling() -> None:
+    pixels = torch.randint(256, (3, 32, 64), dtype=torch.uint8)
+    assert torch.equal(fit(pixels, (32, 64), "lanczos"), pixels)
