@@ -88,9 +88,9 @@ def test_nothing_empties_the_cache_of_the_device() -> None:
 def test_errors_for_users_are_of_their_own_class() -> None:
     """A plain ValueError is an invariant of ours; one more needs a place in this list."""
     invariants = {
-        "model.guidance", "model.wan.images", "model.wan.transformer", "model.wan_wrapper",
-        "pipeline.generator", "pipeline.request", "utils.data.shards", "utils.optim",
-        "utils.tiny_world.checker",
+        "model.experts", "model.guidance", "model.wan.cache", "model.wan.images",
+        "model.wan.transformer", "model.wan_wrapper", "pipeline.generator", "pipeline.request",
+        "utils.data.shards", "utils.optim", "utils.tiny_world.checker",
     }  # fmt: skip
     plain = {"ValueError": invariants, "OSError": {"utils.files"}}
     plain |= {name: set() for name in ("FileNotFoundError", "FileExistsError")}

@@ -16,6 +16,7 @@ from model.diffusion import DiffusionConfig
 from model.discriminator import DiscriminatorConfig
 from model.dmd import DMDConfig
 from model.flow import step_sigmas
+from model.options.ida import IDAConfig
 from model.wan.kernels import AUTO, KERNELS
 from pipeline.causal import ROLLOUT_KEYS, CausalConfig
 from pipeline.teacher import SamplingConfig
@@ -327,7 +328,7 @@ def _role_problems(config: Config) -> Iterator[str]:
             )
         if isinstance(network, TrainedNetworkConfig):
             yield from network.problems(role)
-    pull = getattr(config.loss, "critic_pull", 0.0)
+    pull = config.loss.critic_pull if isinstance(config.loss, IDAConfig) else 0.0
     if pull and any(own.adapter.rank is not None for own in config.trainable.values()):
         yield (
             f"loss.critic_pull: {pull} moves weights toward weights, and the average of an "

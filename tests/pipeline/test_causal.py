@@ -61,9 +61,10 @@ def text(seed: int, size: int = SIZE) -> Conditioning:
     return Conditioning(random(size, 12, 64, seed=seed))
 
 
-def batch(shape: tuple[int, int, int, int] = SHAPE) -> Batch:
+def batch(shape: tuple[int, int, int, int] = SHAPE, *, begins: bool = False) -> Batch:
+    """begins: whether samples begin with the first frame of the data."""
     x0 = random(SIZE, *shape, seed=3)
-    return Batch(text(1), text(2), shape, x0=x0, given=x0[:, :, :1])
+    return Batch(text(1), text(2), shape, x0=x0, given=x0[:, :, :1] if begins else None)
 
 
 def streams(size: int = SIZE) -> SampleRNG:
@@ -86,7 +87,8 @@ def roll(
     vae: PatchCodec | None = None,
 ) -> Sample:
     pipeline = SelfForcingTrainingPipeline(sigmas, config, vae)
-    return pipeline(net, batch(), streams_of_step(step, samples), grad=grad)
+    given = batch(begins=config.given_first_frame)
+    return pipeline(net, given, streams_of_step(step, samples), grad=grad)
 
 
 def infer(

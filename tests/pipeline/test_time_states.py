@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -62,9 +62,9 @@ def count_embeddings(model: WanTransformer) -> list[bool]:
     calls: list[bool] = []
     embed = model.embed_time
 
-    def watched(timestep: Tensor) -> tuple[Tensor, Tensor]:
+    def watched(timestep: Tensor, adapters: Sequence[str]) -> tuple[Tensor, Tensor]:
         calls.append(torch.is_grad_enabled())
-        return embed(timestep)
+        return embed(timestep, adapters)
 
     model.embed_time = watched  # type: ignore[method-assign]
     return calls
