@@ -82,7 +82,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "model.wan": (),
     "model.encoders": ("model.folders", "utils.media.frame_groups"),
     # Adapter files have names of their own, which are Wan's whatever family a folder is of.
-    "model.folders": ("model.adapters", "model.discriminator", "model.types", "model.wan.adapter_names"),
+    "model.folders": (
+        "model.adapters",
+        "model.discriminator",
+        "model.types",
+        "model.wan.adapter_names",
+    ),  # fmt: skip
 }
 
 
