@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 
 from model.encoders.vae import StreamDecoder, StreamEncoder, VideoVAE
 from model.folders import component
-from model.types import LatentSpec
 from utils.errors import UserError
 from utils.weights import WeightFile, Weights, WeightsError
 
@@ -30,6 +30,22 @@ MEMORIES = 3  # in a row, in each stage
 SQUASH = 3.0  # latents are kept below it
 
 Memory = dict[int, Tensor]  # the last input of each memory block, by its place
+
+
+class LatentFacts(Protocol):
+    """What a model's latents are, as its LatentSpec says."""
+
+    @property
+    def channels(self) -> int:
+        """Of a latent."""
+
+    @property
+    def temporal_stride(self) -> int:
+        """Pixel frames to a latent frame."""
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels to a latent row or column."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +99,14 @@ class TinyVAE(nn.Module):
         self.requires_grad_(False)
 
     @classmethod
-    def load(cls, path: Path, dtype: torch.dtype, latent: LatentSpec) -> TinyVAE:
+    def load(cls, path: Path, dtype: torch.dtype, latent: LatentFacts) -> TinyVAE:
         """Read a .pth or .safetensors file for a model with such latents. See `open_tiny_vae`."""
         vae, weights = open_tiny_vae(path, latent)
         component.fill(vae, weights, dtype, what="the tiny autoencoder")
         return vae
 
     @classmethod
-    def outline(cls, latent: LatentSpec) -> TinyVAE:
+    def outline(cls, latent: LatentFacts) -> TinyVAE:
         """The published one for a model with such latents, on the meta device."""
         with torch.device("meta"):
             return cls(TinySizes(latent.channels, max(1, latent.spatial_stride // STRIDE)))
@@ -193,7 +209,7 @@ class PreviewVAE:
         return self.tiny.stream_decoder()
 
 
-def open_tiny_vae(path: Path, latent: LatentSpec) -> tuple[TinyVAE, Weights]:
+def open_tiny_vae(path: Path, latent: LatentFacts) -> tuple[TinyVAE, Weights]:
     """A tiny autoencoder without weights, and what the file `path` holds for it. Cheap.
 
     Raises WeightsError if it is none, or is not for a model with such latents.
