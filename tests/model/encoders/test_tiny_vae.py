@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from model.encoders.tiny_vae import (
     TAEW21,
@@ -19,7 +20,8 @@ from model.encoders.tiny_vae import (
     TinyVAE,
     open_tiny_vae,
 )
-from model.encoders.vae import VideoVAE
+from model.encoders.vae import VideoVAE, WanVAEWrapper, meta_vae
+from model.encoders.vae_sizes import WAN21, WAN22, Sizes
 from model.types import LatentSpec
 from tests.conftest import random_value
 from utils.errors import UserError
@@ -180,6 +182,26 @@ def test_the_published_sizes_have_the_published_counts(
     assert vae.sizes == sizes
     halves = vae.decoder, vae.encoder
     assert [sum(p.numel() for p in half.parameters()) for half in halves] == [decoder, encoder]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "size", "full_tflop", "cheaper"),
+    [(WAN21, (60, 104), 13.6, 25), (WAN22, (44, 80), 66.4, 209)],
+)
+def test_decoding_a_latent_frame_costs_a_small_part_of_what_the_full_one_takes(
+    sizes: Sizes, size: tuple[int, int], full_tflop: float, cheaper: int
+) -> None:
+    with torch.device("meta"):
+        full = WanVAEWrapper(meta_vae(sizes))
+        vae = TinyVAE.outline(LatentSpec(full.channels, 4, full.spatial_stride, (2, 2)))
+        frame, flops = torch.empty(1, full.channels, 1, *size), []
+        for decoder in (full.to("meta").stream_decoder(), vae.stream_decoder()):
+            decoder.decode(frame)  # the first one makes a single pixel frame
+            with FlopCounterMode(display=False) as counter:
+                decoder.decode(frame)
+            flops.append(counter.get_total_flops())
+    assert round(flops[0] / 1e12, 1) == full_tflop
+    assert round(flops[0] / flops[1]) == cheaper
 
 
 def test_weights_have_the_published_names() -> None:
