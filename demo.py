@@ -30,6 +30,7 @@ from pipeline.generator import VideoGenerator
 from pipeline.protocol import Progress
 from pipeline.request import FPS, Capabilities, Request, joint_problems, read_request
 from trainer.config import Config, generator_model, load
+from trainer.decoders import FULL, add_vae_flags, read_tiny_vae
 from trainer.serving import capabilities, check_source, load_generator
 from utils.cli import USER_ERRORS, command_parser, fail, path_word, start_logging
 from utils.config import ConfigError
@@ -52,6 +53,7 @@ class About:
     network_evaluations: int  # per clip
     examples: Sequence[str]  # prompts to begin with
     request: Reply  # JSON Schema of what can be asked for
+    vae: str = FULL  # who makes the pixels
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--host", default="127.0.0.1", help="0.0.0.0 = open to the network")
     result.add_argument("--port", type=int, default=5001, help="0 = any free one")
     result.add_argument("--fps", type=float, default=None, help="default: the model's")
+    add_vae_flags(result)
     result.add_argument("overrides", nargs="*", metavar="key=value", help="settings to override")
     return result
 
@@ -186,8 +189,11 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"--host {host} --port {port}: {error}; choose another") from error
 
 
-def describe(config: Config, generator: VideoGenerator) -> About:
-    """What the page tells of a loaded model. Examples are the run's validation prompts, if any."""
+def describe(config: Config, generator: VideoGenerator, *, vae: str = FULL) -> About:
+    """What the page tells of a loaded model. Examples are the run's validation prompts, if any.
+
+    vae: who makes the pixels, full or tiny.
+    """
     file = shipped.find(Path(config.validation.prompts or ""))
     frames, model = config.latent_shape[1], generator.capabilities
     return About(
@@ -196,6 +202,7 @@ def describe(config: Config, generator: VideoGenerator) -> About:
         network_evaluations=generator.pipeline.network_evaluations(frames),
         examples=read_prompt_file(file)[:8] if file.is_file() else [],
         request=schema(Request, model),
+        vae=vae,
     )
 
 
@@ -228,10 +235,12 @@ def serve(args: argparse.Namespace) -> None:
     config = load(args.config_path, args.overrides)
     source = check_source(config, args.checkpoint_path, use_ema=args.use_ema)
     check_model(capabilities(source.run, device), source.model.path)
+    tiny_vae = read_tiny_vae(args, source.model)
     address = listen(args.host, args.port)
-    generator = load_generator(source, device)
+    generator = load_generator(source, device, tiny_vae=tiny_vae)
     fps = source.model.fps if args.fps is None else args.fps
-    about, work = describe(config, generator), partial(make_clip, generator, fps)
+    about = describe(config, generator, vae=args.vae)
+    work = partial(make_clip, generator, fps)
     with TemporaryDirectory("-demo") as folder, closing(JobQueue(work, Path(folder))) as queue:
         app, fd = create_app(queue, about, generator.capabilities), address.fileno()
         server = make_server(args.host, args.port, app, threaded=True, fd=fd)

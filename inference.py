@@ -31,6 +31,7 @@ from pipeline.request import (
 )
 from trainer.bars import Bars
 from trainer.config import Config, generator_model, load
+from trainer.decoders import add_vae_flags, read_tiny_vae, vae_settings
 from trainer.plan_command import add_plan_flags, need_unless_planning, plan_inference
 from trainer.serving import Source, capabilities, check_source, load_generator, sampling_settings
 from trainer.starts import check_images, footage, read_start
@@ -58,8 +59,6 @@ log = logging.getLogger(__name__)
 
 SHEET_CLIPS = 12  # on the contact sheet
 VBENCH_FOLDER = "videos"  # the tool takes every file beside a clip for one
-
-
 NEEDED = ("checkpoint_path", "data_path", "output_folder")  # unless clips are only planned
 # Fields of a request that all clips of a call share; the flag of each is named alike.
 SHARED = ("seed", "negative_prompt", "size", "frames", "steps", "cfg_scale")
@@ -86,6 +85,7 @@ class Plan:
     jobs: list[Job]  # all clips to make, in order
     start: Given | None  # what they begin with
     team: Team  # the ranks that make a clip together
+    tiny_vae: Path | None  # what decodes; None = the model's codec
 
 
 def parser() -> argparse.ArgumentParser:
@@ -123,6 +123,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--batch_size", type=int, default=1, help="clips at a time on each process")
     add("--fps", type=float, default=None, help="of the files; default: the model's")
+    add_vae_flags(result)
     add_team_flags(result)
     add_plan_flags(result, fits=False)
     add("overrides", nargs="*", metavar="key=value", help="settings to override")
@@ -144,7 +145,7 @@ def prepare(args: argparse.Namespace) -> Plan:
     check_images(source.model.path, model, shared, items)
     check_jobs(args, model, jobs)
     check_team(team, model, source.model.features.heads, shared, [job.size for job in jobs])
-    return Plan(config, source, model, shared, jobs, start, team)
+    return Plan(config, source, model, shared, jobs, start, team, read_tiny_vae(args, source.model))
 
 
 def read_shared(args: argparse.Namespace, model: Capabilities) -> Request:
@@ -283,7 +284,7 @@ def settings_of(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     wanted["mixed_precision"] = config.mixed_precision
     negative = shared.negative_prompt
     wanted["negative_prompt"] = config.data.negative_prompt if negative is None else negative
-    wanted |= sampling_settings(config, model, shared)
+    wanted |= sampling_settings(config, model, shared) | vae_settings(plan.tiny_vae)
     wanted["weights"] = plan.source.weights.path  # a log directory's newest checkpoint moves on
     return dict(json.loads(json.dumps(wanted, default=str)))
 
@@ -318,7 +319,7 @@ def run(args: argparse.Namespace, plan: Plan, session: Session) -> None:
     ]
     with session.uneven_work():
         if mine:
-            model = load_generator(plan.source, session.device, team)
+            model = load_generator(plan.source, session.device, team, tiny_vae=plan.tiny_vae)
             count = model.network_evaluations(plan.shared)
             log.info("%d network evaluations per clip", count)
             with Bars(sum(map(len, mine)), shown=session.is_main) as bars:

@@ -61,7 +61,7 @@ from utils.media.video import read_frames
 
 log = logging.getLogger(__name__)
 
-WAN_STRIDE = 8  # of Wan2.1's autoencoder
+STRIDES = {16: 8, 48: 16}  # of the autoencoders of Wan2.1 and Wan2.2, by channels
 REJECTED = "rejected.json"  # beside a shard's data: what its process could not take
 
 
@@ -79,8 +79,9 @@ def parser() -> argparse.ArgumentParser:
         "same prompt is taken",
     )  # fmt: skip
     result.add_argument(
-        "--spatial_stride", type=int, default=WAN_STRIDE,
-        help="with --video_path: pixels to a latent, of the model whose latents these are",
+        "--spatial_stride", type=int, default=None,
+        help="with --video_path: pixels to a latent, of the model whose latents these are "
+        "(default: of Wan's autoencoder with as many channels)",
     )  # fmt: skip
     result.add_argument("--lmdb_path", type=Path, required=True)
     result.add_argument("--num_shards", type=int, default=16, help="of each shape, at most")
@@ -150,7 +151,7 @@ def plan(args: argparse.Namespace, *, progress: bool) -> Plan:
     duplicates, kept = [], []
     first_of: dict[str, Item] = {}  # by prompt
     for item in items:
-        fault = _fault(item, args.min_prompt_chars, videos if images else None)
+        fault = _fault(item, args, videos if images else None)
         if fault is not None:
             rejected.append(Rejected(item.file, fault))
             continue
@@ -184,15 +185,28 @@ def candidates(item: Item, videos: Videos) -> Sequence[CaptionedVideo]:
     return [video for video in found if video.name == item.source] or found
 
 
-def _fault(item: Item, min_chars: int, videos: Videos | None) -> str | None:
+def stride_of(item: Item, args: argparse.Namespace) -> int | None:
+    """Pixels to a latent of an item; None = nobody says."""
+    given: int | None = args.spatial_stride
+    return STRIDES.get(item.shape[0]) if given is None else given
+
+
+def _fault(item: Item, args: argparse.Namespace, videos: Videos | None) -> str | None:
     """Why an item cannot be taken. videos: None = no first frame is wanted."""
+    min_chars = args.min_prompt_chars
     if not item.prompt:
         return "an empty prompt"
     if len(item.prompt) < min_chars:
         return f"a prompt of {len(item.prompt)} characters, shorter than {min_chars}"
     if videos is None or item.has_frame:
         return None
-    found = candidates(item, videos)
+    return _frame_fault(item, args, candidates(item, videos))
+
+
+def _frame_fault(
+    item: Item, args: argparse.Namespace, found: Sequence[CaptionedVideo]
+) -> str | None:
+    """Why an item's first frame cannot be taken from one of these videos."""
     if not found:
         return "has no first frame, and no video has its prompt; see --video_path, --no_images"
     if len(found) > 1:
@@ -200,6 +214,8 @@ def _fault(item: Item, min_chars: int, videos: Videos | None) -> str | None:
             f"has no first frame, and {found[0].name} and {found[1].name} both have its prompt, so "
             f"that nobody knows which it is from; see --no_images"
         )
+    if stride_of(item, args) is None:
+        return f"has {item.shape[0]} channels, of no known autoencoder: give --spatial_stride"
     return None
 
 
@@ -226,7 +242,7 @@ def settings(args: argparse.Namespace, work: Plan) -> dict[str, object]:
         "min_prompt_chars": args.min_prompt_chars,
         "images": work.images,
     }
-    if args.spatial_stride != WAN_STRIDE:  # folders of before this choice go on
+    if args.spatial_stride not in (None, STRIDES[16]):  # folders of before this choice go on
         made_with["spatial_stride"] = args.spatial_stride
     return made_with
 
@@ -240,13 +256,14 @@ def load(item: Item, args: argparse.Namespace, work: Plan) -> tuple[Tensor, Tens
     latents = clip.latents.to(torch.float16)
     if not bool(latents.isfinite().all()):
         raise UserError("its latents are not finite")
-    return latents, first_frame(clip, item, work, args.spatial_stride) if work.images else None
+    return latents, first_frame(clip, item, work, stride_of(item, args)) if work.images else None
 
 
-def first_frame(clip: Clip, item: Item, work: Plan, stride: int) -> Tensor:
+def first_frame(clip: Clip, item: Item, work: Plan, stride: int | None) -> Tensor:
     """The picture that a clip begins with, uint8 [3, stride h, stride w]."""
     if clip.first_frame is not None:
         return clip.first_frame
+    assert stride is not None, "such items are rejected"
     height, width = item.shape[-2:]
     (video,) = candidates(item, work.videos)
     with contextlib.closing(read_frames(video.path, limit=1)) as frames:

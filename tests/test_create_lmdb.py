@@ -229,7 +229,7 @@ def test_each_file_that_cannot_be_taken_is_listed_with_its_reason(tmp_path: Path
         "worded_frame.pt": "first_frame must be uint8 (3, 4 k, 4 k), got str",
         "weather.pt": "holds a clip with unknown entries ['weather']",
         "tensor.pt": "expected a clip, or latents by prompt, found a float32 (3,)",
-        "channels.pt": "latents by prompt must be [1, F, 16, h, w], got float32 (5, 8, 4, 4)",
+        "channels.pt": "latents by prompt must be [1, F, 16 or 48, h, w], got float32 (5, 8, 4, 4)",
         "number.pt": "latents must be a tensor of numbers, got a int",
     }
     ((_, prompt, *_),) = records(tmp_path / "out")
@@ -295,6 +295,16 @@ def test_latents_of_another_system_are_turned(foreign: Path) -> None:
         assert torch.equal(reader.latents(index), expected)
 
 
+def test_latents_of_another_system_may_be_wan22s(foreign: Path) -> None:
+    by_prompt = {"prompt 0": latents(0, 1, 5, 48, 4, 4).float()}
+    torch.save(by_prompt, foreign / "d" / "00000000.pt")
+    assert create(foreign / "d", foreign / "out") == 0
+    reader = ShardReader(foreign / "out")
+    (own,) = (i for i in range(len(reader)) if reader.prompt(i) == "prompt 0")
+    expected = latents(0, 1, 5, 48, 4, 4)[0].transpose(0, 1).float()
+    assert torch.equal(reader.latents(own), expected)
+
+
 def test_first_frames_come_from_the_video_with_the_same_prompt(foreign: Path) -> None:
     (foreign / "texts" / "v1.txt").write_text("another prompt")
     (foreign / "videos" / "v2.mp4").write_bytes(b"")
@@ -340,6 +350,27 @@ def test_without_duplicates_the_first_video_of_a_prompt_is_taken(foreign: Path) 
     (own,) = (i for i in range(len(reader)) if reader.prompt(i) == "prompt 0")
     expected = fit(next(read_frames(foreign / "videos" / "v0.mp4")), (32, 32))
     assert torch.equal(reader.image(own), expected)
+
+
+@pytest.mark.parametrize(("channels", "more", "side"), [(48, (), 64), (6, (4,), 16)])
+def test_a_first_frame_is_as_large_as_the_autoencoder_of_so_many_channels_saw_it(
+    foreign: Path, channels: int, more: tuple[int, ...], side: int
+) -> None:
+    save_clip(foreign / "d" / "00000000.pt", Clip("prompt 0", latents(0, channels, 5, 4, 4)))
+    told = [word for stride in more for word in ("--spatial_stride", str(stride))]
+    videos = ["--video_path", str(foreign / "videos"), "--prompt_path", str(foreign / "texts")]
+    assert create(foreign / "d", foreign / "out", *videos, *told) == 0
+    reader = ShardReader(foreign / "out")
+    (own,) = (i for i in range(len(reader)) if reader.prompt(i) == "prompt 0")
+    assert reader.image(own).shape == (3, side, side)
+
+
+def test_latents_of_an_unknown_autoencoder_get_no_guessed_first_frame(foreign: Path) -> None:
+    save_clip(foreign / "d" / "00000000.pt", Clip("prompt 0", latents(0, 6, 5, 4, 4)))
+    videos = ["--video_path", str(foreign / "videos"), "--prompt_path", str(foreign / "texts")]
+    assert create(foreign / "d", foreign / "out", *videos) == 0
+    fault = "has 6 channels, of no known autoencoder: give --spatial_stride"
+    assert rejected(foreign / "out") == {"00000000.pt": fault}
 
 
 # ---- however they were made

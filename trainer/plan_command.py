@@ -15,6 +15,7 @@ from model.families.base import Model
 from model.families.registry import find_model, sketch_model
 from model.wan.kernels import AUTO, EXACT
 from trainer.config import Config
+from trainer.decoders import TINY
 from trainer.inputs import check_latent_shape, model_problems, rank_problems
 from trainer.plan import Plan, make_plan
 from trainer.plan_fits import candidates, fitting
@@ -105,7 +106,7 @@ def plan_inference(config: Config, args: argparse.Namespace) -> str:
             sketched_run(config, Path(folder), ("generator",)), args.num_output_frames
         )
         check_latent_shape(run.config.latent_shape, run.model)
-        plan = plan_clips(run, gpu, args.batch_size)
+        plan = plan_clips(run, gpu, args.batch_size, preview=args.vae == TINY)
     keep(plan, args.plan_json)
     return table(plan)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from model.encoders.tiny_vae import TinyVAE
 from model.folders.loading import Placement
 from trainer.plan import Plan, depths, extended
 from trainer.plan_encoders import encoder_bytes
@@ -15,28 +17,47 @@ from trainer.plan_trace import BUILD, Trace, World, planned, stand_in_batch
 from trainer.run import Run
 from utils.dry_run import dry_run
 from utils.gpus import GPU
-from utils.metering import Meter
+from utils.metering import Meter, Tag
 from utils.seeding import sample_rng
 
 PHASES = {"denoise": 1, "decode": 1}  # of a batch of clips
 
 
-def plan_clips(run: Run, gpu: GPU, clips: int) -> Plan:
-    """The plan of a batch of `clips` of the run's latent_shape, on one GPU."""
+def plan_clips(run: Run, gpu: GPU, clips: int, *, preview: bool = False) -> Plan:
+    """The plan of a batch of `clips` of the run's latent_shape, on one GPU.
+
+    preview: the tiny autoencoder decodes them.
+    """
     # A run's own batches and layout belong to its training.
     config = replace(run.config, batch_size=clips, accumulation=1, sharding_strategy="none")
     run = replace(run, config=config)
     short, longer, factor = depths(run)
     world = World(1, 1)
-    trace = trace_clips(short, clips)
-    deep = None if longer is None else trace_clips(longer, clips)
-    encoders = encoder_bytes(run, [*run.model.outlines()])
+    codec = TinyVAE.outline(run.model.latent).to(run.compute) if preview else full_codec(run)
+    trace = trace_clips(short, clips, codec)
+    deep = None if longer is None else trace_clips(longer, clips, codec)
+    encoders = encoder_bytes(run, clip_parts(run, preview=preview))
+    if preview and codec is not None:
+        encoders[Tag("tiny_vae", "encoders")] = float(sum(p.nbytes for p in codec.parameters()))
     plan = extended(run, world, gpu, [trace, trace, deep], factor, encoders)
     return replace(plan, repeats=1)
 
 
-def trace_clips(run: Run, clips: int) -> Trace:
-    """Make a batch of clips without values."""
+def full_codec(run: Run) -> nn.Module | None:
+    """The model's codec on the meta device; None = it cannot be told."""
+    outline = run.model.outlines().get("codec")
+    return None if outline is None else outline(run.compute)
+
+
+def clip_parts(run: Run, *, preview: bool) -> list[str]:
+    """Which of a model's parts are there while it makes clips."""
+    # For a preview the model's own codec is there only if clips begin with images.
+    needless = preview and run.model.images is None
+    return [part for part in run.model.outlines() if not (needless and part == "codec")]
+
+
+def trace_clips(run: Run, clips: int, codec: nn.Module | None) -> Trace:
+    """Make a batch of clips without values; `codec`: on the meta device, None = none decodes."""
     device, meter = torch.device("cpu"), Meter()
     with dry_run(on_gpu=True), torch.no_grad():
         with meter, meter.within(BUILD):
@@ -56,17 +77,14 @@ def trace_clips(run: Run, clips: int) -> Trace:
                 batch.conditioning, batch.unconditional, batch.latent_shape, rng
             )
             latents = torch.cat(list(pieces), dim=2)
-        decode(own, latents, meter)
+        if codec is not None:
+            decode(codec, latents, meter)
     return Trace(standing, dict(meter.peaks), meter.work, meter.transfers, PHASES)
 
 
-def decode(run: Run, latents: Tensor, meter: Meter) -> None:
+def decode(outline: nn.Module, latents: Tensor, meter: Meter) -> None:
     """Latents [B, C, F, H, W] to pixels, one frame of one clip at a time, as when serving."""
-    outline = run.model.outlines().get("codec")
-    if outline is None:
-        return
-    codec: Any = outline(run.compute)
-    codec.to_empty(device="cpu")  # counted with the other encoders
+    codec: Any = copy.deepcopy(outline).to_empty(device="cpu")  # counted with the other encoders
     with meter, meter.within("decode"):
         for clip in latents.split(1):
             decoder = codec.stream_decoder()

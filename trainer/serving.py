@@ -21,6 +21,7 @@ from pipeline.request import Capabilities, Request
 from pipeline.teacher import adjusted
 from trainer.build import build_encoder
 from trainer.config import Config, causal_config
+from trainer.decoders import load_vae
 from trainer.inputs import check_latent_shape
 from trainer.run import Run, resolve
 from trainer.teams import ALONE, TeamMeshes
@@ -80,13 +81,22 @@ def capabilities(run: Run, device: torch.device, *, context: int = 1) -> Capabil
 
 
 def load_generator(
-    source: Source, device: torch.device, team: TeamMeshes = ALONE
+    source: Source,
+    device: torch.device,
+    team: TeamMeshes = ALONE,
+    *,
+    tiny_vae: Path | None = None,
 ) -> VideoGenerator:
-    """Load what `check_source` found, for inference; `team`: with whom this rank makes clips."""
+    """Load what `check_source` found, for inference.
+
+    team: with whom this rank makes clips. tiny_vae: the file of what decodes in the place of the
+    model's codec.
+    """
     run, what = source.run, f"generator {source.run.model.path}"
     run.check_kernel(device, serving_dtype(run, device), grad=False)
     place = serving_place(run, device, team)
-    return serve(run, run.model.load_network(source.weights, place, what=what), device, team)
+    network = run.model.load_network(source.weights, place, what=what)
+    return serve(run, network, device, team, tiny_vae=tiny_vae)
 
 
 def serving_place(run: Run, device: torch.device, team: TeamMeshes = ALONE) -> Placement:
@@ -99,13 +109,18 @@ def serving_place(run: Run, device: torch.device, team: TeamMeshes = ALONE) -> P
 
 
 def serve(
-    run: Run, network: nn.Module, device: torch.device, team: TeamMeshes = ALONE
+    run: Run,
+    network: nn.Module,
+    device: torch.device,
+    team: TeamMeshes = ALONE,
+    *,
+    tiny_vae: Path | None = None,
 ) -> VideoGenerator:
     """What makes clips with a run's `network`, which lies as `serving_place` says."""
     dtype = serving_dtype(run, device)
     network.requires_grad_(False)
     use_kernel(network, run.kernel("generator", device, dtype, grad=False))
-    vae = run.model.load_codec(device, dtype)
+    vae = load_vae(run.model, device, dtype, tiny_vae)
     return VideoGenerator(
         network=network,
         pipeline=run.pipeline(team.denoiser(network)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from utils.config import ConfigError
@@ -31,6 +31,7 @@ class Claim:
     flag: str = "--output_folder"  # what gave the folder, for messages
     file: str = SETTINGS
     results: str | None = None  # a glob of what calls make; there without `file`, it is foreign
+    older: Mapping[str, object] = field(default_factory=dict)  # settings that older folders lack
 
     def take(self, session: Session) -> None:
         """Begin the folder, or see that a call of these settings began it. Collective.
@@ -62,6 +63,7 @@ class Claim:
     def compare(self, there: Mapping[str, object]) -> None:
         """Raise ConfigError, with what differs, unless `there` are these settings."""
         here = json.loads(json.dumps(self.settings))
+        there = {**self.older, **there}
         changed = [
             f"{key} was {there.get(key, ABSENT)}, is {here.get(key, ABSENT)}"
             for key in {**here, **there}

@@ -134,3 +134,15 @@ def test_every_rank_gets_what_all_ranks_have_in_their_order() -> None:
 
 def test_a_process_alone_gathers_its_own() -> None:
     assert ALONE.gather(3) == [3]
+
+
+def test_settings_that_older_folders_lack_have_the_value_they_were_made_with(
+    tmp_path: Path,
+) -> None:
+    def claimed(**settings: object) -> None:
+        Claim(tmp_path, settings, holds="clips", older={"vae": "full"}).take(ALONE)
+
+    claim(tmp_path, {"seed": 0})
+    claimed(seed=0, vae="full")
+    with pytest.raises(ConfigError, match=r"other settings \(vae was full, is tiny\)"):
+        claimed(seed=0, vae="tiny")

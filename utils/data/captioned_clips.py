@@ -20,7 +20,8 @@ from utils.files import replaced_atomically
 from utils.media.video import VIDEO_SUFFIXES
 from utils.weights import read_tensors
 
-FOREIGN_CHANNELS = 16  # of the latents in .pt files of another system, which come after the frames
+# Of the latents in .pt files of another system, where they come after the frames: Wan2.1, Wan2.2.
+FOREIGN_CHANNELS = (16, 48)
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,8 @@ def clip_files(folder: Path) -> list[Path]:
 def read_encoded_clips(path: Path) -> list[Clip]:
     """The clips of one file, whose tensors are read when they are used.
 
-    A file of `save_clip` holds one. Files of another system map prompts to latents [1, F, 16, h, w]
-    or [F, 16, h, w]. Raises ValueError that tells what is wrong.
+    A file of `save_clip` holds one. Files of another system map prompts to latents [1, F, C, h, w]
+    or [F, C, h, w], where C is 16 or 48. Raises ValueError that tells what is wrong.
     """
     content = read_tensors(path)
     if not isinstance(content, Mapping) or not content:
@@ -148,10 +149,9 @@ def _foreign(prompt: object, latents: object) -> Clip:
     _check_latents(prompt, latents)
     assert isinstance(latents, Tensor)
     assert isinstance(prompt, str)
-    if latents.shape[1] != FOREIGN_CHANNELS:
-        raise UserError(
-            f"latents by prompt must be [1, F, {FOREIGN_CHANNELS}, h, w], got {_kind(latents)}"
-        )
+    if latents.shape[1] not in FOREIGN_CHANNELS:
+        channels = " or ".join(map(str, FOREIGN_CHANNELS))
+        raise UserError(f"latents by prompt must be [1, F, {channels}, h, w], got {_kind(latents)}")
     return Clip(prompt, latents.transpose(0, 1))
 
 

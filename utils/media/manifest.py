@@ -27,6 +27,8 @@ PACKAGES = (
     "torch", "transformers", "tokenizers", "diffusers", "safetensors", "numpy", "pillow", "imageio",
     "imageio-ffmpeg",
 )  # fmt: skip
+# How folders were made that do not say it.
+OLDER = {"vae": "full", "tiny_vae_sha256": None}
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def claim_folder(
     found = sorted(set(session.gather(str(weights))))
     if len(found) > 1:
         raise ConfigError(f"a run goes on saving: ranks found {found}; begin again")
-    claim = Claim(folder, settings, holds="clips")
+    claim = Claim(folder, settings, holds="clips", older=OLDER)
     session.on_main(lambda: _begin(claim, weights, clips, session.device))
 
 
