@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from model.folders.foreign import adapter_names
 from model.folders.loading import open_any
 from model.wan.adapter_names import (
     Entry,
@@ -123,6 +124,16 @@ def read_adapter(
         return _read_file(path, role, averaged)
     weights = open_any(path, None, role=role, averaged=averaged)
     return _trained(weights) or _translated(weights, {})
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether `read_adapter` reads what lies at `path`, as far as its names tell. Cheap."""
+    if any((path / name).is_file() for name in (*EXPERT_FILES.values(), WHOLE_FILE)):
+        return True
+    try:
+        return bool(adapter_names(open_any(path, None, role="generator", averaged=None)))
+    except WeightsError:
+        return False  # a model folder, or nothing that can be read, as others will say
 
 
 def side_and_layer(name: str) -> tuple[str, str]:

@@ -14,7 +14,12 @@ from model.folders.adapter_files import EXPERTS, AdapterFile, check_adapter, rea
 from utils.errors import NotFoundError, UserError
 from utils.weights import Weights
 
-FORM = "path[:strength], or high=path and low=path for the experts of Wan2.2 A14B"
+FORM = "PATH[:STRENGTH]"
+HELP = (
+    "a LoRA on top of the weights: a file in any layout, or a run that trained one; may be given "
+    "several times; for one expert of two: high=PATH, low=PATH"
+)
+_EXPLAINED = f"the form is {FORM}, with high= or low= before it for an expert of Wan2.2 A14B"
 
 
 @dataclass(frozen=True)
@@ -24,14 +29,17 @@ class AdapterWord:
     path: Path
     strength: float = 1.0
     expert: str | None = None  # high or low; None = as its file says, or the one network
+    averaged: bool | None = None  # of a checkpoint the average; None = if there is one
 
     def __str__(self) -> str:
         side = f"{self.expert}=" if self.expert else ""
         return f"{side}{self.path}:{self.strength:g}"
 
-    def read(self, *, role: str = "generator", averaged: bool | None = None) -> AdapterFile:
+    def read(self, *, role: str = "generator") -> AdapterFile:
         """What it adds, with its strength. Raises WeightsError; see `read_adapter`."""
-        adapter = read_adapter(self.path, role=role, averaged=averaged).scaled(self.strength)
+        adapter = read_adapter(self.path, role=role, averaged=self.averaged)
+        if self.strength != 1.0:
+            adapter = adapter.scaled(self.strength)
         return adapter if self.expert is None else adapter.of_expert(self.expert)
 
 
@@ -52,25 +60,23 @@ def adapter_word(word: str) -> AdapterWord:
     except ValueError:
         strength, path = 1.0, rest
     if not math.isfinite(strength):
-        raise UserError(f"adapter '{word}': the strength must be finite; the form is {FORM}")
+        raise UserError(f"adapter '{word}': the strength must be finite; {_EXPLAINED}")
     if not path or not Path(path).exists():
-        raise NotFoundError(f"adapter '{word}': there is no {path or 'path'}; the form is {FORM}")
+        raise NotFoundError(f"adapter '{word}': there is no {path or 'path'}; {_EXPLAINED}")
     return AdapterWord(Path(path), strength, expert or None)
 
 
 def read_adapters(
-    words: Sequence[str], base: Weights, *, what: str
+    words: Sequence[AdapterWord], base: Weights, *, what: str
 ) -> list[tuple[AdapterWord, AdapterFile]]:
     """Adapters by their words, each checked against the weights that it is added to.
 
     what: names these in messages. Raises UserError for the first that does not fit.
     """
-    shapes, found = base.shapes(), []
-    for word in words:
-        parsed = adapter_word(word)
-        adapter = parsed.read()
+    found = [(word, word.read()) for word in words]
+    shapes = base.shapes() if found else {}
+    for _, adapter in found:
         check_adapter(adapter, shapes, what=what)
-        found.append((parsed, adapter))
     return found
 
 

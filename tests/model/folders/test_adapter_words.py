@@ -98,11 +98,11 @@ def test_of_a_folder_of_both_experts_one_may_be_taken(tmp_path: Path) -> None:
 
 
 def test_adapters_are_checked_against_their_base(few: Path, base: WeightFile) -> None:
-    found = read_adapters([f"{few}:0.5", str(few)], base, what="the base")
+    found = read_adapters([adapter_word(f"{few}:0.5"), AdapterWord(few)], base, what="the base")
     assert [word.strength for word, _ in found] == [0.5, 1.0]
     write_adapter(Path("other.safetensors"), {"blocks.99.ffn.0": random_factors([Q])[Q]})
     with pytest.raises(WeightsError, match=r"not in the base: blocks\.99\.ffn"):
-        read_adapters([str(few), "other.safetensors"], base, what="the base")
+        read_adapters([AdapterWord(Path("other.safetensors"))], base, what="the base")
 
 
 # ---- merging

@@ -308,6 +308,7 @@ function describe(status) {
   if (status.network_evaluations !== status.steps) {
     facts.push(`${status.network_evaluations} network evaluations`);
   }
+  facts.push(...status.adapters);
   $("facts").textContent = facts.join(" \u00b7 ");
   for (const prompt of status.examples) {
     const chip = element("button", { type: "button", textContent: prompt, title: prompt });
