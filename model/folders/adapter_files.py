@@ -181,11 +181,11 @@ def _why(absent: list[str], base: Mapping[str, tuple[int, ...]]) -> str:
 
 def _read_file(path: Path, role: str = "generator", averaged: bool | None = None) -> AdapterFile:
     weights = open_any(path, None, role=role, averaged=averaged)
-    return _trained(weights) or _translated(weights, _header(path))
+    return _trained(weights) or _translated(weights, read_header(path))
 
 
-def _header(path: Path) -> dict[str, str]:
-    """What a file says of itself; of PEFT's own files also what their neighbour says."""
+def read_header(path: Path) -> dict[str, str]:
+    """What an adapter file says of itself; of PEFT's own also what their neighbour says."""
     header: dict[str, str] = {}
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
