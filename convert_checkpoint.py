@@ -1,11 +1,13 @@
-"""Turn a checkpoint or weight file into one weight file, or into a complete model folder."""
+"""Turn a checkpoint or weight file into a weight file, a model folder or an adapter (LoRA)."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from utils import start
@@ -15,6 +17,7 @@ if __name__ == "__main__":  # before torch is imported
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from model.families.base import Export, Model
 from model.families.registry import (
@@ -23,6 +26,21 @@ from model.families.registry import (
     open_model,
     recognised,
 )
+from model.folders.adapter_words import Merged
+from model.folders.writing import write_stream
+from trainer.adapter_command import (
+    DTYPES,
+    add_adapter_flags,
+    check_adapter_arguments,
+    merged_adapters,
+    stored_dtype,
+    student_facts,
+    tell_losses,
+    write_adapter,
+    writes_adapter,
+)
+from trainer.adapting import write_beside
+from trainer.model_card import Exported, texts
 from utils.cli import USER_ERRORS, command_parser, fail, start_logging
 from utils.config import ConfigError
 from utils.files import replaced_atomically
@@ -30,7 +48,6 @@ from utils.weights import Weights, write_weights
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FILES = (".safetensors", ".pt")
 
 
@@ -74,6 +91,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--remove-prefix", default="model.", help="of the reference's tool; always removed"
     )
+    result.add_argument(
+        "--config_path", type=Path, default=None,
+        help="the run's YAML file, for the model card of weights that do not tell of their run",
+    )  # fmt: skip
+    add_adapter_flags(result)
     return result
 
 
@@ -95,6 +117,9 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--remove-prefix {args.remove_prefix}: only 'model.' and the segments of FSDP, "
             f"checkpoint and compile wrappers are removed, and they always are; leave the flag out"
         )
+    check_adapter_arguments(args)
+    if writes_adapter(args):
+        return
     if args.layout is None:
         check_file_arguments(args)
         return
@@ -117,7 +142,7 @@ def check_file_arguments(args: argparse.Namespace) -> None:
             f"--output_path {args.output_path}: must end in .safetensors or .pt; for a model "
             f"folder add --layout official or --layout diffusers"
         )
-    if args.model_folder is not None:
+    if args.model_folder is not None and not args.adapter:
         raise ConfigError("--model_folder is for a model folder: add --layout")
     if args.naming == "reference" and args.output_path.suffix != ".pt":
         raise ConfigError(
@@ -148,18 +173,37 @@ def write_file(args: argparse.Namespace, family: type[Model], weights: Weights) 
             f"--naming {naming}: the weights are of {family.family}, whose names can be "
             f"{', '.join(family.namings)}"
         )
-    dtype = DTYPES.get(args.dtype)
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(weights.shapes()):
-        value = weights.read(name)
-        tensors[family.renamed(name, naming)] = value if dtype is None else value.to(dtype)
+    facts = student_facts(args, weights)
+    source, adapters = weights, merged_adapters(args, weights)
+    dtype = stored_dtype(args)
+    if adapters:
+        weights = Merged(source, adapters, rounding=dtype)
+    tensors = read_in_turn(weights, dtype, lambda name: family.renamed(name, naming))
+    told = {"source": str(weights.path), "weights": args.weights}
     if args.naming == "reference":
-        write_reference(tensors, args.output_path, args.weights)
+        write_reference(dict(tensors), args.output_path, args.weights)
+    elif args.output_path.suffix == FILES[0] and dtype is not None:
+        shapes = {family.renamed(n, naming): shape for n, shape in weights.shapes().items()}
+        write_stream(tensors, shapes, dtype, args.output_path, told)
     else:
-        source = {"source": str(weights.path), "weights": args.weights}
-        write_weights(tensors, args.output_path, source)
-    count = sum(value.numel() for value in tensors.values())
-    log.info("%s: %d tensors, %d parameters", args.output_path, len(tensors), count)
+        write_weights(dict(tensors), args.output_path, told)
+    count = sum(map(math.prod, weights.shapes().values()))
+    log.info("%s: %d tensors, %d parameters", args.output_path, len(weights.shapes()), count)
+    more = tell_losses(args, source, weights, adapters)
+    if facts is not None:
+        what = Exported(
+            "model", [args.output_path.name], naming, args.dtype or "as stored", None, more
+        )
+        write_beside(args.output_path, texts(facts, what))
+
+
+def read_in_turn(
+    weights: Weights, dtype: torch.dtype | None, renamed: Callable[[str], str]
+) -> Iterator[tuple[str, Tensor]]:
+    """All tensors under new names, sorted by their old ones; one at a time."""
+    for name in tqdm(sorted(weights.shapes()), desc="converting", unit="tensor"):
+        value = weights.read(name)
+        yield renamed(name), value if dtype is None else value.to(dtype)
 
 
 def write_reference(tensors: dict[str, Tensor], path: Path, kind: str) -> None:
@@ -170,11 +214,22 @@ def write_reference(tensors: dict[str, Tensor], path: Path, kind: str) -> None:
         torch.save({group: named}, part)
 
 
-def write_folder(args: argparse.Namespace, source: Model, weights: Weights) -> None:
+def write_folder(args: argparse.Namespace, model: Model, weights: Weights) -> None:
     """Write a model folder."""
-    dtype, max_bytes = DTYPES.get(args.dtype), int(args.max_shard_gb * 1e9)
-    source.export(Export(weights, args.layout, dtype, max_bytes), args.output_path)
+    facts = student_facts(args, weights)
+    source, adapters = weights, merged_adapters(args, weights)
+    dtype, max_bytes = stored_dtype(args), int(args.max_shard_gb * 1e9)
+    if adapters:
+        weights = Merged(source, adapters, rounding=dtype)
+    export = Export(weights, args.layout, dtype, max_bytes)
+    if facts is not None:
+        what = Exported("model", [], args.layout, args.dtype or "as stored")
+        export = replace(
+            export, shift=facts.shift, boundary=facts.boundary, texts=texts(facts, what)
+        )
+    model.export(export, args.output_path)
     log.info("%s: a complete model folder, %s layout", args.output_path, args.layout)
+    tell_losses(args, source, weights, adapters, model)
 
 
 def source_model(args: argparse.Namespace) -> Model:
@@ -207,7 +262,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_arguments(args)
         role = "critic" if args.weights == "critic" else "generator"
         averaged = args.weights == "ema"
-        if args.layout is None:
+        if writes_adapter(args):
+            write_adapter(args)
+        elif args.layout is None:
             write_file(args, *identify_weights(args.input_path, role=role, averaged=averaged))
         else:
             model = source_model(args)

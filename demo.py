@@ -25,13 +25,14 @@ from werkzeug.exceptions import BadRequest, HTTPException
 from werkzeug.serving import make_server
 
 import utils.web
+from model.folders.adapter_words import FORM, HELP
 from pipeline.fields import RequestError, schema
 from pipeline.generator import VideoGenerator
 from pipeline.protocol import Progress
 from pipeline.request import FPS, Capabilities, Request, joint_problems, read_request
 from trainer.config import Config, generator_model, load
 from trainer.decoders import FULL, add_vae_flags, read_tiny_vae
-from trainer.serving import capabilities, check_source, load_generator
+from trainer.serving import Source, capabilities, check_source, load_generator
 from utils.cli import USER_ERRORS, command_parser, fail, path_word, start_logging
 from utils.config import ConfigError
 from utils.data.prompts import read_prompt_file
@@ -54,6 +55,7 @@ class About:
     examples: Sequence[str]  # prompts to begin with
     request: Reply  # JSON Schema of what can be asked for
     vae: str = FULL  # who makes the pixels
+    adapters: Sequence[str] = ()  # on the model, with their strengths
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
         "--use_ema", action=argparse.BooleanOptionalAction, default=None,
         help="the averaged weights (default: if there are any)",
     )  # fmt: skip
+    result.add_argument("--adapter", action="append", default=[], metavar=FORM, help=HELP)
     result.add_argument("--host", default="127.0.0.1", help="0.0.0.0 = open to the network")
     result.add_argument("--port", type=int, default=5001, help="0 = any free one")
     result.add_argument("--fps", type=float, default=None, help="default: the model's")
@@ -189,7 +192,9 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"--host {host} --port {port}: {error}; choose another") from error
 
 
-def describe(config: Config, generator: VideoGenerator, *, vae: str = FULL) -> About:
+def describe(
+    config: Config, source: Source, generator: VideoGenerator, *, vae: str = FULL
+) -> About:
     """What the page tells of a loaded model. Examples are the run's validation prompts, if any.
 
     vae: who makes the pixels, full or tiny.
@@ -203,6 +208,7 @@ def describe(config: Config, generator: VideoGenerator, *, vae: str = FULL) -> A
         examples=read_prompt_file(file)[:8] if file.is_file() else [],
         request=schema(Request, model),
         vae=vae,
+        adapters=[f"{word.path.name}:{word.strength:g}" for word, _ in source.adapters],
     )
 
 
@@ -233,13 +239,13 @@ def serve(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_arguments(args)
     config = load(args.config_path, args.overrides)
-    source = check_source(config, args.checkpoint_path, use_ema=args.use_ema)
+    source = check_source(config, args.checkpoint_path, use_ema=args.use_ema, adapters=args.adapter)
     check_model(capabilities(source.run, device), source.model.path)
     tiny_vae = read_tiny_vae(args, source.model)
     address = listen(args.host, args.port)
     generator = load_generator(source, device, tiny_vae=tiny_vae)
     fps = source.model.fps if args.fps is None else args.fps
-    about = describe(config, generator, vae=args.vae)
+    about = describe(config, source, generator, vae=args.vae)
     work = partial(make_clip, generator, fps)
     with TemporaryDirectory("-demo") as folder, closing(JobQueue(work, Path(folder))) as queue:
         app, fd = create_app(queue, about, generator.capabilities), address.fileno()

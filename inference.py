@@ -18,6 +18,7 @@ if __name__ == "__main__":  # before torch is imported
 
 import torch
 
+from model.folders.adapter_words import FORM, HELP
 from pipeline.fields import RequestError, add_flags, from_words, parse
 from pipeline.generator import VideoGenerator
 from pipeline.protocol import OnProgress
@@ -34,7 +35,7 @@ from trainer.config import Config, generator_model, load
 from trainer.decoders import add_vae_flags, read_tiny_vae, vae_settings
 from trainer.plan_command import add_plan_flags, need_unless_planning, plan_inference
 from trainer.serving import Source, capabilities, check_source, load_generator, sampling_settings
-from trainer.starts import check_images, footage, read_start
+from trainer.starts import check_images, footage, read_start, tell_fits
 from trainer.teams import Team, add_team_flags, check_team, read_team, team_meshes
 from utils.cli import USER_ERRORS, command_parser, fail, path_word, start_logging, stopped
 from utils.config import ConfigError
@@ -51,7 +52,7 @@ from utils.distributed import Session, distributed_session
 from utils.errors import UserError
 from utils.hashes import sha256_of
 from utils.media.clip_names import clip_stems, default_samples
-from utils.media.given_frames import Given, Size, describe_picture, picture_size
+from utils.media.given_frames import Given, Size, picture_size
 from utils.media.manifest import ClipRecord, claim_folder, finish_manifest
 from utils.media.video import contact_sheet, read_video, save_mp4, save_png
 
@@ -110,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
         "--image_size", choices=("configured", "aspect"), default="configured",
         help="of clips that begin with images: as configured, or of that area with their aspect",
     )  # fmt: skip
+    add("--adapter", action="append", default=[], metavar=FORM, help=HELP)
     add("--output_folder", type=path_word, help="where clips go")
     add("--use_ema", action="store_true", help="the averaged weights")
     add("--num_samples", type=int, default=None, help="clips per prompt (1; --vbench: 5 or 25)")
@@ -134,7 +136,7 @@ def prepare(args: argparse.Namespace) -> Plan:
     """All that a call will do. Raises ConfigError, OSError or ValueError for bad input."""
     config = load(args.config_path, args.overrides)
     check_arguments(args)
-    source = check_source(config, args.checkpoint_path, use_ema=args.use_ema)
+    source = check_source(config, args.checkpoint_path, use_ema=args.use_ema, adapters=args.adapter)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     team = read_team(args)
     model = capabilities(source.run, device, context=team.context)
@@ -285,7 +287,7 @@ def settings_of(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     negative = shared.negative_prompt
     wanted["negative_prompt"] = config.data.negative_prompt if negative is None else negative
     wanted |= sampling_settings(config, model, shared) | vae_settings(plan.tiny_vae)
-    wanted["weights"] = plan.source.weights.path  # a log directory's newest checkpoint moves on
+    wanted |= plan.source.settings()
     return dict(json.loads(json.dumps(wanted, default=str)))
 
 
@@ -356,15 +358,6 @@ def make(batch: Sequence[Job], model: VideoGenerator, fps: float, on_progress: O
         save_mp4(clip, job.file, fps=fps)
 
 
-def tell_fits(jobs: Sequence[Job], start: Given | None) -> None:
-    """Log what is done to each image, once."""
-    pictures = {picture: job.size for job in jobs for picture in job.item.pictures}
-    for picture, size in pictures.items():
-        log.info("%s", describe_picture(picture, size))
-    if start is not None:
-        log.info("%s", start.fit)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make all clips; returns the exit status."""
     words = parser()
@@ -385,9 +378,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start_logging(main_rank=session.is_main)
         try:
             settings, clips = settings_of(args, plan), records(plan.jobs, args.output_folder)
-            claim_folder(args.output_folder, settings, plan.source.weights.path, clips, session)
+            claim_folder(args.output_folder, settings, plan.source.files, clips, session)
             if session.is_main:
-                tell_fits(plan.jobs, plan.start)
+                tell_fits({p: job.size for job in plan.jobs for p in job.item.pictures}, plan.start)
             run(args, plan, session)
         except USER_ERRORS as error:  # such as damaged encoders, or a full disk
             return fail(error)

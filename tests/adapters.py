@@ -61,9 +61,7 @@ def merged(state: Mapping[str, Tensor], *adapters: AdapterFile) -> dict[str, Ten
     result = {name: value.clone() for name, value in state.items()}
     for adapter in adapters:
         for name in adapter.shapes():
-            delta = adapter.delta(name)
-            assert delta is not None
-            result[name] += delta
+            result[name] += adapter.delta(name)
     return result
 
 

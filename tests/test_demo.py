@@ -29,14 +29,17 @@ from werkzeug.serving import make_server
 
 import demo
 import utils.web.jobs
-from demo import PAGE, About, create_app, make_clip
+from demo import PAGE, About, create_app, describe, make_clip
+from model.folders.adapter_writing import write_adapter
 from model.types import LatentSpec
 from pipeline.fields import schema
 from pipeline.generator import VideoGenerator
 from pipeline.protocol import OnProgress, Progress
 from pipeline.request import Capabilities, Request
 from pipeline.teacher import SamplingConfig
+from tests.adapters import random_factors
 from tests.commands import main_and_stderr
+from tests.conftest import MINIATURE
 from tests.ranks import run_on_ranks
 from trainer.config import load
 from trainer.serving import check_source, load_generator
@@ -148,6 +151,7 @@ def test_status_tells_of_the_model(tried: Demo) -> None:
         "network_evaluations": 2 * STEPS,
         "examples": ["a red circle", "a green bar"],
         "request": schema(Request, STUDENT),
+        "adapters": [],
         "queue": 0,
     }
 
@@ -357,6 +361,16 @@ def test_a_many_step_model_takes_what_a_request_asks_for(tiny_root: Path, tmp_pa
     assert done["request"] == {**wanted, "seed": 0, "sample": 0}
     assert done["steps"] == 3
     assert iio.imread(tmp_path / f"{job_id}.mp4").shape == (9, 384, 256, 3)
+
+
+def test_the_page_names_the_adapters_that_are_on(tiny_root: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few.safetensors"
+    write_adapter(few, random_factors(["blocks.0.ffn.0"], MINIATURE))
+    config = load(CONFIG, [f"model_root={tiny_root / 'wan_models'}"])
+    folder = tiny_root / "wan_models" / "Wan2.1-T2V-Tiny"
+    source = check_source(config, folder, use_ema=False, adapters=[f"{few}:0.5"])
+    about = describe(config, source, load_generator(source, torch.device("cpu")))
+    assert about.adapters == ["few.safetensors:0.5"]
 
 
 def arguments(tiny_root: Path, *more: str) -> list[str]:

@@ -218,7 +218,7 @@ def claim_nothing(folder: Path) -> str:
 
     with distributed_session(timeout_s=60.0) as session:
         try:
-            manifest.claim_folder(folder, {}, folder / "absent.pt", [], session)
+            manifest.claim_folder(folder, {}, [folder / "absent.pt"], [], session)
         except USER_ERRORS as error:
             return words(error) or ""
     return ""

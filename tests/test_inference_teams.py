@@ -99,7 +99,7 @@ def make_with(all_ranks: Session, lines: Sequence[Sequence[str]]) -> list[Made]:
         session = replace(all_ranks, group=plan.team.ranks)
         settings = inference.settings_of(args, plan)
         clips = inference.records(plan.jobs, args.output_folder)
-        weights = plan.source.weights.path
+        weights = plan.source.files
         claim_folder(args.output_folder, settings, weights, clips, session)
         with watched() as made:
             inference.run(args, plan, session)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.adapters import OnAdapters, install
 from model.encoders.idle import Encoders
 from model.families.base import Model
 from model.families.registry import check_model
+from model.folders.adapter_files import AdapterFile, is_adapter
+from model.folders.adapter_words import AdapterWord, Merged, adapter_word, read_adapters
 from model.folders.loading import Placement
 from model.wan.attention import use_kernel
 from pipeline.build import ADJUSTABLE
@@ -35,27 +39,56 @@ class Source:
     """What a configuration means, and the checked weights of its generator."""
 
     run: Run
-    weights: Weights
+    weights: Weights  # of the network that adapters are added to, if there are any
+    adapters: Sequence[tuple[AdapterWord, AdapterFile]] = ()  # on it, unmerged
 
     @property
     def model(self) -> Model:
         """The generator's."""
         return self.run.model
 
+    @property
+    def files(self) -> list[Path]:
+        """Where the weights are, then each adapter: files, folders, training checkpoints."""
+        return [self.weights.path, *(adapter.path for _, adapter in self.adapters)]
 
-def check_source(config: Config, checkpoint_path: Path, *, use_ema: bool | None) -> Source:
-    """Find the model folder and the weights, and see that they fit. Nothing heavy is read.
+    def settings(self) -> dict[str, Any]:
+        """What tells its weights from others, as JSON has it; no checkpoint moves on from here."""
+        adapters = [
+            {"path": adapter.path, "strength": word.strength, "expert": word.expert}
+            for word, adapter in self.adapters
+        ]
+        return {"weights": self.weights.path} | ({"adapters": adapters} if adapters else {})
 
-    checkpoint_path: a log directory, a training checkpoint, a weight file or a model folder.
-    use_ema: take a training checkpoint's averaged weights; None = if it has some.
-    Raises FileNotFoundError or WeightsError that says what is missing or does not fit.
+
+def check_source(
+    config: Config,
+    checkpoint_path: Path,
+    *,
+    use_ema: bool | None,
+    adapters: Sequence[str] = (),
+) -> Source:
+    """Find the model folder and the weights, and see that they fit. Of weights nothing is read.
+
+    checkpoint_path: a log directory, a training checkpoint, a weight file or a model folder; or an
+    adapter, or a run that trained one, which is added to the generator that the configuration
+    names. use_ema: take a training checkpoint's averaged weights; None = if it has some. adapters:
+    words of more of them, see `adapter_word`. Raises FileNotFoundError or WeightsError that says
+    what is missing or does not fit.
     """
     run = resolve(config, ("generator",))
     check_model(run.model, weights=False)
     check_latent_shape(config.latent_shape, run.model)
-    weights = run.model.find_weights(checkpoint_path, averaged=use_ema)
-    run.model.check_weights(weights, what=f"generator {run.model.path}")
-    return Source(run, weights)
+    what = f"generator {run.model.path}"
+    words = [adapter_word(word) for word in adapters]
+    if is_adapter(checkpoint_path):
+        below = [adapter_word(word) for word in config.generator.adapters]
+        words = [*below, AdapterWord(checkpoint_path, averaged=use_ema), *words]
+        weights = run.weights("generator")
+    else:
+        weights = run.model.find_weights(checkpoint_path, averaged=use_ema)
+    run.model.check_weights(weights, what=what)
+    return Source(run, weights, read_adapters(words, weights, what=what))
 
 
 def capabilities(run: Run, device: torch.device, *, context: int = 1) -> Capabilities:
@@ -95,8 +128,19 @@ def load_generator(
     run, what = source.run, f"generator {source.run.model.path}"
     run.check_kernel(device, serving_dtype(run, device), grad=False)
     place = serving_place(run, device, team)
-    network = run.model.load_network(source.weights, place, what=what)
-    return serve(run, network, device, team, tiny_vae=tiny_vae)
+    whole = [replace(adapter, factors={}) for _, adapter in source.adapters if adapter.diffs]
+    weights = Merged(source.weights, whole) if whole else source.weights
+    network = run.model.load_network(weights, place, what=what)
+    return serve(run, with_adapters(network, source), device, team, tiny_vae=tiny_vae)
+
+
+def with_adapters(network: nn.Module, source: Source) -> nn.Module:
+    """A Denoiser: `network` with the low-rank parts of a source's adapters on. In place."""
+    names = tuple(f"served{number}" for number, _ in enumerate(source.adapters))
+    for name, (word, adapter) in zip(names, source.adapters, strict=True):
+        model = network.get_submodule("model")
+        install(model, name, adapter.factors, what=f"adapter {word.path}")
+    return OnAdapters(network, names) if names else network
 
 
 def serving_place(run: Run, device: torch.device, team: TeamMeshes = ALONE) -> Placement:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.request import WHOLE, WHOLE_WITH_IMAGE, Capabilities, Pixels, Request
 from trainer.config import Config, causal_config
 from utils.config import ConfigError
-from utils.data.prompts import PromptItem, some
-from utils.media.given_frames import Given, read_given
+from utils.data.prompts import Picture, PromptItem, some
+from utils.media.given_frames import Given, Size, describe_picture, read_given
+
+log = logging.getLogger(__name__)
 
 
 def check_images(
@@ -86,3 +89,11 @@ def read_start(
 def footage(start: Given | None) -> Pixels | None:
     """The same as a request has it."""
     return None if start is None else Pixels(start.frames[0])
+
+
+def tell_fits(pictures: Mapping[Picture, Size], start: Given | None) -> None:
+    """Log what is done to each image, once."""
+    for picture, size in pictures.items():
+        log.info("%s", describe_picture(picture, size))
+    if start is not None:
+        log.info("%s", start.fit)

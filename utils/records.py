@@ -5,7 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from utils.config import ConfigError
 from utils.errors import UserError
@@ -104,6 +114,10 @@ def from_json(content: dict[str, Any], kind: type[R]) -> R:
 
 def _fits(value: object, hint: Any) -> bool:
     """Whether a value is of a plain type; a whole number is a float as well."""
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
     if get_origin(hint) is list:
         return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
     return isinstance(value, int | float if hint is float else get_origin(hint) or hint)

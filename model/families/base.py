@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -67,6 +67,10 @@ class Export:
     layout: str  # one of the family's
     dtype: torch.dtype | None = None  # of the denoiser; None = as stored
     max_shard_bytes: int = 5 * 10**9
+    # How the weights are sampled, where diffusers' files have a place for it; None = as published.
+    shift: float | None = None
+    boundary: float | None = None  # between two experts
+    texts: Mapping[str, str] = field(default_factory=dict)  # more files at the top, by name
 
 
 class Model(ABC):

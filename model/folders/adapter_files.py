@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from model.folders.foreign import adapter_names
 from model.folders.loading import open_any
 from model.wan.adapter_names import (
     Entry,
@@ -71,9 +72,20 @@ class AdapterFile:
         return AdapterFile(factors, diffs, self.metadata, self.path)
 
     def of_expert(self, side: str) -> AdapterFile:
-        """The same for one expert of a two-expert model; its names say so."""
-        factors = {f"{side}.{name}": value for name, value in self.factors.items()}
-        diffs = {f"{side}.{name}": value for name, value in self.diffs.items()}
+        """The same for one expert of a two-expert model, under names that say so.
+
+        Of an adapter for both experts, that expert's part.
+        """
+        both = any(name.startswith(tuple(f"{s}." for s in EXPERTS)) for name in self.shapes())
+        factors, diffs = dict(self.factors), dict(self.diffs)
+        if both:
+            factors = {n: v for n, v in factors.items() if n.startswith(f"{side}.")}
+            diffs = {n: v for n, v in diffs.items() if n.startswith(f"{side}.")}
+        else:
+            factors = {f"{side}.{n}": v for n, v in factors.items()}
+            diffs = {f"{side}.{n}": v for n, v in diffs.items()}
+        if not factors and not diffs:
+            raise WeightsError(f"{self.path}: holds no adapter of the {side}-noise expert")
         return AdapterFile(factors, diffs, self.metadata, self.path)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -81,13 +93,15 @@ class AdapterFile:
         products = {f"{n}.weight": (len(b), a.shape[1]) for n, (a, b) in self.factors.items()}
         return products | {name: tuple(value.shape) for name, value in self.diffs.items()}
 
-    def delta(self, name: str) -> Tensor | None:
-        """What is added to the weight `name`, fp32; None = nothing."""
-        factors = self.factors.get(name.removesuffix(".weight"))
-        found = factors.delta() if factors and name.endswith(".weight") else None
-        if name not in self.diffs:
-            return found
-        return self.diffs[name] if found is None else found + self.diffs[name]
+    def delta(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Rows of what is added to the weight `name`, which is one of `shapes`; fp32."""
+        terms = []
+        pair = self.factors.get(name.removesuffix(".weight"))
+        if pair is not None and name.endswith(".weight"):
+            terms.append(pair.b[rows] @ pair.a)
+        if name in self.diffs:
+            terms.append(self.diffs[name][rows])
+        return terms[0] + terms[1] if terms[1:] else terms[0]
 
 
 def read_adapter(
@@ -110,6 +124,22 @@ def read_adapter(
         return _read_file(path, role, averaged)
     weights = open_any(path, None, role=role, averaged=averaged)
     return _trained(weights) or _translated(weights, {})
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether `read_adapter` reads what lies at `path`, as far as its names tell. Cheap."""
+    if any((path / name).is_file() for name in (*EXPERT_FILES.values(), WHOLE_FILE)):
+        return True
+    try:
+        return bool(adapter_names(open_any(path, None, role="generator", averaged=None)))
+    except WeightsError:
+        return False  # a model folder, or nothing that can be read, as others will say
+
+
+def side_and_layer(name: str) -> tuple[str, str]:
+    """The expert that a name of a two-expert model is of, or "", and the name in its network."""
+    side, _, rest = name.partition(".")
+    return (side, rest) if side in EXPERTS else ("", name)
 
 
 def check_adapter(adapter: AdapterFile, base: Mapping[str, tuple[int, ...]], *, what: str) -> None:
@@ -151,11 +181,11 @@ def _why(absent: list[str], base: Mapping[str, tuple[int, ...]]) -> str:
 
 def _read_file(path: Path, role: str = "generator", averaged: bool | None = None) -> AdapterFile:
     weights = open_any(path, None, role=role, averaged=averaged)
-    return _trained(weights) or _translated(weights, _header(path))
+    return _trained(weights) or _translated(weights, read_header(path))
 
 
-def _header(path: Path) -> dict[str, str]:
-    """What a file says of itself; of PEFT's own files also what their neighbour says."""
+def read_header(path: Path) -> dict[str, str]:
+    """What an adapter file says of itself; of PEFT's own also what their neighbour says."""
     header: dict[str, str] = {}
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:

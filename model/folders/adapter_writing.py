@@ -33,6 +33,21 @@ class Written:
     errors: Mapping[str, float]  # by layer, relative, in the Frobenius norm; 0 in fp32
 
 
+def check_place(path: Path) -> None:
+    """Raise WeightsError or ExistsError unless an adapter may be written to `path`."""
+    if path.suffix not in ("", SUFFIX):
+        raise WeightsError(f"{path}: adapters are written to a {SUFFIX} file, or to a new folder")
+    if path.suffix == "":
+        check_target(path)
+
+
+def file_names(path: Path, factors: Mapping[str, LowRank]) -> list[str]:
+    """The files of an adapter at `path`: its own name, or those in the folder that it is."""
+    if path.suffix == SUFFIX:
+        return [path.name]
+    return [EXPERT_FILES.get(side, WHOLE_FILE) for side in _sides(factors)]
+
+
 def check_layout(adapter: AdapterFile, path: Path, layout: Layout) -> None:
     """Raise WeightsError unless `adapter` can be written to `path` in `layout`. Cheap."""
     if layout not in LAYOUTS:
@@ -45,15 +60,12 @@ def check_layout(adapter: AdapterFile, path: Path, layout: Layout) -> None:
             f"({next(iter(adapter.diffs))}, ...), which diffusers drops in silence; merge it into "
             f"its base instead"
         )
-    sides = list(_sides(adapter.factors))
+    check_place(path)
+    sides = _sides(adapter.factors)
     if path.suffix == SUFFIX and sides != [""]:
         raise WeightsError(
             f"{path}: an adapter of two experts is a folder with a file for each; give a folder"
         )
-    if path.suffix not in ("", SUFFIX):
-        raise WeightsError(f"{path}: adapters are written to a {SUFFIX} file, or to a new folder")
-    if path.suffix == "":
-        check_target(path)
     for side in sides:
         fault = kohya_problem(list(_of_side(adapter.factors, side))) if layout == "kohya" else None
         if fault is not None:
@@ -79,20 +91,19 @@ def write_adapter(
     """
     check_layout(AdapterFile(factors, path=path), path, layout)
     header = dict(metadata or {})
+    names = file_names(path, factors)
     if path.suffix == SUFFIX:
         _write(path, factors, layout, dtype, header)
-        files = [path]
     else:
         with appearing(path) as part:
-            for side in _sides(factors):
+            for name, side in zip(names, _sides(factors), strict=True):
                 own = {**header, "expert": side} if side else header
-                name = EXPERT_FILES.get(side, WHOLE_FILE)
                 _write(part / name, _of_side(factors, side), layout, dtype, own)
             for name, text in (texts or {}).items():
                 (part / name).write_text(text, encoding="utf-8")
-        files = [path / EXPERT_FILES.get(side, WHOLE_FILE) for side in _sides(factors)]
+    folder = path.parent if path.suffix == SUFFIX else path
     rounded = {name: _rounding(pair, dtype) for name, pair in factors.items()}
-    return Written(tuple(files), rounded)
+    return Written(tuple(folder / name for name in names), rounded)
 
 
 def _write(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from utils.errors import ExistsError
-from utils.files import write_text
+from utils.files import replaced_atomically, write_text
 from utils.weights import INDEX_SUFFIX, write_weights
 
 
@@ -19,6 +22,41 @@ def check_target(target: Path) -> None:
     """Raise ExistsError unless a folder may appear at `target`."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ExistsError(f"{target}: is there already; give a new or an empty folder")
+
+
+# As the safetensors format calls them.
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def write_stream(
+    tensors: Iterable[tuple[str, Tensor]],
+    shapes: Mapping[str, Sequence[int]],
+    dtype: torch.dtype,
+    path: Path,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write one safetensors file tensor by tensor; it appears whole or not at all.
+
+    shapes: of all that `tensors` gives, in any order. dtype: of all of them.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    places: dict[str, int] = {}
+    end = 0
+    for name, shape in shapes.items():
+        places[name], end = end, end + math.prod(shape) * dtype.itemsize
+        offsets = [places[name], end]
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replaced_atomically(path) as part, part.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        begin = file.tell()
+        for name, value in tensors:
+            assert value.dtype == dtype and tuple(value.shape) == tuple(shapes[name]), name
+            file.seek(begin + places.pop(name))
+            file.write(value.contiguous().view(-1).view(torch.uint8).numpy())
+        assert not places, f"not given: {list(places)[:3]}"
+        file.flush()
 
 
 def write_shards(

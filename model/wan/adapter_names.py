@@ -72,7 +72,7 @@ def read_key(key: str, layout: Layout) -> Entry | None:
     if factor := _FACTOR.fullmatch(key):
         layer = _layer(factor[1], layout)
         bias, first = factor[3] == "bias", factor[2] in ("A", "down")
-        if layer is None or not _is_layer(layer) or (bias and first):
+        if layer is None or not is_layer(layer) or (bias and first):
             return None
         return Entry("bias" if bias else "a" if first else "b", layer)
     stem, dot, suffix = key.rpartition(".")
@@ -80,7 +80,7 @@ def read_key(key: str, layout: Layout) -> Entry | None:
     if target is None:
         return None
     if suffix == "alpha":
-        return Entry("alpha", target) if _is_layer(target) else None
+        return Entry("alpha", target) if is_layer(target) else None
     weight = target + _WHOLE.get(dot + suffix, "")
     return Entry("diff", weight) if dot + suffix in _WHOLE and _is_weight(weight) else None
 
@@ -94,6 +94,17 @@ def write_key(layer: str, kind: Literal["a", "b", "alpha"], layout: Layout) -> s
     if layout == "comfyui":
         return f"{_OFFICIAL}{layer}.{kohya}"
     return f"{_KOHYA}{layer.replace('.', '_')}.{kohya}"
+
+
+def is_layer(name: str) -> bool:
+    """Whether adapters of this kind reach into the layer of this name, in some layout."""
+    block = _BLOCK.fullmatch(name)
+    return block[2] in (*BLOCK_LAYERS, *CLIP_LAYERS) if block else name in EMBEDDING_LAYERS
+
+
+def holds(layout: str, layer: str) -> bool:
+    """Whether files of `layout` can hold this layer."""
+    return layout != "kohya" or layer.startswith("blocks.")
 
 
 def module_names(layer: str) -> tuple[str, str]:
@@ -145,13 +156,8 @@ def _layer(stem: str, layout: Layout) -> str | None:
     return to_official(stem)
 
 
-def _is_layer(name: str) -> bool:
-    block = _BLOCK.fullmatch(name)
-    return block[2] in (*BLOCK_LAYERS, *CLIP_LAYERS) if block else name in EMBEDDING_LAYERS
-
-
 def _is_weight(name: str) -> bool:
-    if _is_layer(name.removesuffix(".weight").removesuffix(".bias")):
+    if is_layer(name.removesuffix(".weight").removesuffix(".bias")):
         return name.endswith((".weight", ".bias"))
     block = _BLOCK.fullmatch(name)
     return block[2] in _BLOCK_REST if block else name in _REST

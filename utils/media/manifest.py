@@ -57,6 +57,16 @@ def weight_files(path: Path) -> dict[str, Path]:
     return {path.name: path}
 
 
+def adapter_files(paths: Sequence[Path]) -> dict[str, Path]:
+    """The files behind adapters, under the numbers that the adapters have among each other."""
+    found: dict[str, Path] = {}
+    for number, path in enumerate(paths):
+        tensors = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+        files = {file.name: file for file in tensors} or weight_files(path)
+        found |= {f"adapters/{number}/{name}": file for name, file in files.items()}
+    return found
+
+
 def code_revision(root: Path = ROOT) -> dict[str, Any] | None:
     """The commit at `root` and whether tracked files differ from it; None outside a checkout."""
     top = _git(root, "rev-parse", "--show-toplevel")
@@ -98,17 +108,17 @@ def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str | None]:
 def claim_folder(
     folder: Path,
     settings: Mapping[str, Any],
-    weights: Path,
+    weights: Sequence[Path],
     clips: Sequence[ClipRecord],
     session: Session,
 ) -> None:
     """Write settings.json and the manifest of clips to be made, on the main rank. Collective.
 
-    settings: what all clips share, fit for JSON. weights: see `weight_files`. Raises ConfigError,
-    on all ranks, if the folder holds clips of other settings, weights, prompts or images, or if
-    ranks found different weights.
+    settings: what all clips share, fit for JSON. weights: the network's, see `weight_files`, then
+    those of each adapter on it. Raises ConfigError, on all ranks, if the folder holds clips of
+    other settings, weights, prompts or images, or if ranks found different weights.
     """
-    found = sorted(set(session.gather(str(weights))))
+    found = sorted(set(session.gather(", ".join(map(str, weights)))))
     if len(found) > 1:
         raise ConfigError(f"a run goes on saving: ranks found {found}; begin again")
     claim = Claim(folder, settings, holds="clips", older=OLDER)
@@ -134,14 +144,17 @@ def _read(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not {what}: {error}") from error
 
 
-def _begin(claim: Claim, weights: Path, clips: Sequence[ClipRecord], device: torch.device) -> None:
+def _begin(
+    claim: Claim, weights: Sequence[Path], clips: Sequence[ClipRecord], device: torch.device
+) -> None:
     claim.check()
     folder, before = claim.folder, _read(claim.folder)
     every = _continued(folder, before.get("clips", ()), clips)
-    digests = sha256_of(weight_files(weights))
+    digests = sha256_of(weight_files(weights[0]) | adapter_files(weights[1:]))
     if before.get("weights_sha256", digests) != digests:
+        told = " or ".join(map(str, weights))
         raise ConfigError(
-            f"--output_folder {folder}: holds clips of other weights: {weights} has changed since; "
+            f"--output_folder {folder}: holds clips of other weights: {told} has changed since; "
             f"use another folder"
         )
     made_by, here = before.get("made_by", []), environment(device)

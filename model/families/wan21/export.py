@@ -87,11 +87,13 @@ def _write_folder(source: ModelFolder, export: Export, target: Path) -> None:
         _write_part(CLIP, _present(source.image_encoder), target, export)
     copy_part(_present(source.tokenizer), target / ("tokenizer" if diffusers else TOKENIZER))
     if diffusers:
-        _write_diffusers_extras(source, target)
+        _write_diffusers_extras(source, export, target)
     else:
         copy_if_there(source.path / CLIP_TOKENIZER, target / CLIP_TOKENIZER)
     _write_part(UMT5, _present(source.text_encoder), target, export)
     _write_transformer(source, export, target)
+    for name, text in export.texts.items():
+        (target / name).write_text(text, encoding="utf-8")
 
 
 def _present(path: Path | None) -> Path:
@@ -200,7 +202,7 @@ def _write_config(network: Any, folder: Path, dtype: torch.dtype) -> None:
 # ---- the rest
 
 
-def _write_diffusers_extras(source: ModelFolder, target: Path) -> None:
+def _write_diffusers_extras(source: ModelFolder, export: Export, target: Path) -> None:
     """The scheduler, the image processor and the index, as diffusers' pipelines look for them."""
     import diffusers  # slow to import
     import transformers
@@ -213,9 +215,10 @@ def _write_diffusers_extras(source: ModelFolder, target: Path) -> None:
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    if not copy_if_there(source.path / SCHEDULER, target / SCHEDULER):
+    if export.shift or not copy_if_there(source.path / SCHEDULER, target / SCHEDULER):
+        shift = export.shift or FLOW_SHIFT
         diffusers.UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
         ).save_pretrained(target / SCHEDULER)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(target / "tokenizer"))
     name = type(tokenizer).__name__

@@ -86,5 +86,5 @@ def test_ranks_that_found_different_checkpoints_are_refused(tmp_path: Path) -> N
 
     session = Pair(rank=0, world_size=1, device=torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"step_000001.*step_000002"):
-        claim_folder(tmp_path / "clips", {}, tmp_path / "step_000001", [], session)
+        claim_folder(tmp_path / "clips", {}, [tmp_path / "step_000001"], [], session)
     assert not (tmp_path / "clips").exists()

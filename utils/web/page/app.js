@@ -309,6 +309,7 @@ function describe(status) {
     facts.push(`${status.network_evaluations} network evaluations`);
   }
   if (status.vae !== "full") facts.push(`preview: ${status.vae} decoder`);
+  facts.push(...status.adapters);
   $("facts").textContent = facts.join(" \u00b7 ");
   for (const prompt of status.examples) {
     const chip = element("button", { type: "button", textContent: prompt, title: prompt });

@@ -15,6 +15,7 @@ LORAS = {
     "peft": "base_model.model.blocks.0.self_attn.q.lora_A.default.weight",
     "comfyui": "diffusion_model.blocks.0.self_attn.q.lora_down.weight",
     "kohya": "lora_unet_blocks_0_self_attn_q.lora_up.weight",
+    "ours": "blocks.0.self_attn.q.adapters.generator.a",
     "musubi": "lora_unet_blocks_0_self_attn_q.alpha",
 }
 
@@ -28,7 +29,9 @@ def test_a_lora_given_as_weights_is_called_one(name: str, suffix: str, tmp_path:
         identify_weights(path)
     assert str(caught.value) == (
         f"{path}: is a LoRA, an adapter that is added to a model's weights (it holds {name}, ...); "
-        f"give the weights of a whole model, such as the two merged"
+        f"add it with --adapter (inference.py, demo.py), go on training it with "
+        f"generator.adapter.weights, or merge it into its base with "
+        f"convert_checkpoint.py --input_path BASE --adapter {path}"
     )
 
 
