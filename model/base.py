@@ -16,7 +16,7 @@ from model.causal import CausalLayout
 from model.flow import add_noise, shift, velocity_to_x0
 from model.given import count_given, learnt, on_given
 from model.guidance import guided_velocity
-from model.types import Batch, LossOutput, Rollout, Sample
+from model.types import Batch, LossOutput, Rollout, Sample, Side
 from utils.seeding import SampleRNG, StepRNG
 
 MIN_SIZE = 1e-6  # a sample that the teacher leaves exactly as it is would divide by zero
@@ -42,6 +42,8 @@ class Needs:
 
     networks: tuple[str, ...] = ("generator",)  # roles that are Wan transformers
     trained: tuple[str, ...] = ("generator",)  # roles whose weights move
+    # Of two experts in such a role, those that move, where it is not both.
+    trained_sides: Mapping[str, tuple[Side, ...]] = field(default_factory=dict)
     latents: bool = False  # whether batches carry real latents
     because: str = ""  # the settings that ask for them, if the method alone does not
     trajectories: bool = False  # whether batches carry a teacher's stored states
@@ -100,7 +102,10 @@ class Method(ABC):
         """The loss whose gradient moves the generator."""
 
     def after_update(self, role: str) -> None:
-        """Called after each update of `role`; by default nothing is to be done."""
+        """Called after each update of `role`; by default nothing is to be done.
+
+        Of two experts each is a role: generator.high, generator.low.
+        """
         del role
 
 

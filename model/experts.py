@@ -92,6 +92,11 @@ class ExpertPair(nn.Module):
         return self.expert(side)(x, sigma, conditioning, context=replace(context, cache=own))
 
 
+def is_pair(weights: nn.Module) -> bool:
+    """Whether the `model` of a network is that of two experts, under adapters or not."""
+    return isinstance(weights, nn.ModuleDict) and set(weights) == set(SIDES)
+
+
 def _weights(expert: nn.Module) -> nn.Module:
     """The module that holds all weights of a Denoiser."""
     model = expert.model

@@ -15,6 +15,7 @@ from model.base import AlternatingConfig, Parts
 from model.conditioning import ConditioningEncoder, ImageEncoder
 from model.encoders.idle import Encoders
 from model.encoders.vae import VideoVAE
+from model.experts import SIDES
 from model.folders.loading import Placement, random_discriminator
 from model.types import Rollout
 from model.wan.attention import use_kernel
@@ -27,7 +28,7 @@ from trainer.config import Config
 from trainer.inputs import Inputs, check_inputs
 from trainer.logdir import check_shared, claim_logdir
 from trainer.registry import TRAINERS
-from trainer.roles import GatheredRollout, Role, build_role
+from trainer.roles import GatheredRollout, Role, build_roles, weights_of
 from trainer.run import Run, resolve
 from trainer.validation import Validator
 from utils import checkpoint
@@ -88,7 +89,7 @@ def assemble(run: Run, session: Session, options: RunOptions) -> Trainer:
     vae = _build_vae(run, encoders, options, inputs)
     encoder = build_encoder(run, encoders, run.compute, vae, inputs.embeddings)
     networks = build_networks(run, session)
-    roles = {name: build_trained(run, name, networks[name]) for name in run.needs.trained}
+    roles = build_trained(run, networks)
     parts = Parts(
         networks=networks,
         rollout=build_rollout(run, vae),
@@ -164,15 +165,18 @@ def _build_base(base: Base, session: Session, place: Placement) -> dict[str, nn.
     return dict(base.views(network))
 
 
-def build_trained(run: Run, name: str, network: nn.Module) -> Role:
-    """The role that trains `network`, or an adapter of its own in it."""
-    if name not in run.config.trainable or run.config.trainable[name].adapter.rank is None:
-        return build_role(name, network, run.optimizer(name))
-    model = network.model
-    assert isinstance(model, nn.Module), "a network keeps its weights in `model`"
-    own, rate = parameter_names(model, name), run.config.trainable[name].adapter.rate
-    rates = {parameter: rate for parameter in own if parameter.endswith(".b")}
-    return build_role(name, network, run.optimizer(name), own, rates)
+def build_trained(run: Run, networks: Mapping[str, nn.Module]) -> dict[str, Role]:
+    """The roles that train a network, or an adapter of their own in one; of two experts one each."""
+    roles: dict[str, Role] = {}
+    for name in run.needs.trained:
+        network, own, rates = networks[name], None, None
+        settings = run.config.trainable.get(name)
+        if settings is not None and settings.adapter.rank is not None:
+            own = parameter_names(weights_of(network), name)
+            rates = {key: settings.adapter.rate for key in own if key.endswith(".b")}
+        sides = run.needs.trained_sides.get(name, SIDES)
+        roles |= build_roles(name, network, run.optimizer(name), own, rates, sides)
+    return roles
 
 
 def build_rollout(run: Run, vae: VideoVAE | None) -> Rollout | None:

@@ -24,7 +24,7 @@ from model.types import Batch, Conditioning
 from model.wan.cache import KeyValue, KVCache, TextKeys
 from pipeline.causal import CausalConfig
 from trainer.base import Trainer, TrainerParts
-from trainer.build import build_networks, build_rollout, build_trained
+from trainer.build import build_trained, build_networks, build_rollout
 from trainer.registry import TRAINERS
 from trainer.roles import Role
 from trainer.run import Run
@@ -224,7 +224,7 @@ def build_stand_in(run: Run, session: Session, meter: Meter, *, on_gpu: bool) ->
     for name, network in networks.items():
         meter.watch(name, network)
         meter.tag(network.parameters(), name, "weights")
-    roles = {name: build_trained(run, name, networks[name]) for name in run.needs.trained}
+    roles = build_trained(run, networks)
     if on_gpu:
         use_fused(roles)
     parts = Parts(
