@@ -28,7 +28,7 @@ from trainer.config import Config
 from trainer.inputs import Inputs, check_inputs
 from trainer.logdir import check_shared, claim_logdir
 from trainer.registry import TRAINERS
-from trainer.roles import GatheredRollout, Role, build_roles, weights_of
+from trainer.roles import GatheredRollout, Role, build_roles, parameters_of, weights_of
 from trainer.run import Run, resolve
 from trainer.validation import Validator
 from utils import checkpoint
@@ -166,7 +166,7 @@ def _build_base(base: Base, session: Session, place: Placement) -> dict[str, nn.
 
 
 def build_trained(run: Run, networks: Mapping[str, nn.Module]) -> dict[str, Role]:
-    """The roles that train a network, or an adapter of their own in one; of two experts one each."""
+    """The roles that train a network or an adapter of their own in one; of two experts one each."""
     roles: dict[str, Role] = {}
     for name in run.needs.trained:
         network, own, rates = networks[name], None, None
@@ -273,7 +273,7 @@ def _announce(
     if not session.is_main:
         return
     for role, network in networks.items():
-        own = roles[role].parameters.values() if role in roles else ()
+        own = parameters_of(roles, role).values()
         log.info(
             "%s: %.3f M parameters, of which it trains %.3f M",
             role,

@@ -39,6 +39,11 @@ class NetworkConfig:
 
     model: str | None = None  # folder, or name below model_root; None = the generator's
     weights: str | None = None  # file or training checkpoint instead of the folder's weights
+    # Of a folder of two experts: the one that is used, as a network for all noise levels that it
+    # meets; null = both.
+    experts: Literal["high", "low"] | None = None
+    weights_high: str | None = None  # of two experts, where the high one's are elsewhere
+    weights_low: str | None = None  # and the low one's
     storage: Literal["fp8"] | None = None  # of its blocks' matrices; None = what is computed in
     sharded: bool | None = None  # false: each rank holds a copy; None = false with fp8, else true
     adapters: list[str] = field(default_factory=list)  # added as they are: files, or file:scale
@@ -55,6 +60,9 @@ class TrainedNetworkConfig(OptimizerConfig):
 
     model: str | None = None  # folder, or name below model_root; None = the teacher's, if any
     weights: str | None = None  # file or training checkpoint instead of the folder's weights
+    experts: Literal["high", "low"] | None = None  # as the teacher's, and these two
+    weights_high: str | None = None
+    weights_low: str | None = None
     random_init: bool = False  # start from random weights, drawn from the seed
     adapter: AdapterConfig = field(default_factory=AdapterConfig)  # what is trained in its place
     # Of the network under an adapter, which does not move; roles that agree in all of these, in
@@ -154,6 +162,9 @@ class Config:
         return NetworkConfig(
             model=self.model_of(role),
             weights=own.weights,
+            experts=own.experts,
+            weights_high=own.weights_high,
+            weights_low=own.weights_low,
             storage=teacher.storage if own.storage is None else own.storage,
             sharded=teacher.sharded if own.sharded is None else own.sharded,
             adapters=own.adapters,

@@ -24,7 +24,7 @@ from model.types import Batch, Conditioning
 from model.wan.cache import KeyValue, KVCache, TextKeys
 from pipeline.causal import CausalConfig
 from trainer.base import Trainer, TrainerParts
-from trainer.build import build_trained, build_networks, build_rollout
+from trainer.build import build_networks, build_rollout, build_trained
 from trainer.registry import TRAINERS
 from trainer.roles import Role
 from trainer.run import Run
