@@ -15,7 +15,7 @@ from model.base import AlternatingConfig, Parts
 from model.conditioning import ConditioningEncoder, ImageEncoder
 from model.encoders.idle import Encoders
 from model.encoders.vae import VideoVAE
-from model.experts import SIDES
+from model.experts import SIDES, ExpertPair
 from model.folders.loading import Placement, random_discriminator
 from model.types import Rollout
 from model.wan.attention import use_kernel
@@ -95,6 +95,7 @@ def assemble(run: Run, session: Session, options: RunOptions) -> Trainer:
         rollout=build_rollout(run, vae),
         sigmas=run.sampling.sigmas,
         layout=run.causal,
+        experts=run.experts,
         parameters={name: list(role.parameters.values()) for name, role in roles.items()},
         takes_given=run.takes_given,
     )
@@ -156,6 +157,9 @@ def _build_base(base: Base, session: Session, place: Placement) -> dict[str, nn.
         what = f"{role} {model.path}"
         network = model.load_network(run.weights(role), place, what=what)
     network.requires_grad_(settings is None)
+    if run.gate is not None and "generator" in base.roles:
+        assert isinstance(network, ExpertPair), "a model of two experts is loaded as a pair"
+        network.boundary = run.gate  # losses say which expert they ask, so it is sampling's
     kernel = run.kernel(role, session.device, run.compute, grad=True)
     kernel = session.from_main(kernel)  # the fastest on one rank, so on all
     use_kernel(network, kernel, run.config.parallel.masked_attention)

@@ -232,6 +232,7 @@ def build_stand_in(run: Run, session: Session, meter: Meter, *, on_gpu: bool) ->
         rollout=build_rollout(run, None),
         sigmas=run.sampling.sigmas,
         layout=run.causal,
+        experts=run.experts,
         parameters={name: list(role.parameters.values()) for name, role in roles.items()},
         takes_given=run.takes_given,
     )
