@@ -13,10 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.causal import CausalLayout
-from model.flow import add_noise, shift, velocity_to_x0
+from model.experts import (
+    WHOLE,
+    ExpertLevels,
+    Part,
+    asking,
+    boundary_problems,
+    draw_part,
+    scale_of,
+)
+from model.flow import add_noise, velocity_to_x0
 from model.given import count_given, learnt, on_given
 from model.guidance import guided_velocity
-from model.types import Batch, LossOutput, Rollout, Sample
+from model.types import Batch, LossOutput, Rollout, Sample, Side
 from utils.seeding import SampleRNG, StepRNG
 
 MIN_SIZE = 1e-6  # a sample that the teacher leaves exactly as it is would divide by zero
@@ -35,6 +44,11 @@ class MethodConfig:
         del steps, causal
         yield from ()
 
+    def expert_problems(self, experts: ExpertLevels) -> Iterator[str]:
+        """What is impossible about them where two experts divide the noise levels."""
+        del experts
+        yield from ()
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -42,6 +56,8 @@ class Needs:
 
     networks: tuple[str, ...] = ("generator",)  # roles that are Wan transformers
     trained: tuple[str, ...] = ("generator",)  # roles whose weights move
+    # Of two experts in such a role, those that move, where it is not both.
+    trained_sides: Mapping[str, tuple[Side, ...]] = field(default_factory=dict)
     latents: bool = False  # whether batches carry real latents
     because: str = ""  # the settings that ask for them, if the method alone does not
     trajectories: bool = False  # whether batches carry a teacher's stored states
@@ -65,6 +81,7 @@ class Parts:
     rollout: Rollout | None = None  # if the method needs one
     sigmas: Sequence[float] = ()  # noise levels of the few steps
     layout: CausalLayout | None = None  # how the generator's videos fall into blocks; None = whole
+    experts: ExpertLevels | None = None  # whose noise levels losses are at; None = one network's
     parameters: Mapping[str, Sequence[nn.Parameter]] = field(default_factory=dict)  # a role's own
     takes_given: bool = False  # whether networks take frames that videos begin with as they are
 
@@ -100,7 +117,10 @@ class Method(ABC):
         """The loss whose gradient moves the generator."""
 
     def after_update(self, role: str) -> None:
-        """Called after each update of `role`; by default nothing is to be done."""
+        """Called after each update of `role`; by default nothing is to be done.
+
+        Of two experts each is a role: generator.high, generator.low.
+        """
         del role
 
 
@@ -139,10 +159,20 @@ class AlternatingConfig(MethodConfig):
                 f"got {self.min_sigma} and {self.max_sigma}"
             )
 
-    def draw_sigma(self, rng: SampleRNG, like: Tensor) -> Tensor:
+    def expert_problems(self, experts: ExpertLevels) -> Iterator[str]:
+        """See MethodConfig."""
+        for side in experts.sides:
+            part = experts.part(side)
+            if self.max_sigma < part.low or self.min_sigma >= part.high:
+                yield (
+                    f"loss.min_sigma and loss.max_sigma: [{self.min_sigma}, {self.max_sigma}] has "
+                    f"no noise level of the {side} expert; they meet at {experts.boundary:g}"
+                )
+
+    def draw_sigma(self, rng: SampleRNG, like: Tensor, part: Part = WHOLE) -> Tensor:
         """Shifted uniform noise levels [B, 1], one per sample, on the device of `like`."""
-        sigma = shift(rng.rand((1,)).to(like.device), self.timestep_shift)
-        return sigma.clamp(self.min_sigma, self.max_sigma)
+        sigma = part.shifted(rng.rand((1,)).to(like.device), self.timestep_shift)
+        return part.within(sigma, self.min_sigma, self.max_sigma)
 
 
 @dataclass(frozen=True)
@@ -151,12 +181,31 @@ class DistributionMatchingConfig(AlternatingConfig):
 
     cfg_scale: float = 6.0  # of the teacher's score; uncond + cfg_scale (cond - uncond), 1 = off
     batched_guidance: bool = True  # both passes in one batch; false: one by one, for less memory
+    # Of a teacher of two experts, where cfg_scale is the high one's: that of the low one; None =
+    # the same.
+    cfg_scale_low: float | None = None
+    boundary: float | None = (
+        None  # the noise level from which on it is the high one; None = its own
+    )
 
     def problems(self) -> Iterator[str]:
         """See MethodConfig."""
         yield from super().problems()
-        if not math.isfinite(self.cfg_scale):
-            yield f"loss.cfg_scale: must be finite, got {self.cfg_scale}"
+        yield from teacher_problems(self.cfg_scale, self.cfg_scale_low, self.boundary)
+
+    def scale(self, side: Side | None) -> float:
+        """Guidance of the teacher's expert of that side."""
+        return scale_of(side, self.cfg_scale, self.cfg_scale_low)
+
+
+def teacher_problems(
+    cfg_scale: float, cfg_scale_low: float | None, boundary: float | None
+) -> Iterator[str]:
+    """What is impossible about how a teacher is asked, one line each."""
+    for name, scale in (("cfg_scale", cfg_scale), ("cfg_scale_low", cfg_scale_low)):
+        if scale is not None and not math.isfinite(scale):
+            yield f"loss.{name}: must be finite, got {scale}"
+    yield from boundary_problems("loss.boundary", boundary)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,6 +228,7 @@ class NoisedSample:
     sigma: Tensor  # [B, 1]
     noise: Tensor  # [B, C, F, H, W]
     given: Tensor | None = None  # [B, C, g, H, W], see Parts.clean_frames
+    side: Side | None = None  # the expert of its levels; None = one network has them all
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,21 +330,28 @@ class DistributionMatching(Method):
         """Samples with the generator's gradient, and both networks on them."""
         sample = self.rollout(self.generator, batch, rng, grad=True)
         with torch.set_grad_enabled(self.scores_need_grad):
-            return sample, self.scores(sample, batch, rng.samples)
+            part = self.draw_part(rng)
+            return sample, self.scores(sample, batch, rng.samples, part)
 
-    def scores(self, sample: Sample, batch: Batch, rng: SampleRNG) -> Scores:
-        """Both networks on samples at a random noise level."""
+    def draw_part(self, rng: StepRNG) -> Part:
+        """The noise levels of a loss: one expert's, where there are two."""
+        return draw_part(self.parts.experts, rng.shared, self.config.timestep_shift)
+
+    def scores(self, sample: Sample, batch: Batch, rng: SampleRNG, part: Part) -> Scores:
+        """Both networks on samples at a random noise level of `part`."""
         x0, given = sample.x0, self.parts.clean_frames(sample)
-        sigma, noise = self.config.draw_sigma(rng, x0), rng.randn(x0.shape[1:])
+        sigma, noise = self.config.draw_sigma(rng, x0, part), rng.randn(x0.shape[1:])
         x = add_noise(x0, noise, sigma)
-        x0_critic = on_given(self.critic, given)(x, sigma, batch.conditioning).x0
+        critic = on_given(self.critic, given)
+        x0_critic = critic(x, sigma, batch.conditioning, context=part.context).x0
         velocity = guided_velocity(
             on_given(self.teacher, given),
             x,
             sigma,
             batch.conditioning,
             batch.unconditional,
-            cfg_scale=self.config.cfg_scale,
+            cfg_scale=self.config.scale(part.side),
+            context=part.context,
             batched=self.config.batched_guidance,
         )
         return Scores(x, sigma, noise, velocity_to_x0(x, velocity, sigma), x0_critic)
@@ -323,14 +380,16 @@ class DistributionMatching(Method):
         """A sample of the generator as it is now, at a random noise level."""
         sample = self.rollout(self.generator, batch, rng, grad=False)
         x0, given = sample.x0, self.parts.clean_frames(sample)
-        sigma = self.config.draw_sigma(rng.samples, x0)
+        part = self.draw_part(rng)
+        sigma = self.config.draw_sigma(rng.samples, x0, part)
         noise = rng.samples.randn(x0.shape[1:])
-        return NoisedSample(x0, add_noise(x0, noise, sigma), sigma, noise, given)
+        return NoisedSample(x0, add_noise(x0, noise, sigma), sigma, noise, given, part.side)
 
     def denoising_loss(self, fake: NoisedSample, batch: Batch) -> Tensor:
         """Mean squared error of the critic's velocity."""
         critic, given = on_given(self.critic, fake.given), count_given(fake.given)
-        velocity = critic(fake.x, fake.sigma, batch.conditioning).velocity
+        context = asking(fake.side)
+        velocity = critic(fake.x, fake.sigma, batch.conditioning, context=context).velocity
         return F.mse_loss(learnt(velocity, given), learnt(fake.noise - fake.x0, given))
 
     def after_update(self, role: str) -> None:

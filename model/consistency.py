@@ -5,15 +5,15 @@ An initialisation that needs no stored trajectories: the teacher makes one step 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from model.base import MethodConfig, Needs, RegressionMethod
+from model.base import MethodConfig, Needs, RegressionMethod, teacher_problems
 from model.causal import count_blocks, on_real_video, per_block
+from model.experts import ExpertLevels, asking, draw_steps, scale_of
 from model.flow import add_noise, expand, shift
 from model.given import count_given, learnt, on_given
 from model.guidance import guided_velocity
@@ -30,15 +30,33 @@ class ConsistencyConfig(MethodConfig):
     timestep_shift: float = 5.0  # of the grid of steps
     grid: int = 48  # Euler steps of the teacher from noise to data
     teacher_forcing: bool = True  # the clean past; false = the noisy one
+    # Of a teacher of two experts, where cfg_scale is the high one's: that of the low one; None =
+    # the same.
+    cfg_scale_low: float | None = None
+    boundary: float | None = (
+        None  # the noise level from which on it is the high one; None = its own
+    )
 
     def problems(self) -> Iterator[str]:
         """See MethodConfig."""
-        if not math.isfinite(self.cfg_scale):
-            yield f"loss.cfg_scale: must be finite, got {self.cfg_scale}"
+        yield from teacher_problems(self.cfg_scale, self.cfg_scale_low, self.boundary)
         if self.grid < 1:
             yield f"loss.grid: must be at least 1, got {self.grid}"
         if not self.timestep_shift > 0:
             yield f"loss.timestep_shift: must be positive, got {self.timestep_shift}"
+
+    def expert_problems(self, experts: ExpertLevels) -> Iterator[str]:
+        """See MethodConfig."""
+        if "low" not in experts.sides:
+            yield (
+                "teacher.experts: the high expert alone has no target to be consistent with: that "
+                "of its last level is what the low one says; use both, or low"
+            )
+
+    @property
+    def levels(self) -> list[float]:
+        """The grid's noise levels, from 1 down to 0."""
+        return [shift(1.0 - i / self.grid, self.timestep_shift) for i in range(self.grid + 1)]
 
 
 class Consistency(RegressionMethod):
@@ -66,7 +84,10 @@ class Consistency(RegressionMethod):
         steps = torch.arange(config.grid, -1, -1, device=clean.device) / config.grid
         levels = shift(steps, config.timestep_shift)
         draws = rng.samples.rand((count_blocks(layout, frames),)).to(clean.device)
-        index = per_block((draws * config.grid).long(), layout, frames)
+        among = draw_steps(
+            self.parts.experts, rng.shared, config.levels[:-1], targets=config.levels[1:]
+        )
+        index = per_block(among.index(draws), layout, frames)
         sigma, less = levels[index], levels[index + 1]
         x = add_noise(clean, rng.samples.randn(clean.shape[1:]), sigma)
         student, teacher = (
@@ -80,10 +101,13 @@ class Consistency(RegressionMethod):
                 sigma,
                 batch.conditioning,
                 batch.unconditional,
-                cfg_scale=config.cfg_scale,
+                cfg_scale=scale_of(among.side, config.cfg_scale, config.cfg_scale_low),
+                context=asking(among.side),
                 batched=config.batched_guidance,
             )
             nearer = x + expand(less - sigma) * velocity
-            target = student(nearer, less, batch.conditioning).x0
-        x0, given = student(x, sigma, batch.conditioning).x0, count_given(batch.given)
+            beyond = asking(among.target)
+            target = student(nearer, less, batch.conditioning, context=beyond).x0
+        x0 = student(x, sigma, batch.conditioning, context=asking(among.side)).x0
+        given = count_given(batch.given)
         return LossOutput(F.mse_loss(learnt(x0, given), learnt(target, given)))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from model.base import Method, MethodConfig, Needs
 from model.causal import TeacherForced, count_blocks, on_real_video, per_block
-from model.flow import add_noise, constant_sigma, shift
+from model.experts import boundary_problems, draw_part
+from model.flow import add_noise, constant_sigma
 from model.given import OnGiven, count_given, learnt, on_given
 from model.types import Batch, Conditioning, Denoiser, LossOutput
 from utils.seeding import StepRNG
@@ -30,6 +31,8 @@ class DiffusionConfig(MethodConfig):
     # Share of samples whose given first frame is noised a little (to about 0.03), as TI2V-5B was
     # trained with 0.2; whole videos alone. 0 = given frames are always clean.
     given_noise: float = 0.0
+    # Of two experts, the noise level from which on the high one learns; None = the model's.
+    boundary: float | None = None
 
     def problems(self) -> Iterator[str]:
         """See MethodConfig."""
@@ -40,6 +43,7 @@ class DiffusionConfig(MethodConfig):
                 yield f"loss.{name}: must lie in [0, 1], got {getattr(self, name)}"
         if self.clean_noise and not self.teacher_forcing:
             yield f"loss.clean_noise: {self.clean_noise} has no effect without loss.teacher_forcing"
+        yield from boundary_problems("loss.boundary", self.boundary)
 
     def run_problems(self, *, steps: int, causal: bool) -> Iterator[str]:
         """See MethodConfig."""
@@ -75,7 +79,8 @@ class Diffusion(Method):
         x0, layout = batch.x0, self.parts.layout
         assert x0 is not None, "a Diffusion batch carries latents"
         frames = x0.shape[2]
-        levels = shift(
+        part = draw_part(self.parts.experts, rng.shared, self.config.timestep_shift)
+        levels = part.shifted(
             rng.samples.rand((count_blocks(layout, frames),)), self.config.timestep_shift
         )
         sigma = per_block(levels.to(x0.device), layout, frames)
@@ -84,7 +89,8 @@ class Diffusion(Method):
         text = torch.where(dropped.to(x0.device), batch.unconditional.text, batch.conditioning.text)
         conditioning = Conditioning(text, batch.conditioning.clip, batch.conditioning.first_frame)
         net = self.with_given(self.forced(x0, rng), batch.given, rng)
-        velocity = net(add_noise(x0, noise, sigma), sigma, conditioning).velocity
+        x = add_noise(x0, noise, sigma)
+        velocity = net(x, sigma, conditioning, context=part.context).velocity
         given = count_given(batch.given)
         return LossOutput(F.mse_loss(learnt(velocity, given), learnt(noise - x0, given)))
 

@@ -51,6 +51,11 @@ def shift(sigma: float | Tensor, factor: float) -> float | Tensor:
     return factor * sigma / (1.0 + (factor - 1.0) * sigma)
 
 
+def unshift(sigma: float, factor: float) -> float:
+    """The noise level that `shift` moves to `sigma`."""
+    return sigma / (factor - (factor - 1.0) * sigma)
+
+
 def step_sigmas(denoising_step_list: Sequence[float], timestep_shift: float) -> list[float]:
     """Noise levels of a list of unshifted steps in (0, 1000].
 

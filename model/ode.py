@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from model.base import MethodConfig, Needs, RegressionMethod
 from model.causal import count_blocks, on_real_video, per_block
+from model.experts import asking, draw_steps
 from model.flow import on_device
 from model.given import count_given, learnt, on_given
 from model.types import Batch, LossOutput
@@ -40,10 +41,12 @@ class ODE(RegressionMethod):
         levels = on_device(self.parts.sigmas, states.device)
         target, frames = states[:, -1], states.shape[3]
         draws = rng.samples.rand((count_blocks(self.parts.layout, frames),)).to(states.device)
-        index = per_block((draws * len(levels)).long(), self.parts.layout, frames)
+        among = draw_steps(self.parts.experts, rng.shared, self.parts.sigmas)
+        index = per_block(among.index(draws), self.parts.layout, frames)
         where = index.expand(-1, frames)[:, None, None, :, None, None]
         x = states.gather(1, where.expand(-1, -1, *states.shape[2:]))[:, 0]
         clean = target if self.config.teacher_forcing else None
         net = on_given(on_real_video(self.generator, self.parts.layout, clean), batch.given)
-        x0, given = net(x, levels[index], batch.conditioning).x0, count_given(batch.given)
+        x0 = net(x, levels[index], batch.conditioning, context=asking(among.side)).x0
+        given = count_given(batch.given)
         return LossOutput(F.mse_loss(learnt(x0, given), learnt(target, given)))

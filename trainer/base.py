@@ -22,7 +22,7 @@ from model.base import Method
 from model.types import Batch, LossOutput
 from trainer.batches import BatchLoader
 from trainer.hooks import Hook, Moment, run_hooks
-from trainer.roles import Role
+from trainer.roles import Role, group_of, parameters_of, prefix_of
 from trainer.run import Run
 from trainer.validation import Validator
 from utils import checkpoint
@@ -55,7 +55,7 @@ class Phase:
 
     name: str  # of its randomness and its metrics
     loss: Callable[[Batch, StepRNG], LossOutput]
-    roles: tuple[str, ...]  # whose weights it moves
+    roles: tuple[str, ...]  # whose weights it moves; of two experts, those that it reaches
     hands_on: bool = False  # whether the phase after it is given the same samples of the data
 
 
@@ -66,6 +66,10 @@ class TrainState:
     step: int = 0  # outer steps done
     draws: int = 0  # samples taken from the data order so far, over all ranks
     updates: dict[str, int] = field(default_factory=dict)  # optimizer updates per role
+
+    def updates_of(self, group: str) -> int:
+        """Those of a role, or of both of its experts together."""
+        return sum(count for name, count in self.updates.items() if group_of(name) == group)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +96,7 @@ class Trainer(ABC):
         self.session = parts.session
         self.method = parts.method
         self.roles = parts.roles
-        self.ema = EMA(parts.roles["generator"].parameters, self.config.ema)
+        self.ema = EMA(parameters_of(parts.roles, "generator"), self.config.ema)
         self.state = TrainState(updates=dict.fromkeys(parts.roles, 0))
         self.metrics = Metrics(parts.session)
         self._bar: tqdm[Any] = tqdm(disable=True)
@@ -104,7 +108,10 @@ class Trainer(ABC):
 
     @abstractmethod
     def total_updates(self, role: str) -> int:
-        """How many updates `role` gets in the whole run; schedules end there."""
+        """How many updates `role` gets in the whole run, its experts together; schedules end there.
+
+        role: as phases call it.
+        """
 
     @property
     def checkpoints(self) -> Path:
@@ -153,9 +160,18 @@ class Trainer(ABC):
         with self.only_trainable(phase.roles):
             self.accumulate(phase)
         self.state.draws = self.draws_after(phase)
-        for role in phase.roles:
-            self.apply_gradients(role)
-            self.method.after_update(role)
+        for name in self.moved(phase):
+            self.apply_gradients(name)
+            self.method.after_update(name)
+
+    def moved(self, phase: Phase) -> list[str]:
+        """The roles that have gradients of a phase: of two experts those that a loss reached."""
+        names = [name for group in phase.roles for name in self.members(group)]
+        return [name for name in names if name == group_of(name) or self.roles[name].learnt]
+
+    def members(self, group: str) -> list[str]:
+        """The role of this name, or the roles of its experts."""
+        return [name for name in self.roles if group_of(name) == group]
 
     def accumulate(self, phase: Phase) -> None:
         """The gradients of one global batch."""
@@ -173,8 +189,8 @@ class Trainer(ABC):
                     device=self.session.device,
                 )
             self.prefetch(phase, part)
-            for role in phase.roles:
-                self.roles[role].sync_gradients(self.config.parallel, last=part == micro - 1)
+            for name in (name for role in phase.roles for name in self.members(role)):
+                self.roles[name].sync_gradients(self.config.parallel, last=part == micro - 1)
             with record_function(f"{phase.name} loss"):
                 output = phase.loss(batch, rng)
             with record_function(f"{phase.name} backward"):
@@ -195,7 +211,7 @@ class Trainer(ABC):
     @contextmanager
     def only_trainable(self, names: Sequence[str]) -> Iterator[None]:
         """Within the body no other role gathers gradients: losses may pass through its weights."""
-        others = [role for name, role in self.roles.items() if name not in names]
+        others = [role for name, role in self.roles.items() if group_of(name) not in names]
         for role in others:
             role.requires_grad_(False)
         try:
@@ -206,16 +222,16 @@ class Trainer(ABC):
 
     def apply_gradients(self, name: str) -> None:
         """Clip, step the role's optimizers, clear gradients, move the average."""
-        role = self.roles[name]
+        role, group = self.roles[name], group_of(name)
         with record_function("clip"):
             norm = role.clip()
         with record_function("optimizer"):
-            role.step(self.state.updates[name], self.total_updates(name))
+            role.step(self.state.updates_of(group), self.total_updates(group))
         self.state.updates[name] += 1
         self.metrics.add(name, {"grad_norm": norm})
-        if name == "generator":
+        if group == "generator":
             with record_function("average"):
-                self.ema.update(step=self.state.step)
+                self.ema.update(step=self.state.step, prefix=prefix_of(name))
 
     def micro_batch(self, part: int) -> list[int]:
         """Positions in the global batch of this rank's samples of micro-batch `part`."""
@@ -273,7 +289,7 @@ class Trainer(ABC):
 
     def show_samples(self, validator: Validator) -> None:
         """Write pictures of samples made with the averaged weights."""
-        generator = self.roles["generator"].network
+        generator = self.roles[self.members("generator")[0]].network
         kept = keep_gathered(generator) if self.config.parallel.keep_gathered else nullcontext()
         with self.ema.swapped_in(), kept:
             path = validator.show(generator, self.parts.batches, self.state.step)

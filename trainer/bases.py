@@ -116,7 +116,8 @@ def bases(run: Run) -> list[Base]:
         key: object = role
         if settings is not None:
             place = run.models[role].path.resolve()
-            key = (place, settings.weights, settings.storage, settings.whole)
+            experts = (settings.experts, settings.weights_high, settings.weights_low)
+            key = (place, settings.weights, experts, settings.storage, settings.whole)
         shared.setdefault(key, []).append(role)
     return [Base(run, tuple(roles)) for roles in shared.values()]
 

@@ -15,6 +15,7 @@ from model.base import AlternatingConfig, Parts
 from model.conditioning import ConditioningEncoder, ImageEncoder
 from model.encoders.idle import Encoders
 from model.encoders.vae import VideoVAE
+from model.experts import SIDES, ExpertPair
 from model.folders.loading import Placement, random_discriminator
 from model.types import Rollout
 from model.wan.attention import use_kernel
@@ -27,7 +28,7 @@ from trainer.config import Config
 from trainer.inputs import Inputs, check_inputs
 from trainer.logdir import check_shared, claim_logdir
 from trainer.registry import TRAINERS
-from trainer.roles import GatheredRollout, Role, build_role
+from trainer.roles import GatheredRollout, Role, build_roles, parameters_of, weights_of
 from trainer.run import Run, resolve
 from trainer.validation import Validator
 from utils import checkpoint
@@ -88,12 +89,13 @@ def assemble(run: Run, session: Session, options: RunOptions) -> Trainer:
     vae = _build_vae(run, encoders, options, inputs)
     encoder = build_encoder(run, encoders, run.compute, vae, inputs.embeddings)
     networks = build_networks(run, session)
-    roles = {name: build_trained(run, name, networks[name]) for name in run.needs.trained}
+    roles = build_trained(run, networks)
     parts = Parts(
         networks=networks,
         rollout=build_rollout(run, vae),
         sigmas=run.sampling.sigmas,
         layout=run.causal,
+        experts=run.experts,
         parameters={name: list(role.parameters.values()) for name, role in roles.items()},
         takes_given=run.takes_given,
     )
@@ -155,6 +157,9 @@ def _build_base(base: Base, session: Session, place: Placement) -> dict[str, nn.
         what = f"{role} {model.path}"
         network = model.load_network(run.weights(role), place, what=what)
     network.requires_grad_(settings is None)
+    if run.gate is not None and "generator" in base.roles:
+        assert isinstance(network, ExpertPair), "a model of two experts is loaded as a pair"
+        network.boundary = run.gate  # losses say which expert they ask, so it is sampling's
     kernel = run.kernel(role, session.device, run.compute, grad=True)
     kernel = session.from_main(kernel)  # the fastest on one rank, so on all
     use_kernel(network, kernel, run.config.parallel.masked_attention)
@@ -164,15 +169,18 @@ def _build_base(base: Base, session: Session, place: Placement) -> dict[str, nn.
     return dict(base.views(network))
 
 
-def build_trained(run: Run, name: str, network: nn.Module) -> Role:
-    """The role that trains `network`, or an adapter of its own in it."""
-    if name not in run.config.trainable or run.config.trainable[name].adapter.rank is None:
-        return build_role(name, network, run.optimizer(name))
-    model = network.model
-    assert isinstance(model, nn.Module), "a network keeps its weights in `model`"
-    own, rate = parameter_names(model, name), run.config.trainable[name].adapter.rate
-    rates = {parameter: rate for parameter in own if parameter.endswith(".b")}
-    return build_role(name, network, run.optimizer(name), own, rates)
+def build_trained(run: Run, networks: Mapping[str, nn.Module]) -> dict[str, Role]:
+    """The roles that train a network or an adapter of their own in one; of two experts one each."""
+    roles: dict[str, Role] = {}
+    for name in run.needs.trained:
+        network, own, rates = networks[name], None, None
+        settings = run.config.trainable.get(name)
+        if settings is not None and settings.adapter.rank is not None:
+            own = parameter_names(weights_of(network), name)
+            rates = {key: settings.adapter.rate for key in own if key.endswith(".b")}
+        sides = run.needs.trained_sides.get(name, SIDES)
+        roles |= build_roles(name, network, run.optimizer(name), own, rates, sides)
+    return roles
 
 
 def build_rollout(run: Run, vae: VideoVAE | None) -> Rollout | None:
@@ -269,7 +277,7 @@ def _announce(
     if not session.is_main:
         return
     for role, network in networks.items():
-        own = roles[role].parameters.values() if role in roles else ()
+        own = parameters_of(roles, role).values()
         log.info(
             "%s: %.3f M parameters, of which it trains %.3f M",
             role,

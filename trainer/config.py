@@ -15,6 +15,7 @@ from model.base import Method, MethodConfig, Needs
 from model.diffusion import DiffusionConfig
 from model.discriminator import DiscriminatorConfig
 from model.dmd import DMDConfig
+from model.experts import SIDES, boundary_problems
 from model.flow import step_sigmas
 from model.options.ida import IDAConfig
 from model.wan.kernels import AUTO, KERNELS
@@ -39,6 +40,11 @@ class NetworkConfig:
 
     model: str | None = None  # folder, or name below model_root; None = the generator's
     weights: str | None = None  # file or training checkpoint instead of the folder's weights
+    # Of a folder of two experts: the one that is used, as a network for all noise levels that it
+    # meets; null = both.
+    experts: Literal["high", "low"] | None = None
+    weights_high: str | None = None  # of two experts, where the high one's are elsewhere
+    weights_low: str | None = None  # and the low one's
     storage: Literal["fp8"] | None = None  # of its blocks' matrices; None = what is computed in
     sharded: bool | None = None  # false: each rank holds a copy; None = false with fp8, else true
     adapters: list[str] = field(default_factory=list)  # added as they are: files, or file:scale
@@ -55,6 +61,9 @@ class TrainedNetworkConfig(OptimizerConfig):
 
     model: str | None = None  # folder, or name below model_root; None = the teacher's, if any
     weights: str | None = None  # file or training checkpoint instead of the folder's weights
+    experts: Literal["high", "low"] | None = None  # as the teacher's, and these two
+    weights_high: str | None = None
+    weights_low: str | None = None
     random_init: bool = False  # start from random weights, drawn from the seed
     adapter: AdapterConfig = field(default_factory=AdapterConfig)  # what is trained in its place
     # Of the network under an adapter, which does not move; roles that agree in all of these, in
@@ -154,6 +163,9 @@ class Config:
         return NetworkConfig(
             model=self.model_of(role),
             weights=own.weights,
+            experts=own.experts,
+            weights_high=own.weights_high,
+            weights_low=own.weights_low,
             storage=teacher.storage if own.storage is None else own.storage,
             sharded=teacher.sharded if own.sharded is None else own.sharded,
             adapters=own.adapters,
@@ -177,7 +189,9 @@ CHANGEABLE = (
     "steps", "log_every", "save_every", "keep_checkpoints", "timeout_s", "model_root",
     "data.path", "data.text_embeddings", "accumulation", "sharding_strategy",
     "teacher.sharded", "generator.sharded", "critic.sharded",
-    "loss.batched_guidance", "parallel", "validation", "logging", "sampling",
+    "loss.batched_guidance", "parallel", "validation", "logging",
+    "sampling.steps", "sampling.cfg_scale", "sampling.cfg_scale_low", "sampling.timestep_shift",
+    "sampling.solver",
 )  # fmt: skip
 
 
@@ -273,6 +287,7 @@ def problems(config: Config) -> Iterator[str]:
         "timeout_s": config.timeout_s,
     }
     yield from (f"{k}: must be positive, got {v}" for k, v in shifts.items() if not v > 0)
+    yield from boundary_problems("sampling.boundary", config.sampling.boundary)
     if config.validation.every < 0:
         yield f"validation.every: must be at least 0 (0 = never), got {config.validation.every}"
     yield from _role_problems(config)
@@ -293,6 +308,21 @@ def problems(config: Config) -> Iterator[str]:
     yield from config.loss.run_problems(steps=config.steps, causal=causal)
     if config.generator.model is None and config.teacher.model is None:
         yield "generator.model: must name a model folder (or teacher.model must)"
+
+
+def _expert_problems(role: str, network: NetworkConfig | TrainedNetworkConfig) -> Iterator[str]:
+    """Weights of experts that nobody would read."""
+    for side in SIDES:
+        key = f"weights_{side}"
+        if getattr(network, key) is None:
+            continue
+        if network.experts is not None:
+            yield (
+                f"{role}.{key}: has no effect with {role}.experts={network.experts}, one network; "
+                f"set {role}.weights"
+            )
+        elif isinstance(network, TrainedNetworkConfig) and network.random_init:
+            yield f"{role}.{key}: cannot be given together with {role}.random_init"
 
 
 def _attention_problems(kernel: str) -> Iterator[str]:
@@ -326,6 +356,7 @@ def _role_problems(config: Config) -> Iterator[str]:
                 f"{role}.storage: {frozen.storage} needs whole weights on each rank, since a row's "
                 f"scale belongs to all of it; set {role}.sharded=false, or {role}.storage=null"
             )
+        yield from _expert_problems(role, network)
         if isinstance(network, TrainedNetworkConfig):
             yield from network.problems(role)
     pull = config.loss.critic_pull if isinstance(config.loss, IDAConfig) else 0.0

@@ -8,6 +8,7 @@ from typing import Protocol, cast
 from model.base import AlternatingConfig
 from model.types import Batch, LossOutput
 from trainer.base import Phase, Trainer, TrainerParts
+from trainer.roles import group_of
 from utils.seeding import StepRNG
 
 
@@ -28,7 +29,8 @@ class AlternatingTrainer(Trainer):
 
     def __init__(self, parts: TrainerParts) -> None:
         super().__init__(parts)
-        self.opponents = tuple(name for name in parts.roles if name != "generator")
+        groups = dict.fromkeys(group_of(name) for name in parts.roles)
+        self.opponents = tuple(name for name in groups if name != "generator")
         self.losses = cast(Alternating, parts.method)
         self.every = self.losses.config.generator_every
         self.head_start = self.losses.config.head_start

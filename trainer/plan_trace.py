@@ -224,7 +224,7 @@ def build_stand_in(run: Run, session: Session, meter: Meter, *, on_gpu: bool) ->
     for name, network in networks.items():
         meter.watch(name, network)
         meter.tag(network.parameters(), name, "weights")
-    roles = {name: build_trained(run, name, networks[name]) for name in run.needs.trained}
+    roles = build_trained(run, networks)
     if on_gpu:
         use_fused(roles)
     parts = Parts(
@@ -232,6 +232,7 @@ def build_stand_in(run: Run, session: Session, meter: Meter, *, on_gpu: bool) ->
         rollout=build_rollout(run, None),
         sigmas=run.sampling.sigmas,
         layout=run.causal,
+        experts=run.experts,
         parameters={name: list(role.parameters.values()) for name, role in roles.items()},
         takes_given=run.takes_given,
     )

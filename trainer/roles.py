@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from model.types import Batch, Denoiser, Rollout, Sample
+from model.experts import SIDES, is_pair
+from model.types import Batch, Denoiser, Rollout, Sample, Side
 from utils.optim import (
     OptimizerConfig,
     build_optimizers,
@@ -69,6 +70,11 @@ class Role:
             optimizer.zero_grad(set_to_none=True)
 
     @property
+    def learnt(self) -> bool:
+        """Whether a backward pass has reached it since its last update; the same on all ranks."""
+        return any(parameter.grad is not None for parameter in self.parameters.values())
+
+    @property
     def lr(self) -> float:
         """The learning rate of the last update."""
         return float(self.optimizers[0].param_groups[0]["lr"])
@@ -104,22 +110,84 @@ class GatheredRollout:
             return self.rollout(generator, batch, rng, grad=grad)
 
 
+def build_roles(
+    name: str,
+    network: nn.Module,
+    config: OptimizerConfig,
+    own: Sequence[str] | None = None,
+    rates: Mapping[str, float] | None = None,
+    sides: Sequence[Side] = SIDES,
+) -> dict[str, Role]:
+    """The role of `network`; of two experts one for each of `sides`, as `name`.high and `name`.low.
+
+    So each has its own optimizers, norm of gradients and updates. See `build_role`.
+    """
+    module = weights_of(network)
+    if not is_pair(module):
+        return {name: build_role(name, network, config, own, rates)}
+    return {
+        f"{name}.{side}": build_role(
+            f"{name}.{side}",
+            network,
+            config,
+            None if own is None else below(own, side),
+            None if rates is None else {key: rates[f"{side}.{key}"] for key in below(rates, side)},
+            module.get_submodule(side),
+        )
+        for side in sides
+    }
+
+
+def below(names: Iterable[str], part: str) -> list[str]:
+    """The names within a part of a module, as that part has them."""
+    return [name.removeprefix(f"{part}.") for name in names if name.startswith(f"{part}.")]
+
+
+def group_of(role: str) -> str:
+    """What phases call a role: an expert's is that of both, generator.high = generator."""
+    return role.partition(".")[0]
+
+
+def parameters_of(roles: Mapping[str, Role], group: str) -> dict[str, nn.Parameter]:
+    """The parameters of a group's roles, by the names that its network has for them."""
+    return {
+        f"{prefix_of(name)}{key}": parameter
+        for name, role in roles.items()
+        if group_of(name) == group
+        for key, parameter in role.parameters.items()
+    }
+
+
+def prefix_of(role: str) -> str:
+    """What names of a role's parameters begin with in its network: high., low. or nothing."""
+    side = role.partition(".")[2]
+    return f"{side}." if side else ""
+
+
+def weights_of(network: nn.Module) -> nn.Module:
+    """The module that holds a network's weights."""
+    module = network.model
+    assert isinstance(module, nn.Module), "a network keeps its weights in `model`"
+    return module
+
+
 def build_role(
     name: str,
     network: nn.Module,
     config: OptimizerConfig,
     own: Iterable[str] | None = None,
     rates: Mapping[str, float] | None = None,
+    module: nn.Module | None = None,
 ) -> Role:
     """The role of `network`, whose `model` holds the weights; own: names of its own, None = all.
 
     rates: how fast some of these learn, as multiples of the role's learning rate.
+    module: the part of `model` that its own are in, and have their names from; None = all of it.
 
     All that it owns must want a gradient, and no forward pass may have come before (see
     `fix_gradient_reduction`).
     """
-    module = network.model
-    assert isinstance(module, nn.Module), "a network keeps its weights in `model`"
+    module = weights_of(network) if module is None else module
     named = dict(module.named_parameters())
     parameters = named if own is None else {key: named[key] for key in own}
     optimizers = build_optimizers(parameters, config, rates)

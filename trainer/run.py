@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from model.base import Method, Needs
 from model.encoders.vae import VideoVAE
+from model.experts import SIDES, ExpertLevels
 from model.families.base import Model
 from model.families.registry import find_model
 from model.types import Denoiser, Rollout
@@ -19,8 +20,9 @@ from pipeline.build import ROLLOUTS, SAMPLERS, Sampling
 from pipeline.causal import CausalConfig
 from pipeline.protocol import InferencePipeline
 from trainer.config import Config, TrainedNetworkConfig, causal_config, method_class, sigmas
+from trainer.experts import gate, loss_levels, open_models
 from utils.optim import OptimizerConfig
-from utils.weights import Weights, WeightsError
+from utils.weights import JoinedWeights, Weights, WeightsError
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ class Run:
     compute: torch.dtype  # what networks compute in, in training
     latent_shape: Shape  # of the samples, unless the data has shapes of its own
     models: Mapping[str, Model]  # per role that is a denoiser
+    gate: float | None = None  # where the generator's two experts meet; None = it has one network
+    experts: ExpertLevels | None = None  # whose noise levels losses are at; None = one network's
 
     @property
     def model(self) -> Model:
@@ -98,7 +102,17 @@ class Run:
         Of a checkpoint with several networks a critic that is trained whole takes the critic, if
         there is one, and every other role the generator.
         """
-        own, model = self.config.networks[role].weights, self.models[role]
+        settings, model = self.config.networks[role], self.models[role]
+        own = {"high": settings.weights_high, "low": settings.weights_low}
+        if model.experts is None or not any(own.values()):
+            return self._found(role, model, settings.weights)
+        parts = {
+            side: self._found(role, model.only(side), own[side] or settings.weights)
+            for side in SIDES
+        }
+        return JoinedWeights(model.path, parts)
+
+    def _found(self, role: str, model: Model, own: str | None) -> Weights:
         if own is None:
             return model.find_weights()
         if role == "critic" and self.config.frozen(role) is None:
@@ -153,8 +167,12 @@ def resolve(
     """
     method = method_class(config)
     needs = method.needs(config.loss)
-    root = Path(config.model_root)
     channels, frames, height, width = config.latent_shape
+    opened = open_models(config, roles or needs.networks, find)
+    few_steps = sigmas(config) if needs.sampler == "few_step" else None
+    meet = gate(config, opened["generator"], few_steps)
+    if meet is not None:  # so that it is stored
+        config = replace(config, sampling=replace(config.sampling, boundary=meet))
     return Run(
         config=config,
         method=method,
@@ -162,5 +180,7 @@ def resolve(
         sampling=Sampling(sigmas(config), causal_config(config), config.sampling),
         compute=torch.bfloat16 if config.mixed_precision else torch.float32,
         latent_shape=(channels, frames, height, width),
-        models={role: find(root, config.model_of(role)) for role in roles or needs.networks},
+        models={role: found.model for role, found in opened.items()},
+        gate=meet,
+        experts=None if roles else loss_levels(config, needs, opened, few_steps),
     )

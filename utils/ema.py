@@ -35,11 +35,15 @@ class EMA:
         }
 
     @torch.no_grad()
-    def update(self, *, step: int) -> None:
-        """Move the shadow toward the weights after their update at outer step `step`."""
+    def update(self, *, step: int, prefix: str = "") -> None:
+        """Move the shadow toward the weights after their update at outer step `step`.
+
+        prefix: of the names of those that were updated.
+        """
         weight = 1.0 if step < self.config.start_step else 1.0 - self.config.decay
-        shadows = [local(self.shadow[name]) for name in self.parameters]
-        weights = [local(parameter.detach()).float() for parameter in self.parameters.values()]
+        names = [name for name in self.parameters if name.startswith(prefix)]
+        shadows = [local(self.shadow[name]) for name in names]
+        weights = [local(self.parameters[name].detach()).float() for name in names]
         torch._foreach_lerp_(shadows, weights, weight)
 
     @contextlib.contextmanager

@@ -52,6 +52,27 @@ class Weights(Protocol):
         """Rows of one tensor along its first dimension."""
 
 
+class JoinedWeights:
+    """Those of several networks as one: names begin with what each network is called."""
+
+    def __init__(self, path: Path, parts: Mapping[str, Weights]) -> None:
+        self.path = path
+        self._parts = parts
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor, without reading it; one network after the other."""
+        return {
+            f"{part}.{name}": shape
+            for part, weights in self._parts.items()
+            for name, shape in weights.shapes().items()
+        }
+
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Rows of one tensor along its first dimension."""
+        part, _, own = name.partition(".")
+        return self._parts[part].read(own, rows)
+
+
 class CheckpointWeights:
     """One role's weights, or their average, inside a training checkpoint."""
 

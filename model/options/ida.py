@@ -42,8 +42,9 @@ class IDA(Option):
     @torch.no_grad()
     def after_update(self, role: str) -> None:
         """See the class."""
-        if role != "generator":
+        group, dot, side = role.partition(".")  # of two experts the one that moved
+        if group != "generator":
             return
         own = self.parts.parameters
-        for parameter, other in zip(own["critic"], own["generator"], strict=True):
+        for parameter, other in zip(own[f"critic{dot}{side}"], own[role], strict=True):
             parameter.lerp_(other, self.config.critic_pull)

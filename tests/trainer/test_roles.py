@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from model.types import Conditioning, Prediction
 from tests.conftest import build_wan
-from trainer.roles import Role, build_role
+from trainer.roles import Role, build_role, build_roles, parameters_of
 from utils.ema import EMA, EMAConfig
 from utils.optim import OptimizerConfig
 
@@ -140,3 +140,43 @@ def test_a_role_of_any_shape_continues_from_what_it_saved_bit_for_bit(
         step(role, 0.1)
         step(role, 0.9)
     assert changed(copies(straight.module), resumed.module) == set()
+
+
+def test_each_of_two_experts_has_a_role_of_its_own_under_plain_names() -> None:
+    network = TwoLevels()
+    roles = build_roles("generator", network, CONFIG)
+    assert list(roles) == ["generator.high", "generator.low"]
+    plain = [name for name, _ in build_wan().named_parameters()]
+    assert all(list(role.parameters) == plain for role in roles.values())
+    assert all(role.network is network for role in roles.values())
+    assert list(parameters_of(roles, "generator")) == [
+        n for n, _ in network.model.named_parameters()
+    ]
+    assert list(build_roles("generator", Shared(build_wan()), CONFIG)) == ["generator"]
+
+
+@pytest.mark.parametrize("sigma", [0.9, 0.1])
+def test_an_expert_that_a_loss_has_not_reached_has_learnt_nothing(sigma: float) -> None:
+    network = TwoLevels()
+    roles = build_roles("generator", network, CONFIG)
+    loss = network(noisy(), torch.tensor([[sigma]]), conditioning()).velocity.square().mean()
+    loss.backward()
+    reached = ["generator.high" if sigma > 0.5 else "generator.low"]
+    assert [name for name, role in roles.items() if role.learnt] == reached
+    roles[reached[0]].step(0, 10)
+    assert not any(role.learnt for role in roles.values())
+
+
+def test_of_two_experts_one_alone_may_be_trained() -> None:
+    assert list(build_roles("generator", TwoLevels(), CONFIG, sides=("low",))) == ["generator.low"]
+
+
+def test_experts_own_what_is_named_below_them_and_learn_at_its_rates() -> None:
+    network = TwoLevels()
+    own = [name for name, _ in network.model.named_parameters() if "self_attn.q" in name]
+    roles = build_roles("generator", network, OptimizerConfig(lr=0.1), own, dict.fromkeys(own, 3.0))
+    assert list(parameters_of(roles, "generator")) == own
+    for role in roles.values():
+        role.step(0, 10)
+        rates = [group["lr"] for one in role.optimizers for group in one.param_groups]
+        assert rates == [pytest.approx(0.3)] * len(rates)

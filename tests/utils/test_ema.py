@@ -90,3 +90,14 @@ def test_the_trained_weights_return_after_an_error() -> None:
     with pytest.raises(RuntimeError), ema.swapped_in():
         raise RuntimeError("sampling failed")
     assert torch.equal(module.weight, torch.full((1, 2), 5.0))
+
+
+def test_of_several_networks_only_the_one_that_was_updated_moves_its_average() -> None:
+    networks = nn.ModuleDict({"high": layer(1.0), "low": layer(1.0)})
+    ema = EMA(dict(networks.named_parameters()), EMAConfig(decay=0.75))
+    for network in (networks["high"], networks["low"]):
+        assert isinstance(network, nn.Linear)
+        set_to(network, 2.0)
+    ema.update(step=0, prefix="low.")
+    assert float(ema.shadow["high.weight"].mean()) == 1.0
+    assert float(ema.shadow["low.weight"].mean()) == 1.25

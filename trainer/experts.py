@@ -1,0 +1,155 @@
+"""Two experts in a run: which of them each role has, and where they meet.
+
+A model of two experts is one role's, or one of its two is (`<role>.experts`), which is a model of
+one network then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from model.base import Needs
+from model.experts import SIDES, ExpertLevels, side_of
+from model.families.base import Model
+from model.types import Side
+from trainer.config import Config
+from utils.config import ConfigError
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A role's model, and the folder's if that holds two experts of which it is one."""
+
+    whole: Model
+    only: Side | None = None
+
+    @property
+    def model(self) -> Model:
+        """What the role has. Raises UserError for an expert of a folder that holds none."""
+        return self.whole if self.only is None else self.whole.only(self.only)
+
+    @property
+    def boundary(self) -> float | None:
+        """Where the folder's experts meet; None = it holds one network."""
+        experts = self.whole.experts
+        return None if experts is None else experts.boundary
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """The experts that the role has; none = one network for all noise levels."""
+        if self.boundary is None:
+            return ()
+        return SIDES if self.only is None else (self.only,)
+
+
+def open_models(
+    config: Config, roles: Sequence[str], find: Callable[[Path, str], Model]
+) -> dict[str, Opened]:
+    """The models of some roles; find: what opens one, from the folder of all and its name."""
+    root = Path(config.model_root)
+    return {
+        role: Opened(find(root, config.model_of(role)), config.networks[role].experts)
+        for role in roles
+    }
+
+
+def gate(config: Config, opened: Opened, few_steps: Sequence[float] | None) -> float | None:
+    """The noise level from which on the generator's high expert is asked; None = it has no pair.
+
+    few_steps: its noise levels, if it makes clips in few steps; then it lies strictly between two
+    of them, so that no rounding moves a step from one expert to the other. Raises ConfigError.
+    """
+    asked = config.sampling.boundary
+    if opened.boundary is None:
+        for name in ("boundary", "cfg_scale_low"):
+            if getattr(config.sampling, name) is not None:
+                raise ConfigError(
+                    f"sampling.{name}: is for models of two experts; {opened.whole.path} has one "
+                    f"network for all noise levels; leave it out"
+                )
+        return None
+    if len(opened.sides) < len(SIDES):
+        return None
+    if few_steps is None:
+        return opened.boundary if asked is None else asked
+    if asked is None:
+        return between(few_steps, opened.boundary)
+    if not few_steps[-1] < asked < few_steps[0] or asked in few_steps:
+        raise ConfigError(
+            f"sampling.boundary: must lie strictly between two of the student's noise levels "
+            f"{_listed(few_steps)}, got {asked}; use {' or '.join(_middles(few_steps))}, or null"
+        )
+    return asked
+
+
+def between(few_steps: Sequence[float], boundary: float) -> float:
+    """The middle between the two of the few steps around the boundary; one on it is the low one's.
+
+    Raises ConfigError unless there is one above and one at or below it.
+    """
+    low = [sigma for sigma in few_steps if side_of(boundary, sigma) == "high"]
+    high = few_steps[: len(few_steps) - len(low)]
+    if not low:
+        raise ConfigError(
+            f"denoising_step_list: none of the noise levels {_listed(few_steps)} is at or below "
+            f"{boundary:g}, where the low expert begins, so it would never be asked; add steps, or "
+            f"set generator.experts=high"
+        )
+    return (high[-1] + low[0]) / 2.0
+
+
+def loss_levels(
+    config: Config, needs: Needs, opened: Mapping[str, Opened], few_steps: Sequence[float] | None
+) -> ExpertLevels | None:
+    """The experts whose noise levels losses are at: the teacher's, else the generator's.
+
+    None = one network for all. Losses of a generator of few steps alone are at these, which meet
+    where they do in sampling. Raises ConfigError for settings that contradict each other.
+    """
+    reference = "teacher" if "teacher" in needs.networks else "generator"
+    boundary = opened[reference].boundary
+    if boundary is None:
+        for name in ("boundary", "cfg_scale_low"):
+            if getattr(config.loss, name, None) is not None:
+                raise ConfigError(
+                    f"loss.{name}: is for models of two experts; the {reference}'s "
+                    f"{opened[reference].whole.path} has one network for all noise levels; leave "
+                    f"it out"
+                )
+        return None
+    asked = getattr(config.loss, "boundary", None)
+    if asked is None and reference == "generator" and few_steps is not None:
+        asked = config.sampling.boundary or between(few_steps, boundary)
+    levels = ExpertLevels(boundary if asked is None else asked, opened[reference].sides)
+    found = list(problems(config, needs, levels))
+    if found:
+        raise ConfigError("\n".join(found))
+    return levels
+
+
+def problems(config: Config, needs: Needs, levels: ExpertLevels) -> Iterator[str]:
+    """What experts cannot do, one line each."""
+    if config.generator_type == "causal":
+        yield (
+            "generator_type: causal is not for models of two experts: keys of a past belong to one "
+            "network, so each block would have to be remembered twice; use bidirectional, or a "
+            "model of one network"
+        )
+    if needs.backbone is not None:
+        yield (
+            f"trainer: a discriminator reads the features of one network, and the {needs.backbone} "
+            f"is of two experts; leave it out (loss.gan_weight=0, loss.divergence=reverse_kl), or "
+            f"use a model of one network"
+        )
+    yield from config.loss.expert_problems(levels)
+
+
+def _listed(sigmas: Sequence[float]) -> str:
+    return ", ".join(f"{sigma:.4g}" for sigma in sigmas)
+
+
+def _middles(sigmas: Sequence[float]) -> list[str]:
+    return [f"{(a + b) / 2.0:.4f}" for a, b in pairwise(sigmas)]
