@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from model.conditioning import first_latents
 from model.types import Keyframes
 from pipeline.generator import VideoGenerator
 from pipeline.teacher import trajectory
@@ -67,6 +68,10 @@ def parser() -> argparse.ArgumentParser:
         "--batch_size", type=int, default=1,
         help=f"pairs at a time on each process; more than a shard's {SHARD_PAIRS} are not taken",
     )  # fmt: skip
+    result.add_argument(
+        "--i2v", action="store_true",
+        help="pairs begin with the images of --caption_path, of models where images are optional",
+    )  # fmt: skip
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("overrides", nargs="*", metavar="key=value", help="settings to override")
     return result
@@ -78,14 +83,14 @@ class Records:
 
     dataset: Dataset
     count: int
-    begin_with_images: bool
+    begin_with_images: bool  # read by the model, or in the first latent frame's place
 
     def prompts(self, indices: Sequence[int]) -> list[str]:
         """The captions of some pairs."""
         return [self.dataset.prompt(i % len(self.dataset)) for i in indices]
 
     def images(self, indices: Sequence[int]) -> Tensor | None:
-        """The images [B, 3, H, W], uint8, that some pairs begin with; None for text-to-video."""
+        """The images [B, 3, H, W], uint8, that some pairs begin with; None = with none."""
         if not self.begin_with_images:
             return None
         found = [self.dataset[i % len(self.dataset)].image for i in indices]
@@ -117,7 +122,12 @@ def plan(
             f"choose a number that times step / 1000 is whole, as 48 for 750, 500, 250"
         )
     dataset = open_dataset(args.caption_path)
-    begin_with_images = source.model.images is not None
+    if args.i2v and source.model.images is None:
+        raise ConfigError(
+            f"--i2v: {source.model.path} makes clips from text alone; leave it out, or use a model "
+            f"that begins with images"
+        )
+    begin_with_images = args.i2v or source.run.reads_images
     if begin_with_images:
         check_images(
             args.caption_path, dataset, source.model.latent.pixel_size(*config.latent_shape[2:])
@@ -138,12 +148,16 @@ def plan(
         negative_prompt=config.data.negative_prompt,
         mixed_precision=config.mixed_precision,
         weights=str(source.weights.path) + (" (EMA)" if args.use_ema else ""),
+        images=begin_with_images and source.run.takes_given,
     )
 
 
 def claim(folder: Path, manifest: TrajectoryManifest) -> Claim:
     """What makes a folder that of these pairs."""
-    return Claim(folder, asdict(manifest), holds="pairs", file=MANIFEST, results="**/data.mdb")
+    made_with = asdict(manifest)
+    if not manifest.images:  # folders of before this choice go on
+        del made_with["images"]
+    return Claim(folder, made_with, holds="pairs", file=MANIFEST, results="**/data.mdb")
 
 
 def run(
@@ -181,8 +195,7 @@ def make(
 ) -> Tensor:
     """Trajectories [B, S, C, F, H, W] of some pairs; a pair's noise follows its number."""
     rng = sample_rng(seed, "ode pairs", indices, generator.device)
-    images = records.images(indices)
-    keyframes = None if images is None else Keyframes(to_signed(images).to(generator.device))
+    keyframes, given = begin(records.images(indices), generator)
     conditioning = generator.encoder.encode(
         records.prompts(indices), keyframes, frames=config.latent_shape[1]
     )
@@ -194,8 +207,21 @@ def make(
         conditioning,
         generator.encoder.unconditional(conditioning),
         config.sampling,
+        given=given,
     )
     return torch.stack([x for step, x in enumerate(states) if step in kept], dim=1)
+
+
+def begin(
+    images: Tensor | None, generator: VideoGenerator
+) -> tuple[Keyframes | None, Tensor | None]:
+    """What a model reads of images [B, 3, H, W], uint8: keyframes, or first latent frames."""
+    if images is None:
+        return None, None
+    pixels = to_signed(images).to(generator.device)
+    if generator.encoder.reads_images:
+        return Keyframes(pixels), None
+    return None, first_latents(generator.vae, pixels)
 
 
 @interruptible

@@ -38,7 +38,7 @@ def unlike(run: Run, network: nn.Module) -> str | None:
     reasons = {
         "it knows Wan's transformer alone": sizes_of(network) is None,
         "it samples in a few steps alone": run.needs.sampler != "few_step",
-        "it reads no images": run.model.images is not None,
+        "it reads no images": run.reads_images,
         "it has no window and no noise on the past": causal is not None
         and (causal.local_attn_size is not None or causal.context_noise > 0),
     }

@@ -53,7 +53,7 @@ def unlike(run: Run, ranks: int) -> str | None:
     reasons = {
         "it is one process": ranks > 1,
         "it knows DMD alone, without options": not plain_dmd,
-        "it reads no images": run.model.images is not None,
+        "it reads no images": run.begins_with_given,
         "it takes one micro-batch": config.accumulation > 1,
         "its teacher is not rounded to 8 bits": config.teacher.storage is not None,
         "its learning rates are constant": any(not _constant(o) for o in trained(config).values()),
@@ -66,7 +66,6 @@ def unlike(run: Run, ranks: int) -> str | None:
             or causal.last_step_only
             or causal.gradient_frames is not None
             or causal.rollout_frames is not None
-            or causal.given_first_frame
         ),
         "its average moves from the start": config.ema.start_step > 0,
     }
