@@ -1,8 +1,10 @@
-"""Make the tiny world: Wan2.1 model folders without transformer weights, and data to train them.
+"""Make the tiny world: Wan model folders without transformer weights, and data to train them.
 
 Writes <model_root>/Wan2.1-T2V-Tiny (config, tokenizer, text encoder, codec), Wan2.1-I2V-Tiny (with
-an image encoder), <data>/latents (LMDB shards, with first frames) and <data>/prompts.txt.
-Deterministic; nothing is downloaded.
+an image encoder), Wan2.2-TI2V-Tiny (a codec of stride 16), Wan2.2-T2V-A14B-Tiny and
+Wan2.2-I2V-A14B-Tiny (two experts each), <data>/latents (LMDB shards, with first frames),
+<data>/latents_16 (the same clips as TI2V's latents) and <data>/prompts.txt. Deterministic; nothing
+is downloaded.
 """
 
 from __future__ import annotations
@@ -26,20 +28,25 @@ from tqdm import tqdm
 from model.encoders.clip import HEAD_DIM
 from model.encoders.clip import to_official as clip_to_official
 from model.encoders.umt5 import to_official
+from model.experts import SIDES
 from model.families.registry import open_model
-from model.families.wan21.folder import CONFIG, IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER
+from model.families.wan21.folder import CONFIG, HOMES, IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER
 from model.wan.config import PRESETS, WanConfig, write_wan_config
 from utils import start
 from utils.cli import USER_ERRORS, check_at_least, command_parser, fail, interruptible
 from utils.data.shards import ShardWriter
 from utils.seeding import derive_seed, generator
-from utils.tiny_world.codec import FILE_NAME, PatchCodec
+from utils.tiny_world.codec import FILE_NAME, WAN21, WAN22, CodecSizes, PatchCodec
 from utils.tiny_world.world import captions, draw_captions, draw_scenes, render
 from utils.weights import write_weights
 
 NAME, IMAGE_NAME = "Wan2.1-T2V-Tiny", "Wan2.1-I2V-Tiny"
+TI2V_NAME = "Wan2.2-TI2V-Tiny"
+EXPERT_NAMES = ("Wan2.2-T2V-A14B-Tiny", "Wan2.2-I2V-A14B-Tiny")
+LATENTS, TI2V_LATENTS = "latents", "latents_16"  # folders of the data
 SEED = 2026  # of the world itself, not of a run: every clone makes the same one
 SHARD_CLIPS, CODEC_CLIPS, CHUNK = 2048, 1024, 128
+WIDE_CODEC_CLIPS = 512  # of a codec of larger patches, whose covariance is 16 times as large
 
 
 def parser() -> argparse.ArgumentParser:
@@ -114,10 +121,16 @@ def make_image_encoder(path: Path, width: int) -> None:
     path.with_suffix(".pt").replace(path)
 
 
-def make_folder(folder: Path, name: str = NAME, sizes: WanConfig | None = None) -> PatchCodec:
+def make_folder(
+    folder: Path,
+    name: str = NAME,
+    sizes: WanConfig | None = None,
+    codec: PatchCodec | None = None,
+) -> PatchCodec:
     """Write the model folder; returns its codec. A finished folder is left as it is.
 
-    sizes: of its transformer; None = the preset `name`.
+    sizes: of its transformer; None = the preset `name`. codec: as of another folder; None = it is
+    made.
     """
     codec_path = folder / FILE_NAME
     if codec_path.is_file():  # written last
@@ -128,27 +141,37 @@ def make_folder(folder: Path, name: str = NAME, sizes: WanConfig | None = None) 
     make_text_encoder(folder / TEXT_ENCODER, vocabulary, config.text_dim)
     if config.reads_clip:
         make_image_encoder(folder / IMAGE_ENCODER, config.image_dim)
-    write_wan_config(config, folder / CONFIG)
-    rng = generator(SEED, "codec")
-    clips = render(draw_scenes(draw_captions(CODEC_CLIPS, rng), rng))
-    codec = PatchCodec.fit(2.0 * clips - 1.0)
+    for side in SIDES if name in EXPERT_NAMES else (None,):
+        home = folder / HOMES[side][0]
+        home.mkdir(exist_ok=True)
+        write_wan_config(config, home / CONFIG)
+    codec = codec or fit_codec(WAN22 if config.model_type == "ti2v" else WAN21)
     codec.save(codec_path)
     return codec
 
 
-def make_data(folder: Path, codec: PatchCodec, count: int) -> None:
-    """Write `count` captioned latents in shards, and all captions as a prompt file.
+def fit_codec(sizes: CodecSizes) -> PatchCodec:
+    """The codec of these sizes for the world's clips."""
+    rng = generator(SEED, "codec")
+    count = CODEC_CLIPS if sizes == WAN21 else WIDE_CODEC_CLIPS
+    clips = render(draw_scenes(draw_captions(count, rng), rng))
+    return PatchCodec.fit(2.0 * clips - 1.0, sizes)
 
-    A shard appears whole or not at all, so an interrupted call continues.
+
+def make_data(folder: Path, codec: PatchCodec, count: int, name: str = LATENTS) -> None:
+    """Write `count` captioned latents in shards below `name`, and all captions as a prompt file.
+
+    A shard appears whole or not at all, so an interrupted call continues. The clips are the same
+    for every codec.
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = "".join(f"{caption}\n" for caption in captions())
     (folder / "prompts.txt").write_text(text, encoding="utf-8")
-    for number in tqdm(range(-(-count // SHARD_CLIPS)), desc="shards"):
-        shard = folder / "latents" / f"shard_{number}"
+    for number in tqdm(range(-(-count // SHARD_CLIPS)), desc=name):
+        shard = folder / name / f"shard_{number}"
         if shard.is_dir():
             continue
-        part = folder / f"shard_{number}.tmp"
+        part = folder / f"{name}_shard_{number}.tmp"
         shutil.rmtree(part, ignore_errors=True)
         rng = generator(SEED, "clips", number)
         chosen = draw_captions(min(SHARD_CLIPS, count - number * SHARD_CLIPS), rng)
@@ -170,11 +193,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_at_least(args, clips=1)
         codec = make_folder(args.model_root / NAME)
-        make_folder(args.model_root / IMAGE_NAME, IMAGE_NAME)
+        make_folder(args.model_root / IMAGE_NAME, IMAGE_NAME, codec=codec)
         make_data(args.data_path, codec, args.clips)
+        for name in EXPERT_NAMES:
+            make_folder(args.model_root / name, name, codec=codec)
+        wide = make_folder(args.model_root / TI2V_NAME, TI2V_NAME)
+        make_data(args.data_path, wide, args.clips, TI2V_LATENTS)
     except USER_ERRORS as error:
         return fail(error)
-    for name in (NAME, IMAGE_NAME):
+    for name in (NAME, IMAGE_NAME, TI2V_NAME, *EXPERT_NAMES):
         print(f"{args.model_root / name}: lacks {_lacking(args.model_root / name)}")
     return 0
 

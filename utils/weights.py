@@ -223,6 +223,20 @@ def _flat_tensors(path: Path, role: str, averaged: bool | None) -> Iterator[tupl
             yield name, value
 
 
+def weight_names(path: Path) -> list[str]:
+    """The names in a safetensors file, or in those that an index names, without reading either.
+
+    Empty where nothing can be read; whoever needs the weights says so.
+    """
+    try:
+        if path.name.endswith(INDEX_SUFFIX):
+            return list(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return []
+
+
 def read_tensors(path: Path) -> Any:
     """What a .pt or .pth file holds, read when it is used; tensors and plain containers alone.
 

@@ -67,9 +67,10 @@ class Export:
     layout: str  # one of the family's
     dtype: torch.dtype | None = None  # of the denoiser; None = as stored
     max_shard_bytes: int = 5 * 10**9
-    # How the weights are sampled, where diffusers' files have a place for it; None = as published.
+    # For who samples it: the shift that it was trained with, and of two experts their boundary.
+    # None = as published, or what the folder says that the new one is made of.
     shift: float | None = None
-    boundary: float | None = None  # between two experts
+    boundary: float | None = None
     texts: Mapping[str, str] = field(default_factory=dict)  # more files at the top, by name
 
 

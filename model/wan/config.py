@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from utils.errors import UserError
 
 # Images that a model of each type is given beside the noisy latents.
 IMAGE_COUNT = {"t2v": 0, "ti2v": 0, "i2v": 1, "flf2v": 2}
+GIVEN_CHANNELS = 20  # beside those latents: of a mask, and of given frames
 TI2V_CHANNELS = 48  # of TI2V-5B's latents; no other release has as many
 
 
@@ -81,7 +83,7 @@ class WanConfig:
             found.append(f"patch_size must not span frames, got {self.patch_size}")
         if self.freq_dim % 2:
             found.append(f"freq_dim must be even, got {self.freq_dim}")
-        extra = 20 * self.given_latents + 10 * self.absolute_positions
+        extra = GIVEN_CHANNELS * self.given_latents + 10 * self.absolute_positions
         if self.in_dim != self.out_dim + extra:
             found.append(f"in_dim must be out_dim + {extra}, got {self.in_dim} and {self.out_dim}")
         return found
@@ -315,9 +317,14 @@ def _build(values: dict[str, Any]) -> WanConfig:
     return WanConfig(**values)
 
 
-def write_wan_config(config: WanConfig, path: Path) -> None:
-    """Write `config` as an official config.json."""
-    values = {"_class_name": "WanModel", **asdict(config)}
+def write_wan_config(
+    config: WanConfig, path: Path, private: Mapping[str, object] | None = None
+) -> None:
+    """Write `config` as an official config.json.
+
+    private: fields that begin with an underscore, which readers of sizes pass over.
+    """
+    values = {"_class_name": "WanModel", **(private or {}), **asdict(config)}
     if config.clip:  # what official files mean that say nothing
         del values["clip"]
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

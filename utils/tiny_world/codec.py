@@ -2,7 +2,8 @@
 
 Causal in time: frame 0 alone, then groups of k; s x s patches; principal components, whitened.
 Letters: P = 1 + k (F - 1) pixel frames, pixels [B, 3, P, s H, s W] in [-1, 1], latents
-[B, C, F, H, W] with zero mean and unit variance per channel. As Wan2.1: C 16, k 4, s 8.
+[B, C, F, H, W] with zero mean and unit variance per channel. As Wan2.1: C 16, k 4, s 8; as
+Wan2.2's TI2V: C 48, k 4, s 16.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from utils.weights import WeightFile, WeightsError, load_weights, write_weights
 CHANNELS = 16
 SPATIAL_STRIDE, TEMPORAL_STRIDE = 8, 4
 FILE_NAME = "patch_codec.safetensors"
+MAX_WHOLE = 1024  # rows of a covariance whose eigenvectors are all computed
+ITERATIONS = 8  # right to 1e-7
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class CodecSizes:
 
 
 WAN21 = CodecSizes()
+WAN22 = CodecSizes(channels=48, spatial_stride=16)
 
 
 class PatchCodec(nn.Module):
@@ -69,11 +73,12 @@ class PatchCodec(nn.Module):
             rows = codec.to_patches(frames, 1 if name == "first" else codec.temporal_stride)
             rows = rows.flatten(0, 3).double()
             mean = rows.mean(dim=0)
-            values, vectors = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
-            basis = vectors[:, -codec.channels :].flip(1)
+            covariance = (rows - mean).T @ (rows - mean) / len(rows)
+            values, vectors = _largest(covariance, codec.channels)
+            basis = vectors.flip(1)
             largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
             basis = basis * largest.sign()  # eigenvectors have no sign of their own
-            deviation = values[-codec.channels :].flip(0).sqrt()
+            deviation = values.flip(0).sqrt()
             codec.get_buffer(f"{name}_mean").copy_(mean)
             codec.get_buffer(f"{name}_encode").copy_(basis / deviation)
             codec.get_buffer(f"{name}_decode").copy_((basis * deviation).T)
@@ -173,3 +178,19 @@ class PatchStreamDecoder:
             parts.append(self._codec.decode_frame(frame, name, stride))
             self._started = True
         return torch.cat(parts, dim=2)
+
+
+def _largest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues [count] of a covariance [n, n], in rising order, and their vectors.
+
+    Of large matrices by iterating a subspace of twice as many: all of them would take a minute.
+    """
+    if len(matrix) <= MAX_WHOLE:
+        values, vectors = torch.linalg.eigh(matrix)
+        return values[-count:], vectors[:, -count:]
+    basis = matrix[:, :: len(matrix) // (2 * count)]
+    for _ in range(ITERATIONS):
+        basis = matrix @ torch.linalg.qr(basis).Q
+    basis = torch.linalg.qr(basis).Q
+    values, vectors = torch.linalg.eigh(basis.T @ matrix @ basis)
+    return values[-count:], (basis @ vectors)[:, -count:]

@@ -1,10 +1,11 @@
-"""Write whole Wan2.1 folders, official or diffusers', from a folder of either layout."""
+"""Write whole Wan folders, official or diffusers', from a folder of either layout."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,27 @@ from model.encoders.vae_sizes import name_of
 from model.families.base import Export
 from model.families.wan21.folder import (
     CONFIG,
+    HOMES,
     IMAGE_ENCODER,
     MODEL_INDEX,
     TEXT_ENCODER,
     TOKENIZER,
+    VAE22_FILE,
     VAE_FILE,
     VAE_FOLDER,
     ModelFolder,
 )
-from model.families.wan21.weights import check_weights
-from model.folders.component import STEMS
+from model.families.wan21.weights import one_side
+from model.folders.component import STEMS, read_json
 from model.folders.writing import appearing, check_target, copy_if_there, copy_part, write_shards
+from model.types import Side
 from model.wan.config import diffusers_config, write_wan_config
 from model.wan.weights import to_diffusers
 from utils.errors import UserError
 from utils.files import writing
 from utils.weights import Weights, check_fits
+
+log = logging.getLogger(__name__)
 
 LAYOUTS = ("official", "diffusers")
 CLIP_TOKENIZER = "xlm-roberta-large"  # nothing here reads it; official code looks for it
@@ -46,16 +52,30 @@ FLOW_SHIFT = 3.0  # of the scheduler in diffusers' folders; Wan's own advice for
 
 MODEL_STEM, TRANSFORMERS_STEM = STEMS
 SCHEDULER, IMAGE_PROCESSOR = "scheduler", "image_processor"  # folders of diffusers' layout
+SCHEDULER_CONFIG = "scheduler_config.json"
+
+
+NO_PART = [None, None]  # in the index of diffusers' layout: a part that a pipeline may do without
+
+
+@dataclass(frozen=True)
+class Release:
+    """How a family's folders differ from those of one transformer of Wan2.1."""
+
+    sides: tuple[Side | None, ...] = (None,)  # whose transformers they hold
+    shift: float | None = None  # of the scheduler; None = the source's, or Wan2.1's
+    index: Mapping[str, Any] = field(default_factory=dict)  # in model_index.json
+    private: Mapping[str, Any] = field(default_factory=dict)  # in official config.json files
 
 
 def check_export(source: ModelFolder, export: Export, target: Path) -> None:
     """Raise UserError that says why `export` cannot be written to `target`. Cheap.
 
-    source: a complete folder, which gives the sizes and all but the transformer's weights.
+    source: a complete folder, which gives the sizes and all but the transformers' weights; that
+    these fit is for the caller to check.
     """
     check_target(target)
     config = source.wan_config()
-    check_weights(config, export.weights, what=f"the transformer of {source.path}")
     if export.layout == "diffusers":
         try:
             diffusers_config(config)
@@ -65,33 +85,34 @@ def check_export(source: ModelFolder, export: Export, target: Path) -> None:
             raise UserError(f"{vae}: this codec is no VAE of diffusers'")
 
 
-def write_model_folder(source: ModelFolder, export: Export, target: Path) -> None:
+def write_model_folder(source: ModelFolder, export: Export, target: Path, release: Release) -> None:
     """Write a model folder, after `check_export`; it appears whole or not at all.
 
-    The transformer's weights are read and written a shard at a time. Raises WeightsError for parts
+    The transformers' weights are read and written a shard at a time. Raises WeightsError for parts
     of the source that are not what their names say.
     """
     with appearing(target) as part:
-        _write_folder(source, export, part)
+        _write_folder(source, export, part, release)
 
 
-def _write_folder(source: ModelFolder, export: Export, target: Path) -> None:
+def _write_folder(source: ModelFolder, export: Export, target: Path, release: Release) -> None:
     diffusers = export.layout == "diffusers"
     # Small parts first: a wrong one is found before gigabytes are written.
     vae = _present(source.vae)
     if _is_wans(vae):
-        _write_part(VAE, vae, target, export)
+        _write_part(replace(VAE, file=source.codecs[0]), vae, target, export)
     else:
         copy_part(vae, target / vae.name)
     if source.wan_config().reads_clip:
         _write_part(CLIP, _present(source.image_encoder), target, export)
     copy_part(_present(source.tokenizer), target / ("tokenizer" if diffusers else TOKENIZER))
     if diffusers:
-        _write_diffusers_extras(source, export, target)
+        _write_diffusers_extras(source, target, release)
     else:
         copy_if_there(source.path / CLIP_TOKENIZER, target / CLIP_TOKENIZER)
     _write_part(UMT5, _present(source.text_encoder), target, export)
-    _write_transformer(source, export, target)
+    for side in release.sides:
+        _write_transformer(source, export, target, side, release)
     for name, text in export.texts.items():
         (target / name).write_text(text, encoding="utf-8")
 
@@ -103,28 +124,33 @@ def _present(path: Path | None) -> Path:
 
 def _is_wans(codec: Path) -> bool:
     """Whether a codec is Wan's autoencoder; another family's, of this transformer, is copied."""
-    return codec.name in (VAE_FILE, VAE_FOLDER)
+    return codec.name in (VAE_FILE, VAE22_FILE, VAE_FOLDER)
 
 
-# ---- the transformer
+# ---- the transformers
 
 
-def _write_transformer(source: ModelFolder, export: Export, target: Path) -> None:
-    config, folder = source.wan_config(), target
-    if export.layout == "diffusers":
-        folder = target / "transformer"
-        folder.mkdir()
+def _write_transformer(
+    source: ModelFolder, export: Export, target: Path, side: Side | None, release: Release
+) -> None:
+    config, diffusers = source.wan_config(), export.layout == "diffusers"
+    folder = target / HOMES[side][diffusers]
+    folder.mkdir(exist_ok=True)
+    if diffusers:
         _write_json(folder / CONFIG, diffusers_config(config))
     else:
-        write_wan_config(config, folder / CONFIG)
+        write_wan_config(config, folder / CONFIG, release.private)
     metadata = {"source": str(export.weights.path)}
-    write_shards(_transformer(export), folder, MODEL_STEM, export.max_shard_bytes, metadata)
+    tensors = _transformer(export, side)
+    write_shards(tensors, folder, MODEL_STEM, export.max_shard_bytes, metadata)
 
 
-def _transformer(export: Export) -> Iterator[tuple[str, Tensor]]:
+def _transformer(export: Export, side: Side | None) -> Iterator[tuple[str, Tensor]]:
     rename = to_diffusers if export.layout == "diffusers" else str
-    for name in tqdm(export.weights.shapes(), desc="transformer", unit="tensor"):
-        value = export.weights.read(name)
+    weights = export.weights if side is None else one_side(export.weights, side)
+    what = "transformer" if side is None else f"{side}-noise transformer"
+    for name in tqdm(weights.shapes(), desc=what, unit="tensor"):
+        value = weights.read(name)
         yield rename(name), value if export.dtype is None else value.to(export.dtype)
 
 
@@ -202,8 +228,23 @@ def _write_config(network: Any, folder: Path, dtype: torch.dtype) -> None:
 # ---- the rest
 
 
-def _write_diffusers_extras(source: ModelFolder, export: Export, target: Path) -> None:
+def _write_diffusers_extras(source: ModelFolder, target: Path, release: Release) -> None:
     """The scheduler, the image processor and the index, as diffusers' pipelines look for them."""
+    _write_scheduler(source.path / SCHEDULER, target / SCHEDULER, release.shift)
+    if source.wan_config().reads_clip and not copy_if_there(
+        source.path / IMAGE_PROCESSOR, target / IMAGE_PROCESSOR
+    ):
+        _write_image_processor(target)
+    theirs = read_json(source.path / MODEL_INDEX)
+    values = {**(theirs or _index(source, target)), **release.index}
+    if values == theirs:
+        copy_part(source.path / MODEL_INDEX, target / MODEL_INDEX)
+    else:
+        _write_json(target / MODEL_INDEX, values)
+
+
+def _index(source: ModelFolder, target: Path) -> dict[str, Any]:
+    """The model_index.json of a folder of diffusers' layout."""
     import diffusers  # slow to import
     import transformers
 
@@ -215,24 +256,38 @@ def _write_diffusers_extras(source: ModelFolder, export: Export, target: Path) -
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    if export.shift or not copy_if_there(source.path / SCHEDULER, target / SCHEDULER):
-        shift = export.shift or FLOW_SHIFT
-        diffusers.UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
-        ).save_pretrained(target / SCHEDULER)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(target / "tokenizer"))
     name = type(tokenizer).__name__
     # The same class in transformers 5; in 4 the plain name is the slow one's.
     fast = f"{name}Fast" if hasattr(transformers, f"{name}Fast") else name
     index["tokenizer"] = ["transformers", fast]
-    if source.wan_config().reads_clip:
+    sizes = source.wan_config()
+    if sizes.given_latents:
         index["_class_name"] = "WanImageToVideoPipeline"
-        index["image_encoder"] = ["transformers", "CLIPVisionModel"]
-        index["image_processor"] = ["transformers", "CLIPImageProcessor"]
-        if not copy_if_there(source.path / IMAGE_PROCESSOR, target / IMAGE_PROCESSOR):
-            _write_image_processor(target)
-    if not copy_if_there(source.path / MODEL_INDEX, target / MODEL_INDEX):
-        _write_json(target / MODEL_INDEX, index)
+        clip = sizes.reads_clip
+        index["image_encoder"] = ["transformers", "CLIPVisionModel"] if clip else NO_PART
+        index["image_processor"] = ["transformers", "CLIPImageProcessor"] if clip else NO_PART
+    return index
+
+
+def _write_scheduler(source: Path, target: Path, shift: float | None) -> None:
+    """The scheduler with a shift of its noise levels; None = the source's, or Wan2.1's."""
+    from diffusers import UniPCMultistepScheduler  # slow to import
+
+    if not copy_if_there(source, target):
+        UniPCMultistepScheduler(
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=FLOW_SHIFT if shift is None else shift,
+        ).save_pretrained(target)
+        return
+    values = read_json(target / SCHEDULER_CONFIG)
+    if shift is not None and values.get("flow_shift") != shift:
+        log.info(
+            "%s: its flow_shift of %s is not kept: the new folder's is %g",
+            source, values.get("flow_shift"), shift,
+        )  # fmt: skip
+        _write_json(target / SCHEDULER_CONFIG, values | {"flow_shift": shift})
 
 
 def _write_image_processor(target: Path) -> None:

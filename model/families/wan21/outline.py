@@ -1,4 +1,4 @@
-"""Wan2.1's parts without values: sizes from what is in a folder, else as they were published."""
+"""Wan's parts without values: sizes from what is in a folder, else as they were published."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import torch
 from torch import nn
 
 from model.encoders.umt5 import open_umt5
-from model.encoders.vae import WanVAEWrapper, open_vae
-from model.families.wan21.folder import CONFIG, PUBLISHED, ModelFolder
+from model.encoders.vae import WanVAEWrapper, meta_vae, open_vae
+from model.encoders.vae_sizes import WAN21, Sizes
+from model.experts import SIDES
+from model.families.wan21.folder import CONFIG, HOMES, PUBLISHED, ModelFolder
+from model.types import Side
 from model.wan.config import PRESETS, WanConfig, write_wan_config
 
 # UMT5-XXL, the text encoder of every release.
@@ -27,7 +30,7 @@ _UMT5 = {
 
 
 def write_sizes(name: str, folder: Path) -> bool:
-    """Write the config.json of the release or preset `name`; False = there is none of that name."""
+    """Write what tells the sizes of the release or preset `name`; False = no such name is known."""
     known = {preset.lower(): preset for preset in PRESETS}
     published = PUBLISHED.get(name.lower())
     if published is not None:  # of a preset at one of the sizes, and in one of the layouts
@@ -36,7 +39,11 @@ def write_sizes(name: str, folder: Path) -> bool:
     preset = known.get(name.lower())
     if preset is None:
         return False
-    write_wan_config(PRESETS[preset], folder / CONFIG)
+    sides: tuple[Side | None, ...] = SIDES if "A14B" in preset else (None,)
+    for side in sides:
+        home = folder / HOMES[side][0]
+        home.mkdir(exist_ok=True)
+        write_wan_config(PRESETS[preset], home / CONFIG)
     return True
 
 
@@ -52,15 +59,9 @@ def text_encoder(folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
     return encoder
 
 
-def codec(folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
-    """The autoencoder, on the meta device."""
-    if folder.vae is not None:
-        vae = open_vae(folder.vae)[0]
-    else:
-        from diffusers import AutoencoderKLWan  # slow to import
-
-        with torch.device("meta"):
-            vae = AutoencoderKLWan()  # its defaults are Wan2.1's
+def codec(folder: ModelFolder, dtype: torch.dtype, published: Sizes = WAN21) -> nn.Module:
+    """The autoencoder, on the meta device; as published, unless one is here."""
+    vae = meta_vae(published) if folder.vae is None else open_vae(folder.vae)[0]
     # diffusers' own `to` warns of modules that it would keep in fp32, of which there are none.
     return WanVAEWrapper(nn.Module.to(vae, dtype))
 

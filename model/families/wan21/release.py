@@ -1,4 +1,4 @@
-"""Wan2.1 as a model: what nothing outside this folder asks for in any other way."""
+"""Wan2.1 as a model, and what all releases of Wan share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -20,10 +21,12 @@ from model.encoders.vae import VideoVAE, WanVAEWrapper
 from model.families.base import Advice, Export, ImageSpec, Model, TextSpec
 from model.families.wan21.folder import (
     CONFIGS,
+    HOMES,
     MODEL_INDEX,
     VAE_FILE,
     VAE_FOLDER,
     ModelFolder,
+    configs_in,
     fetch_command,
 )
 from model.folders.component import read_json
@@ -31,6 +34,7 @@ from model.folders.loading import Placement
 from model.types import FeatureSpec, LatentSpec
 from model.wan.config import WanConfig
 from model.wan.weights import to_diffusers
+from utils.errors import UserError
 from utils.weights import Weights, WeightsError
 
 # Of Wan2.1's autoencoder, whatever transformer lies beside it.
@@ -44,7 +48,11 @@ class Wan21(Model):
 
     family = "Wan2.1"
     network = "Wan transformer"
-    marks = ("patch_embedding.weight", "blocks.0.modulation", "head.modulation")
+    marks: ClassVar[tuple[str, ...]] = (
+        "patch_embedding.weight",
+        "blocks.0.modulation",
+        "head.modulation",
+    )
     layouts = exports.LAYOUTS
     namings = ("official", "diffusers", "reference")
 
@@ -59,30 +67,10 @@ class Wan21(Model):
     @classmethod
     def recognises(cls, path: Path) -> bool:
         """By a transformer's config.json, an index or an autoencoder; or by its released name."""
-        classes = {_class_name(path / mark) for mark in (*CONFIGS, MODEL_INDEX)} - {""}
-        if any(not name.startswith("Wan") for name in classes):
-            return False  # says itself that it is another's
+        if not may_be_wans(path):
+            return False
         there = any((path / mark).is_file() for mark in MARKS)
         return there or (path.is_dir() and fetch_command(path) is not None)
-
-    @classmethod
-    def unsupported(cls, path: Path) -> str | None:
-        """Releases of Wan2.2: other sizes, two transformers, or another autoencoder."""
-        found = [name for name in _WAN22 if (path / name).exists()]
-        sizes = [read_json(path / config) for config in CONFIGS]
-        if any(values.get("model_type") == "ti2v" for values in sizes):
-            found.append("model_type ti2v")
-        if any(_WAN22_CHANNELS in (v.get("out_dim"), v.get("out_channels")) for v in sizes):
-            found.append(f"latents of {_WAN22_CHANNELS} channels")
-        vae = read_json(path / VAE_FOLDER / "config.json")
-        if vae.get("patch_size") is not None:
-            found.append(f"{VAE_FOLDER}/config.json of an autoencoder with pixel patches")
-        if not found:
-            return None
-        return (
-            f"a model of Wan2.2 ({', '.join(found)}), which is not supported; use one of Wan2.1, "
-            f"as Wan2.1-T2V-1.3B"
-        )
 
     @classmethod
     def how_to_get(cls, path: Path) -> str | None:
@@ -166,10 +154,9 @@ class Wan21(Model):
         self, path: Path | None = None, *, role: str = "generator", averaged: bool | None = False
     ) -> Weights:
         """See Model; under the official release's names."""
-        fault = None if path is None else self.unsupported(path)
-        if fault is not None:
-            raise WeightsError(f"{path}: {fault}")
-        return transformers.find_weights(path or self.path, role=role, averaged=averaged)
+        return transformers.find_weights(
+            path or self.path, role=role, averaged=averaged, side=self.folder.side
+        )
 
     def check_weights(self, weights: Weights, *, what: str) -> None:
         """See Model."""
@@ -244,11 +231,22 @@ class Wan21(Model):
         """See Model."""
         self.check(weights=False)
         exports.check_export(self.folder, export, target)
+        self.check_weights(export.weights, what=f"the transformer of {self.path}")
+        if export.boundary is not None and self.experts is None:
+            raise UserError(
+                f"boundary {export.boundary}: {self.path} has one network for all noise levels; "
+                f"leave it out"
+            )
+        self._release(export)  # whose numbers it checks
 
     def export(self, export: Export, target: Path) -> None:
         """See Model."""
         self.check_export(export, target)
-        exports.write_model_folder(self.folder, export, target)
+        exports.write_model_folder(self.folder, export, target, self._release(export))
+
+    def _release(self, export: Export) -> exports.Release:
+        """What its folders hold beside what every folder of Wan has."""
+        return exports.Release(shift=export.shift)
 
 
 def features_of(sizes: WanConfig) -> FeatureSpec:
@@ -263,8 +261,13 @@ _ADVICE = {
     "i2v": Advice(shift=5.0, steps=40, cfg_scale=5.0),
     "flf2v": Advice(shift=16.0, steps=50, cfg_scale=5.0),
 }
-_WAN22 = ("high_noise_model", "low_noise_model", "transformer_2", "Wan2.2_VAE.pth")
-_WAN22_CHANNELS = 48  # of the smallest one's latents
+
+
+def may_be_wans(path: Path) -> bool:
+    """Whether nothing in a folder says that it is of another family."""
+    homes = [home for pair in HOMES.values() for home in pair]
+    classes = {_class_name(path / file) for file in (*configs_in(tuple(homes)), MODEL_INDEX)}
+    return all(name.startswith("Wan") for name in classes - {""})
 
 
 def _class_name(path: Path) -> str:

@@ -1,19 +1,22 @@
-"""Weights of Wan2.1 transformers: found anywhere, under official names, told by their sizes."""
+"""Weights of Wan transformers: found anywhere, under official names, told by their sizes."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from model.adapters import parameter_names
-from model.families.wan21.folder import ModelFolder
+from model.experts import SIDES
+from model.families.wan21.folder import HOMES, ModelFolder, holds_experts
 from model.folders import loading
 from model.folders.component import Renamed
 from model.folders.loading import Placement
-from model.wan.config import WanConfig
+from model.types import Side
+from model.wan.config import GIVEN_CHANNELS, TI2V_CHANNELS, WanConfig
 from model.wan.transformer import WanTransformer, initial_value
 from model.wan.weights import to_official
 from model.wan_wrapper import WanDiffusionWrapper
@@ -33,20 +36,56 @@ log = logging.getLogger(__name__)
 _FOREIGN_HEADS = ("_cls_pred_branch.", "_register_tokens.", "_gan_ca_blocks.")
 
 
-def find_weights(path: Path, *, role: str = "generator", averaged: bool | None = False) -> Weights:
+def find_weights(
+    path: Path,
+    *,
+    role: str = "generator",
+    averaged: bool | None = False,
+    side: Side | None = None,
+) -> Weights:
     """The transformer weights at `path`, under official names whatever their names there.
 
     A model folder, or what `loading.open_weights` takes; in official or diffusers' names, with or
-    without the prefixes of wrappers.
+    without the prefixes of wrappers. side: whose, where there may be those of two experts.
     """
-    folder = ModelFolder(path)
+    weights = _of_one(path, side, role, averaged)
+    return translated(weights if side is None else one_side(weights, side), role)
+
+
+def _of_one(path: Path, side: Side | None, role: str, averaged: bool | None) -> Weights:
+    pair = path.is_dir() and holds_experts(path)
+    if pair and side is None:
+        raise WeightsError(
+            f"{path}: holds two transformers, the experts of high and of low noise levels, where "
+            f"one is wanted; name the folder or the index of one of them: {_homes(path)}"
+        )
+    folder = ModelFolder(path, side=side if pair else None)
+    if pair and folder.weights is None:
+        places = " or ".join(HOMES[side])
+        raise WeightsError(
+            f"{path}: lacks the weights of the {side}-noise expert ({places}); {folder.fetch()}"
+        )
     try:
-        weights = loading.open_weights(path, folder.weights, role=role, averaged=averaged)
+        return loading.open_weights(path, folder.weights, role=role, averaged=averaged)
     except MissingFilesError as error:
         if folder.weights is None:
             raise
         raise WeightsError(f"{error}; {folder.fetch()}") from error
-    return translated(weights, role)
+
+
+def _homes(path: Path) -> str:
+    """Where the two transformers of a folder are."""
+    sides = (ModelFolder(path, side=side) for side in SIDES)
+    return ", ".join(str(side.weights.parent) for side in sides if side.weights is not None)
+
+
+def one_side(weights: Weights, side: Side) -> Weights:
+    """One expert's of `weights`, under plain names; those of a single network as they are."""
+    prefix = f"{side}."
+    names = {
+        name.removeprefix(prefix): name for name in weights.shapes() if name.startswith(prefix)
+    }
+    return Renamed(weights, names) if names else weights
 
 
 def translated(weights: Weights, role: str) -> Weights:
@@ -86,13 +125,23 @@ def check_weights(config: WanConfig, weights: Weights, *, what: str) -> None:
 def _architecture(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """The sizes of the transformer that weights of these shapes make."""
     patch, ffn = shapes.get("patch_embedding.weight"), shapes.get("blocks.0.ffn.0.weight")
+    if all(f"{side}.patch_embedding.weight" in shapes for side in SIDES):
+        return "two Wan transformers, experts of high and low noise levels"
     if patch is None or ffn is None or len(patch) != 5:
         return "no Wan transformer"
     layers = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
-    kind = "t2v"
+    sizes = f"dim {patch[0]}, ffn_dim {ffn[0]}, {len(layers)} layers, in_dim {patch[1]}"
+    return f"{_kind(shapes, patch)} with {sizes}"
+
+
+def _kind(shapes: Mapping[str, tuple[int, ...]], patch: tuple[int, ...]) -> str:
+    """The model type of a transformer, by its image branch and its channels."""
     if "blocks.0.cross_attn.k_img.weight" in shapes:
-        kind = "flf2v" if "img_emb.emb_pos" in shapes else "i2v"
-    return f"{kind} with dim {patch[0]}, ffn_dim {ffn[0]}, {len(layers)} layers, in_dim {patch[1]}"
+        return "flf2v" if "img_emb.emb_pos" in shapes else "i2v"
+    outside = shapes.get("head.head.weight", (0,))[0] // math.prod(patch[2:])
+    if outside == TI2V_CHANNELS:
+        return "ti2v"
+    return "i2v without CLIP" if patch[1] - outside >= GIVEN_CHANNELS else "t2v"
 
 
 def load_network(

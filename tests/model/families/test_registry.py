@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from model.families.base import Advice
+from model.families.base import Advice, Model
 from model.families.registry import find_model, identify_weights, known_families, open_model
-from model.families.tiny_world import TinyWorld
+from model.families.tiny_world import TinyExperts, TinyTI2V, TinyWorld
 from model.families.wan21 import Wan21
+from model.families.wan22 import Wan22Experts, Wan22TI2V
 from model.wan.config import PRESETS, WanConfig, diffusers_config, write_wan_config
 from tests.conftest import MINIATURE, build_wan
 from tests.folders import make_official
@@ -35,14 +36,19 @@ def sizes(folder: Path, config: WanConfig = MINIATURE) -> Path:
 
 
 def test_the_families_are_those_whose_files_are_there() -> None:
-    assert known_families() == [TinyWorld, Wan21]
+    ours = [TinyExperts, TinyTI2V, Wan22Experts, Wan22TI2V, TinyWorld, Wan21]
+    assert known_families() == ours
     with at_home():
         assert [family.family for family in known_families()] == [
+            "the tiny world of A14B",
+            "the tiny world of TI2V",
+            "Wan2.2 A14B",
+            "Wan2.2 TI2V",
             "the tiny world",
             "Wan2.1",
             "the toy",
         ]
-    assert known_families() == [TinyWorld, Wan21]
+    assert known_families() == ours
 
 
 def test_a_special_family_is_asked_before_the_one_that_it_is_made_of(tiny_root: Path) -> None:
@@ -88,7 +94,18 @@ def test_wan_is_known_by_any_of_its_parts(names: tuple[str, ...], tmp_path: Path
 
 
 def test_a_published_name_is_enough(tmp_path: Path) -> None:
-    for name, family in (("Wan2.1-T2V-1.3B", Wan21), ("Wan2.1-T2V-Tiny", TinyWorld)):
+    named = {
+        "Wan2.1-T2V-1.3B": Wan21,
+        "Wan2.1-T2V-Tiny": TinyWorld,
+        "Wan2.2-TI2V-5B": Wan22TI2V,
+        "Wan2.2-TI2V-5B-Diffusers": Wan22TI2V,
+        "Wan2.2-T2V-A14B": Wan22Experts,
+        "Wan2.2-I2V-A14B-Diffusers": Wan22Experts,
+        "Wan2.2-TI2V-Tiny": TinyTI2V,
+        "Wan2.2-T2V-A14B-Tiny": TinyExperts,
+        "Wan2.2-I2V-A14B-Tiny": TinyExperts,
+    }
+    for name, family in named.items():
         (tmp_path / name).mkdir()
         assert type(open_model(tmp_path / name)) is family
 
@@ -106,7 +123,8 @@ def test_a_folder_that_says_it_is_anothers_is_not_wans(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         open_model(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path}: no model of a known family (the tiny world, Wan2.1): found ['config.json']"
+        f"{tmp_path}: no model of a known family (the tiny world of A14B, the tiny world "
+        f"of TI2V, Wan2.2 A14B, Wan2.2 TI2V, the tiny world, Wan2.1): found ['config.json']"
     )
     with at_home():
         assert open_model(tmp_path).family == "the toy"
@@ -155,32 +173,50 @@ def pixel_patches(folder: Path) -> None:
     written(folder / "vae" / "config.json", {"_class_name": "AutoencoderKLWan", "patch_size": 2})
 
 
+def indexed(folder: Path, **values: object) -> None:
+    written(folder / "model_index.json", {"_class_name": "WanPipeline", **values})
+
+
 @pytest.mark.parametrize(
-    ("make", "marks"),
+    ("make", "family"),
     [
-        (ti2v, "model_type ti2v"),
-        (channels, "latents of 48 channels"),
-        (experts, "high_noise_model, low_noise_model"),
-        (diffusers_experts, "transformer_2"),
-        (pixel_patches, "vae/config.json of an autoencoder with pixel patches"),
-        (lambda folder: touch(folder, "Wan2.2_VAE.pth"), "Wan2.2_VAE.pth"),
+        (ti2v, Wan22TI2V),
+        (channels, Wan22TI2V),
+        (pixel_patches, Wan22TI2V),
+        (lambda folder: touch(folder, "Wan2.2_VAE.pth"), Wan22TI2V),
+        (lambda folder: indexed(folder, expand_timesteps=True), Wan22TI2V),
+        (experts, Wan22Experts),
+        (diffusers_experts, Wan22Experts),
+        (lambda folder: touch(folder, "low_noise_model/config.json"), Wan22Experts),
+        (lambda folder: indexed(folder, boundary_ratio=0.9), Wan22Experts),
+        (lambda folder: indexed(folder, transformer_2=["diffusers", "Wan"]), Wan22Experts),
+        (lambda folder: indexed(folder, transformer_2=[None, None]), Wan21),
+        (lambda folder: indexed(folder, boundary_ratio=None), Wan21),
     ],
 )
-def test_wan22_is_refused_by_name(
-    make: Callable[[Path], object], marks: str, tmp_path: Path
+def test_wan22_is_known_by_any_of_its_parts(
+    make: Callable[[Path], object], family: type[Model], tmp_path: Path
 ) -> None:
-    folder = tmp_path / "theirs"
-    make(folder)
-    with pytest.raises(ValueError) as caught:
-        find_model(tmp_path, "theirs")
-    message = (
-        f"{folder}: a model of Wan2.2 ({marks}), which is not supported; use one of Wan2.1, as "
-        f"Wan2.1-T2V-1.3B"
-    )
-    assert str(caught.value) == message
-    with pytest.raises(WeightsError) as refused:
-        Wan21(tmp_path).find_weights(folder)
-    assert str(refused.value) == message
+    make(tmp_path / "theirs")
+    assert type(find_model(tmp_path, "theirs")) is family
+
+
+def test_two_networks_of_another_family_are_not_wans(tmp_path: Path) -> None:
+    written(tmp_path / "transformer_2" / "config.json", {"_class_name": "ToyDenoiser"})
+    written(tmp_path / "model_index.json", {"boundary_ratio": 0.5})
+    with pytest.raises(FileNotFoundError, match="no model of a known family"):
+        open_model(tmp_path)
+
+
+def test_a_tiny_world_is_known_by_its_transformers_and_its_codec(tmp_path: Path) -> None:
+    for name, family in (("Wan2.2-TI2V-Tiny", TinyTI2V), ("Wan2.1-T2V-Tiny", TinyWorld)):
+        folder = touch(sizes(tmp_path / family.family, PRESETS[name]), FILE_NAME)
+        assert type(open_model(folder)) is family
+    pair = tmp_path / "pair"
+    for side in ("high_noise_model", "low_noise_model"):
+        sizes(pair / side, PRESETS["Wan2.2-I2V-A14B-Tiny"])
+    assert type(open_model(pair)) is TinyExperts  # by its sizes alone
+    assert type(open_model(touch(pair, FILE_NAME))) is TinyExperts
 
 
 # ---- weights without a folder

@@ -1,4 +1,4 @@
-"""LoRAs and folders of Wan2.2, given as weights, are called what they are."""
+"""LoRAs and folders of two experts, given as weights, are called what they are."""
 
 from __future__ import annotations
 
@@ -35,8 +35,15 @@ def test_a_lora_given_as_weights_is_called_one(name: str, suffix: str, tmp_path:
     )
 
 
-def test_a_folder_of_wan22_given_as_weights_is_called_one(tiny_root: Path, tmp_path: Path) -> None:
-    (tmp_path / "release" / "high_noise_model").mkdir(parents=True)
+def test_a_folder_of_two_experts_is_no_weights_of_one_network(
+    tiny_root: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "release" / "high_noise_model"
+    write_weights({"x": torch.zeros(1)}, home / "diffusion_pytorch_model.safetensors", {})
     model = open_model(tiny_root / "wan_models" / "Wan2.1-T2V-Tiny")
-    with pytest.raises(WeightsError, match=r"/release: a model of Wan2\.2 \(high_noise_model\)"):
+    with pytest.raises(WeightsError) as caught:
         model.find_weights(tmp_path / "release")
+    assert str(caught.value) == (
+        f"{tmp_path}/release: holds two transformers, the experts of high and of low noise levels, "
+        f"where one is wanted; name the folder or the index of one of them: {home}"
+    )
