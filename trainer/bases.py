@@ -140,8 +140,31 @@ def adapter_files(run: Run, role: str) -> Iterator[AdapterFile]:
 def check_adapters(run: Run) -> None:
     """Raise ConfigError or WeightsError unless every adapter that is named fits its network."""
     for role, model in run.models.items():
-        for file in adapter_files(run, role):
-            check_adapter(file, run.weights(role).shapes(), what=f"{role} {model.path}")
+        files = list(adapter_files(run, role))
+        if not files:
+            continue
+        shapes, settings = run.weights(role).shapes(), run.config.networks[role]
+        for file in files:
+            check_adapter(file, shapes, what=f"{role} {model.path}")
+        if isinstance(settings, TrainedNetworkConfig) and settings.adapter.weights is not None:
+            matrices = (n.removesuffix(".weight") for n, shape in shapes.items() if len(shape) == 2)
+            ranks = {layer: settings.adapter.rank_of(layer) for layer in matrices}
+            _check_beginning(files[-1], ranks, f"{role}.adapter")
+
+
+def _check_beginning(file: AdapterFile, ranks: Mapping[str, int | None], key: str) -> None:
+    """Raise ConfigError unless `file` has the layers and ranks of what is to be trained."""
+    wanted = {layer: rank for layer, rank in ranks.items() if rank is not None}
+    found = {layer: pair.rank for layer, pair in file.factors.items()}
+    if wanted != found:
+        layers = sorted(wanted.keys() ^ found.keys())[:3]
+        raise ConfigError(
+            f"{key}.weights: {file.path} has {len(found)} layers of rank "
+            f"{', '.join(map(str, sorted(set(found.values()))))}, and this run trains "
+            f"{len(wanted)} of rank {', '.join(map(str, sorted(set(wanted.values()))))}"
+            f"{f' (only one has {layers})' if layers else ''}; rank and targets must be those that "
+            f"it was made with"
+        )
 
 
 def _own(run: Run, role: str) -> NetworkConfig | TrainedNetworkConfig:

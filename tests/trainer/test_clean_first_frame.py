@@ -45,7 +45,13 @@ def first_batch(trainer: Trainer, draws: int = 0) -> Batch:
 def test_every_method_trains_with_and_without_images(
     method: str, share: float, configs: dict[str, Path], words: tuple[str, ...], tmp_path: Path
 ) -> None:
-    share_words = (f"data.image_share={share}", "steps=2", "validation.every=2", "batch_size=2", "validation.count=2")
+    share_words = (
+        f"data.image_share={share}",
+        "steps=2",
+        "validation.every=2",
+        "batch_size=2",
+        "validation.count=2",
+    )
     logdir = run(configs[method], tmp_path, *words, *share_words)
     assert len(rows(logdir)) == 2
     assert (logdir / "samples" / "step_000002.png").is_file()
