@@ -152,6 +152,7 @@ def test_status_tells_of_the_model(tried: Demo) -> None:
         "examples": ["a red circle", "a green bar"],
         "request": schema(Request, STUDENT),
         "adapters": [],
+        "vae": "full",
         "queue": 0,
     }
 
