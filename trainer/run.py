@@ -106,7 +106,7 @@ class Run:
         own = {"high": settings.weights_high, "low": settings.weights_low}
         if model.experts is None or not any(own.values()):
             return self._found(role, model, settings.weights)
-        parts = {
+        parts: dict[str, Weights] = {
             side: self._found(role, model.only(side), own[side] or settings.weights)
             for side in SIDES
         }
