@@ -239,7 +239,7 @@ def test_a_loss_gives_gradients_to_one_expert(case: Case) -> None:
 def test_settings_that_leave_an_expert_nothing_are_refused(
     config: MethodConfig, experts: ExpertLevels, told: str
 ) -> None:
-    (problem,) = config.expert_problems(experts)
+    (problem,) = config.expert_problems(experts, {})
     assert told in problem
 
 
