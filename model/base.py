@@ -44,9 +44,15 @@ class MethodConfig:
         del steps, causal
         yield from ()
 
-    def expert_problems(self, experts: ExpertLevels) -> Iterator[str]:
-        """What is impossible about them where two experts divide the noise levels."""
-        del experts
+    def expert_problems(
+        self, experts: ExpertLevels | None, sides: Mapping[str, tuple[Side, ...]]
+    ) -> Iterator[str]:
+        """What is impossible about them where two experts divide the noise levels.
+
+        experts: whose levels losses are at; None = one network's. sides: the experts that a role
+        has; none = one network for all levels.
+        """
+        del experts, sides
         yield from ()
 
 
@@ -159,14 +165,17 @@ class AlternatingConfig(MethodConfig):
                 f"got {self.min_sigma} and {self.max_sigma}"
             )
 
-    def expert_problems(self, experts: ExpertLevels) -> Iterator[str]:
+    def expert_problems(
+        self, experts: ExpertLevels | None, sides: Mapping[str, tuple[Side, ...]]
+    ) -> Iterator[str]:
         """See MethodConfig."""
-        for side in experts.sides:
-            part = experts.part(side)
+        del sides
+        for part in () if experts is None else map(experts.part, experts.sides):
             if self.max_sigma < part.low or self.min_sigma >= part.high:
                 yield (
                     f"loss.min_sigma and loss.max_sigma: [{self.min_sigma}, {self.max_sigma}] has "
-                    f"no noise level of the {side} expert; they meet at {experts.boundary:g}"
+                    f"no noise level of the {part.side} expert, whose are from {part.low:g} to "
+                    f"{part.high:g}"
                 )
 
     def draw_sigma(self, rng: SampleRNG, like: Tensor, part: Part = WHOLE) -> Tensor:
@@ -223,12 +232,13 @@ class Scores:
 class NoisedSample:
     """A sample without gradient, clean and at a noise level."""
 
-    x0: Tensor  # [B, C, F, H, W]
+    x0: Tensor  # [B, C, F, H, W]; or what it is at `level`
     x: Tensor  # [B, C, F, H, W]
     sigma: Tensor  # [B, 1]
     noise: Tensor  # [B, C, F, H, W]
     given: Tensor | None = None  # [B, C, g, H, W], see Parts.clean_frames
     side: Side | None = None  # the expert of its levels; None = one network has them all
+    level: float = 0.0  # the noise level that it was noised from
 
 
 @dataclass(frozen=True, eq=False)
@@ -330,31 +340,37 @@ class DistributionMatching(Method):
         """Samples with the generator's gradient, and both networks on them."""
         sample = self.rollout(self.generator, batch, rng, grad=True)
         with torch.set_grad_enabled(self.scores_need_grad):
-            part = self.draw_part(rng)
-            return sample, self.scores(sample, batch, rng.samples, part)
+            return sample, self.scores(self.noised(sample, rng), batch)
 
-    def draw_part(self, rng: StepRNG) -> Part:
-        """The noise levels of a loss: one expert's, where there are two."""
+    def draw_part(self, sample: Sample, rng: StepRNG) -> Part:
+        """The noise levels at which a sample is judged: one expert's, where there are two."""
+        del sample
         return draw_part(self.parts.experts, rng.shared, self.config.timestep_shift)
 
-    def scores(self, sample: Sample, batch: Batch, rng: SampleRNG, part: Part) -> Scores:
-        """Both networks on samples at a random noise level of `part`."""
+    def noised(self, sample: Sample, rng: StepRNG) -> NoisedSample:
+        """A sample at a random noise level."""
         x0, given = sample.x0, self.parts.clean_frames(sample)
-        sigma, noise = self.config.draw_sigma(rng, x0, part), rng.randn(x0.shape[1:])
-        x = add_noise(x0, noise, sigma)
-        critic = on_given(self.critic, given)
-        x0_critic = critic(x, sigma, batch.conditioning, context=part.context).x0
+        part = self.draw_part(sample, rng)
+        sigma = self.config.draw_sigma(rng.samples, x0, part)
+        noise = rng.samples.randn(x0.shape[1:])
+        return NoisedSample(x0, add_noise(x0, noise, sigma), sigma, noise, given, part.side)
+
+    def scores(self, fake: NoisedSample, batch: Batch) -> Scores:
+        """Both networks on noised samples."""
+        critic, context = on_given(self.critic, fake.given), asking(fake.side)
+        x0_critic = critic(fake.x, fake.sigma, batch.conditioning, context=context).x0
         velocity = guided_velocity(
-            on_given(self.teacher, given),
-            x,
-            sigma,
+            on_given(self.teacher, fake.given),
+            fake.x,
+            fake.sigma,
             batch.conditioning,
             batch.unconditional,
-            cfg_scale=self.config.scale(part.side),
-            context=part.context,
+            cfg_scale=self.config.scale(fake.side),
+            context=context,
             batched=self.config.batched_guidance,
         )
-        return Scores(x, sigma, noise, velocity_to_x0(x, velocity, sigma), x0_critic)
+        x0_teacher = velocity_to_x0(fake.x, velocity, fake.sigma)
+        return Scores(fake.x, fake.sigma, fake.noise, x0_teacher, x0_critic)
 
     @abstractmethod
     def objective(
@@ -378,12 +394,7 @@ class DistributionMatching(Method):
     @torch.no_grad()
     def noised_sample(self, batch: Batch, rng: StepRNG) -> NoisedSample:
         """A sample of the generator as it is now, at a random noise level."""
-        sample = self.rollout(self.generator, batch, rng, grad=False)
-        x0, given = sample.x0, self.parts.clean_frames(sample)
-        part = self.draw_part(rng)
-        sigma = self.config.draw_sigma(rng.samples, x0, part)
-        noise = rng.samples.randn(x0.shape[1:])
-        return NoisedSample(x0, add_noise(x0, noise, sigma), sigma, noise, given, part.side)
+        return self.noised(self.rollout(self.generator, batch, rng, grad=False), rng)
 
     def denoising_loss(self, fake: NoisedSample, batch: Batch) -> Tensor:
         """Mean squared error of the critic's velocity."""

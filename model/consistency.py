@@ -5,7 +5,7 @@ An initialisation that needs no stored trajectories: the teacher makes one step 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from model.experts import ExpertLevels, asking, draw_steps, scale_of
 from model.flow import add_noise, expand, shift
 from model.given import count_given, learnt, on_given
 from model.guidance import guided_velocity
-from model.types import Batch, LossOutput
+from model.types import Batch, LossOutput, Side
 from utils.seeding import StepRNG
 
 
@@ -45,9 +45,12 @@ class ConsistencyConfig(MethodConfig):
         if not self.timestep_shift > 0:
             yield f"loss.timestep_shift: must be positive, got {self.timestep_shift}"
 
-    def expert_problems(self, experts: ExpertLevels) -> Iterator[str]:
+    def expert_problems(
+        self, experts: ExpertLevels | None, sides: Mapping[str, tuple[Side, ...]]
+    ) -> Iterator[str]:
         """See MethodConfig."""
-        if "low" not in experts.sides:
+        del sides
+        if experts is not None and "low" not in experts.sides:
             yield (
                 "teacher.experts: the high expert alone has no target to be consistent with: that "
                 "of its last level is what the low one says; use both, or low"

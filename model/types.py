@@ -210,6 +210,8 @@ class Sample:
 
     x0: Tensor  # [B, C, F, H, W], fp32; carries a gradient when the rollout was asked to
     given_frames: int = 0  # so many frames at the start are not the generator's: no loss on them
+    level: float = 0.0  # the noise level that the generator's part of it ends at: judged above it
+    anchor: Tensor | None = None  # what the sampler holds there, without gradient; None = not it
 
 
 class Rollout(Protocol):

@@ -79,6 +79,16 @@ class BidirectionalInferencePipeline:
         refuse_filling(initial, latent_shape)
         net = on_given(self.generator, initial)
         with torch.no_grad():
-            noise = rng.randn(latent_shape)
-            x0 = few_step(net, noise, conditioning, self.sigmas, rng, on_step=on_step)
+            x0 = self.walk(net, rng.randn(latent_shape), conditioning, rng, on_step)
         yield x0
+
+    def walk(
+        self,
+        net: Denoiser,
+        noise: Tensor,
+        conditioning: Conditioning,
+        rng: SampleRNG,
+        on_step: OnStep | None,
+    ) -> Tensor:
+        """All steps from the noise to x0, [B, C, F, H, W]."""
+        return few_step(net, noise, conditioning, self.sigmas, rng, on_step=on_step)

@@ -15,6 +15,7 @@ from pipeline.causal import (
     SelfForcingTrainingPipeline,
 )
 from pipeline.data import DataRollout
+from pipeline.phased import EulerInferencePipeline, Phase, PhasedTrainingPipeline, Walk
 from pipeline.protocol import InferencePipeline
 from pipeline.teacher import SamplingConfig, TeacherInferencePipeline
 
@@ -29,6 +30,7 @@ class Sampling:
         default_factory=SamplingConfig
     )  # of models that follow their ODE
     vae: VideoVAE | None = None  # for rollouts longer than what is scored
+    gate: float | None = None  # between the few steps of two experts; None = there is one network
 
 
 def simulation_rollout(sampling: Sampling) -> Rollout:
@@ -43,11 +45,23 @@ def data_rollout(sampling: Sampling, *, teacher_forcing: bool) -> Rollout:
     return DataRollout(sampling.sigmas, sampling.causal, teacher_forcing=teacher_forcing)
 
 
+def phased_rollout(sampling: Sampling, *, phase: Phase, walk: Walk) -> Rollout:
+    """One expert's part of what the generator makes."""
+    assert sampling.causal is None, "two experts make whole videos"
+    return PhasedTrainingPipeline(sampling.sigmas, sampling.gate, phase, walk)
+
+
 def few_step_sampler(net: Denoiser, sampling: Sampling) -> InferencePipeline:
     """For a distilled generator."""
     if sampling.causal is None:
         return BidirectionalInferencePipeline(net, sampling.sigmas)
     return CausalInferencePipeline(net, sampling.sigmas, sampling.causal)
+
+
+def euler_sampler(net: Denoiser, sampling: Sampling) -> InferencePipeline:
+    """For a distilled generator that walks without fresh noise."""
+    assert sampling.causal is None, "two experts make whole videos"
+    return EulerInferencePipeline(net, sampling.sigmas)
 
 
 def many_step_sampler(net: Denoiser, sampling: Sampling) -> InferencePipeline:
@@ -61,9 +75,11 @@ def many_step_sampler(net: Denoiser, sampling: Sampling) -> InferencePipeline:
 ROLLOUTS: dict[str, Callable[..., Rollout]] = {
     "simulation": simulation_rollout,
     "data": data_rollout,
+    "phased": phased_rollout,
 }
 SAMPLERS: dict[str, Callable[[Denoiser, Sampling], InferencePipeline]] = {
     "few_step": few_step_sampler,
+    "few_step_euler": euler_sampler,
     "many_step": many_step_sampler,
 }
 ADJUSTABLE = {"many_step"}  # samplers whose steps and guidance a request may choose

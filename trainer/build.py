@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -157,16 +157,26 @@ def _build_base(base: Base, session: Session, place: Placement) -> dict[str, nn.
         what = f"{role} {model.path}"
         network = model.load_network(run.weights(role), place, what=what)
     network.requires_grad_(settings is None)
-    if run.gate is not None and "generator" in base.roles:
-        assert isinstance(network, ExpertPair), "a model of two experts is loaded as a pair"
-        network.boundary = run.gate  # losses say which expert they ask, so it is sampling's
+    if isinstance(network, ExpertPair) and "generator" in base.roles and run.gate is not None:
+        network.boundary = run.gate  # losses say which expert they ask, so this is sampling's
     kernel = run.kernel(role, session.device, run.compute, grad=True)
     kernel = session.from_main(kernel)  # the fastest on one rank, so on all
     use_kernel(network, kernel, run.config.parallel.masked_attention)
     if settings is not None and settings.storage == "fp8":
         store_float8(network)
     base.give_values(network)
+    for module in _kept_experts(base, network):
+        module.requires_grad_(False)
     return dict(base.views(network))
+
+
+def _kept_experts(base: Base, network: nn.Module) -> Iterator[nn.Module]:
+    """Of two experts, those that no role of theirs moves."""
+    if isinstance(network, ExpertPair):
+        moved = [base.run.needs.trained_sides.get(role, SIDES) for role in base.roles]
+        for side in SIDES:
+            if not any(side in sides for sides in moved):
+                yield network.model[side]
 
 
 def build_trained(run: Run, networks: Mapping[str, nn.Module]) -> dict[str, Role]:

@@ -56,22 +56,24 @@ def open_models(
     }
 
 
-def gate(config: Config, opened: Opened, few_steps: Sequence[float] | None) -> float | None:
-    """The noise level from which on the generator's high expert is asked; None = it has no pair.
+def gate(
+    config: Config, needs: Needs, opened: Opened, few_steps: Sequence[float] | None
+) -> float | None:
+    """The noise level from which on the generator's high expert is asked; None = there is no other.
 
     few_steps: its noise levels, if it makes clips in few steps; then it lies strictly between two
     of them, so that no rounding moves a step from one expert to the other. Raises ConfigError.
     """
     asked = config.sampling.boundary
-    if opened.boundary is None:
+    divided = len(opened.sides) == len(SIDES) or (opened.only and needs.rollout == "phased")
+    if opened.boundary is None or not divided:
         for name in ("boundary", "cfg_scale_low"):
             if getattr(config.sampling, name) is not None:
                 raise ConfigError(
-                    f"sampling.{name}: is for models of two experts; {opened.whole.path} has one "
-                    f"network for all noise levels; leave it out"
+                    f"sampling.{name}: is for two experts, and the generator has one network for "
+                    f"all noise levels ({opened.whole.path}, generator.experts={opened.only}); "
+                    f"leave it out"
                 )
-        return None
-    if len(opened.sides) < len(SIDES):
         return None
     if few_steps is None:
         return opened.boundary if asked is None else asked
@@ -110,41 +112,49 @@ def loss_levels(
     where they do in sampling. Raises ConfigError for settings that contradict each other.
     """
     reference = "teacher" if "teacher" in needs.networks else "generator"
-    boundary = opened[reference].boundary
-    if boundary is None:
-        for name in ("boundary", "cfg_scale_low"):
-            if getattr(config.loss, name, None) is not None:
-                raise ConfigError(
-                    f"loss.{name}: is for models of two experts; the {reference}'s "
-                    f"{opened[reference].whole.path} has one network for all noise levels; leave "
-                    f"it out"
-                )
-        return None
-    asked = getattr(config.loss, "boundary", None)
-    if asked is None and reference == "generator" and few_steps is not None:
-        asked = config.sampling.boundary or between(few_steps, boundary)
-    levels = ExpertLevels(boundary if asked is None else asked, opened[reference].sides)
-    found = list(problems(config, needs, levels))
+    boundary, asked = opened[reference].boundary, getattr(config.loss, "boundary", None)
+    levels = None
+    if boundary is not None:
+        if asked is None and reference == "generator" and few_steps is not None:
+            asked = config.sampling.boundary or between(few_steps, boundary)
+        levels = ExpertLevels(boundary if asked is None else asked, opened[reference].sides)
+    found = list(problems(config, needs, levels, opened, reference))
     if found:
         raise ConfigError("\n".join(found))
     return levels
 
 
-def problems(config: Config, needs: Needs, levels: ExpertLevels) -> Iterator[str]:
-    """What experts cannot do, one line each."""
-    if config.generator_type == "causal":
+def problems(
+    config: Config,
+    needs: Needs,
+    levels: ExpertLevels | None,
+    opened: Mapping[str, Opened],
+    reference: str,
+) -> Iterator[str]:
+    """What models of one or two experts cannot do, one line each."""
+    pairs = [role for role, found in opened.items() if found.boundary is not None]
+    if levels is None:
+        for name in ("boundary", "cfg_scale_low"):
+            if getattr(config.loss, name, None) is not None:
+                yield (
+                    f"loss.{name}: is for models of two experts; the {reference}'s "
+                    f"{opened[reference].whole.path} has one network for all noise levels; leave "
+                    f"it out"
+                )
+    if pairs and config.generator_type == "causal":
         yield (
-            "generator_type: causal is not for models of two experts: keys of a past belong to one "
-            "network, so each block would have to be remembered twice; use bidirectional, or a "
-            "model of one network"
+            f"generator_type: causal is not for models of two experts, as the {pairs[0]}'s: keys "
+            f"of a past belong to one network, so each block would have to be remembered twice; "
+            f"use bidirectional, or models of one network"
         )
-    if needs.backbone is not None:
+    if needs.backbone is not None and len(opened[needs.backbone].sides) > 1:
         yield (
             f"trainer: a discriminator reads the features of one network, and the {needs.backbone} "
-            f"is of two experts; leave it out (loss.gan_weight=0, loss.divergence=reverse_kl), or "
-            f"use a model of one network"
+            f"is of two experts; train without one (loss.gan_weight=0, "
+            f"loss.divergence=reverse_kl), or name one of them by {needs.backbone}.experts"
         )
-    yield from config.loss.expert_problems(levels)
+    sides = {role: found.sides for role, found in opened.items()}
+    yield from config.loss.expert_problems(levels, sides)
 
 
 def _listed(sigmas: Sequence[float]) -> str:

@@ -11,12 +11,12 @@ import torch
 
 from model.base import Method, Needs
 from model.encoders.vae import VideoVAE
-from model.experts import SIDES, ExpertLevels
+from model.experts import SIDES, ExpertLevels, side_of
 from model.families.base import Model
 from model.families.registry import find_model
 from model.types import Denoiser, Rollout
 from model.wan import kernels
-from pipeline.build import ROLLOUTS, SAMPLERS, Sampling
+from pipeline.build import ADJUSTABLE, ROLLOUTS, SAMPLERS, Sampling
 from pipeline.causal import CausalConfig
 from pipeline.protocol import InferencePipeline
 from trainer.config import Config, TrainedNetworkConfig, causal_config, method_class, sigmas
@@ -40,7 +40,7 @@ class Run:
     compute: torch.dtype  # what networks compute in, in training
     latent_shape: Shape  # of the samples, unless the data has shapes of its own
     models: Mapping[str, Model]  # per role that is a denoiser
-    gate: float | None = None  # where the generator's two experts meet; None = it has one network
+    gate: float | None = None  # where the generator's experts meet; None = it has one network
     experts: ExpertLevels | None = None  # whose noise levels losses are at; None = one network's
 
     @property
@@ -147,12 +147,20 @@ class Run:
         """What makes samples of the generator in training, if the method needs them."""
         if self.needs.rollout is None:
             return None
-        sampling = Sampling(self.sampling.sigmas, self.causal, self.sampling.many_step, vae)
+        sampling = replace(self.sampling, vae=vae)
         return ROLLOUTS[self.needs.rollout](sampling, **self.needs.rollout_options)
+
+    @property
+    def few_steps(self) -> list[float]:
+        """Noise levels of the few steps that the generator makes: of one expert its own alone."""
+        levels, gate = list(self.sampling.sigmas), self.gate
+        if gate is None or self.model.experts is not None:
+            return levels
+        return [sigma for sigma in levels if side_of(sigma, gate) == self.config.generator.experts]
 
     def pipeline(self, net: Denoiser) -> InferencePipeline:
         """What samples the generator."""
-        return SAMPLERS[self.needs.sampler](net, self.sampling)
+        return SAMPLERS[self.needs.sampler](net, replace(self.sampling, sigmas=self.few_steps))
 
 
 def resolve(
@@ -169,15 +177,17 @@ def resolve(
     needs = method.needs(config.loss)
     channels, frames, height, width = config.latent_shape
     opened = open_models(config, roles or needs.networks, find)
-    few_steps = sigmas(config) if needs.sampler == "few_step" else None
-    meet = gate(config, opened["generator"], few_steps)
+    few_steps = None if needs.sampler in ADJUSTABLE else sigmas(config)
+    meet = gate(config, needs, opened["generator"], few_steps)
     if meet is not None:  # so that it is stored
         config = replace(config, sampling=replace(config.sampling, boundary=meet))
     return Run(
         config=config,
         method=method,
         needs=needs,
-        sampling=Sampling(sigmas(config), causal_config(config), config.sampling),
+        sampling=Sampling(
+            sigmas(config), causal_config(config), config.sampling, gate=config.sampling.boundary
+        ),
         compute=torch.bfloat16 if config.mixed_precision else torch.float32,
         latent_shape=(channels, frames, height, width),
         models={role: found.model for role, found in opened.items()},

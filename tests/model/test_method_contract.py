@@ -77,7 +77,8 @@ def cases() -> Iterator[Case]:
         name = cls.__module__.removeprefix("model.")
         configs = {"": cls.config_class(), **VARIANTS.get(name, {})}
         for variant, config in configs.items():
-            for layout in (None, BLOCKS):
+            whole_alone = any(config.run_problems(steps=1000, causal=True))
+            for layout in (None,) if whole_alone else (None, BLOCKS):
                 kind = "whole" if layout is None else "blocks"
                 yield Case(cls, config, layout, "-".join(filter(None, (name, variant, kind))))
 
