@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,18 @@ from torch import Tensor
 from model.encoders.vae import meta_vae
 from model.encoders.vae_names import to_official
 from model.encoders.vae_sizes import WAN21, WAN22, Sizes
+from model.experts import SIDES
 from model.families.base import Export
 from model.families.registry import open_model
-from model.families.wan21.folder import CONFIG, IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, ModelFolder
-from model.families.wan21.weights import find_weights
+from model.families.wan21.folder import (
+    CONFIG,
+    HOMES,
+    IMAGE_ENCODER,
+    TEXT_ENCODER,
+    TOKENIZER,
+    VAE22,
+    ModelFolder,
+)
 from model.wan.config import WanConfig, write_wan_config
 from tests.conftest import build_wan, random_value
 from utils.tiny_world.world import captions
@@ -47,6 +56,8 @@ def toy_config(model_type: str = "t2v") -> WanConfig:
     }
     if model_type == "t2v":
         return WanConfig(**sizes, text_len=32)
+    if model_type == "ti2v":
+        return WanConfig(**sizes, text_len=32, in_dim=48, out_dim=48)
     return WanConfig(**sizes, in_dim=36, image_dim=IMAGE_DIM, image_tokens=IMAGE_TOKENS)
 
 
@@ -58,7 +69,9 @@ def make_official(
     shards: int = 2,
     seed: int = 0,
 ) -> ModelFolder:
-    """Write an official-layout release of `model_type` (t2v, i2v, flf2v); the same for a seed.
+    """Write an official-layout release of `model_type` (t2v, ti2v, i2v, flf2v).
+
+    The same for a seed.
 
     The transformer is fp32 in `shards` files with an index, the VAE fp32, the text encoder bf16,
     the image encoder fp16.
@@ -67,21 +80,51 @@ def make_official(
     config = config or toy_config(model_type)
     write_wan_config(config, folder / CONFIG)
     write_sharded(dict(build_wan(config, seed=seed).state_dict()), folder, shards)
+    _write_encoders(folder, config, seed)
+    return ModelFolder(folder, codecs=VAE22 if config.model_type == "ti2v" else (VAE, "vae"))
+
+
+def make_experts(folder: Path, model_type: str = "t2v", *, shards: int = 2) -> ModelFolder:
+    """Write an official-layout release of two experts of `model_type` (t2v, i2v), of other seeds.
+
+    As it is published: no config.json says that an i2v model reads no CLIP.
+    """
+    config = expert_config(model_type)
+    for seed, side in enumerate(SIDES):
+        home = folder / HOMES[side][0]
+        home.mkdir(parents=True)
+        write_wan_config(replace(config, clip=True), home / CONFIG)
+        write_sharded(dict(build_wan(config, seed=seed).state_dict()), home, shards)
+    _write_encoders(folder, config, 0)
+    return ModelFolder(folder, side="high")
+
+
+def expert_config(model_type: str) -> WanConfig:
+    """Sizes of a toy expert, t2v or i2v without CLIP."""
+    config = toy_config("t2v")
+    if model_type == "t2v":
+        return config
+    return replace(config, model_type=model_type, in_dim=36, clip=False)
+
+
+def _write_encoders(folder: Path, config: WanConfig, seed: int) -> None:
     vocabulary = write_tokenizer(folder / TOKENIZER)
-    torch.save(vae_state(seed), folder / VAE)
+    if config.model_type == "ti2v":
+        torch.save(vae_state(seed, z_dim=48, published=WAN22), folder / VAE22[0])
+    else:
+        torch.save(vae_state(seed), folder / VAE)
     torch.save(umt5_state(vocabulary, config.text_dim, seed), folder / TEXT_ENCODER)
-    if config.model_type != "t2v":
+    if config.reads_clip:
         torch.save(clip_state(config.image_dim, config.image_tokens, seed), folder / IMAGE_ENCODER)
         (folder / "xlm-roberta-large").mkdir(exist_ok=True)
         (folder / "xlm-roberta-large" / "tokenizer_config.json").write_text("{}", encoding="utf-8")
-    return ModelFolder(folder)
 
 
 def make_diffusers(folder: Path, twin_of: ModelFolder) -> ModelFolder:
     """Write the same weights in diffusers' layout."""
-    export = Export(find_weights(twin_of.path), "diffusers")
-    open_model(twin_of.path).export(export, folder)
-    return ModelFolder(folder)
+    model = open_model(twin_of.path)
+    model.export(Export(model.find_weights(), "diffusers"), folder)
+    return replace(twin_of, path=folder)
 
 
 def write_sharded(state: dict[str, Tensor], folder: Path, shards: int) -> None:

@@ -55,7 +55,8 @@ class Weights(Protocol):
 class JoinedWeights:
     """Those of several networks as one: names begin with what each network is called."""
 
-    def __init__(self, path: Path, parts: Mapping[str, Weights]) -> None:
+    def __init__(self, path: Path, parts: Mapping[Any, Weights]) -> None:
+        """parts: by the networks' names, which are strings."""
         self.path = path
         self._parts = parts
 
@@ -118,6 +119,7 @@ class WeightFile:
         self.path = path
         self._lazy: dict[str, tuple[Path, str]] = {}  # name -> file, name in it
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
         self._tensors: dict[str, Tensor] = {}
         if not path.is_file():
             raise WeightsError(f"{path}: no such weight file")
@@ -129,6 +131,7 @@ class WeightFile:
             else:
                 self._tensors = dict(_flat_tensors(path, role, averaged))
                 self._shapes = {name: tuple(v.shape) for name, v in self._tensors.items()}
+                self._dtypes = {name: str(v.dtype) for name, v in self._tensors.items()}
         except WeightsError:
             raise
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -144,11 +147,17 @@ class WeightFile:
                     if name in self._lazy:
                         raise WeightsError(f"{self.path}: holds '{name}' twice")
                     self._lazy[name] = path, held
-                    self._shapes[name] = tuple(file.get_slice(held).get_shape())
+                    found = file.get_slice(held)
+                    self._shapes[name] = tuple(found.get_shape())
+                    self._dtypes[name] = found.get_dtype()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor, without reading it; in the order of the files."""
         return dict(self._shapes)
+
+    def dtypes(self) -> dict[str, str]:
+        """The dtype of each tensor, as its file calls it: F32, or else torch.float32."""
+        return dict(self._dtypes)
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Rows of one tensor along its first dimension."""
@@ -267,6 +276,8 @@ def _reason(path: Path, error: Exception) -> str:
             return "it is empty; copy it again"
         if begin == _LFS_POINTER:
             return "it is a pointer of git lfs; fetch the file itself with: git lfs pull"
+        if begin.startswith(b"gguf"):
+            return "it is a GGUF file, of quantised weights; give those that it was made of"
         if begin.startswith((b"<!doctype", b"<html")):
             return "it is a web page; download the file itself"
     reason = (str(error).splitlines() or [type(error).__name__])[0]

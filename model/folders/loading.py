@@ -18,7 +18,7 @@ from model.discriminator import (
     DiscriminatorHeads,
     initial_value,
 )
-from model.folders.foreign import refuse_adapter
+from model.folders.foreign import refuse_adapter, refuse_quantised
 from model.types import FeatureSpec
 from utils import checkpoint
 from utils.parallel import AS_IT_IS, ParallelConfig, parallelize
@@ -70,6 +70,8 @@ def open_weights(
     """
     weights = open_any(path, in_folder, role=role, averaged=averaged)
     refuse_adapter(weights)
+    if isinstance(weights, WeightFile):
+        refuse_quantised(weights)
     return weights
 
 

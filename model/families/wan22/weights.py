@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-
-from torch import Tensor
 
 import model.families.wan21.weights as transformers
 from model.experts import SIDES
@@ -13,28 +10,7 @@ from model.families.wan21.folder import ModelFolder, holds_experts
 from model.families.wan21.weights import one_side
 from model.folders import loading
 from model.types import Side
-from utils.weights import Weights, WeightsError
-
-
-class PairedWeights:
-    """The weights of two networks, each name behind its side and a dot."""
-
-    def __init__(self, path: Path, sides: Mapping[Side, Weights]) -> None:
-        self.path = path
-        self._sides = {str(side): weights for side, weights in sides.items()}
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor, without reading it; one network after the other."""
-        return {
-            f"{side}.{name}": shape
-            for side, weights in self._sides.items()
-            for name, shape in weights.shapes().items()
-        }
-
-    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Rows of one tensor along its first dimension."""
-        side, _, own = name.partition(".")
-        return self._sides[side].read(own, rows)
+from utils.weights import JoinedWeights, Weights, WeightsError
 
 
 def find_pair(path: Path, *, role: str, averaged: bool | None) -> Weights:
@@ -47,7 +23,7 @@ def find_pair(path: Path, *, role: str, averaged: bool | None) -> Weights:
             side: transformers.find_weights(path, role=role, averaged=averaged, side=side)
             for side in SIDES
         }
-        return PairedWeights(path, found)
+        return JoinedWeights(path, found)
     own = ModelFolder(path).weights
     weights = loading.open_weights(path, own, role=role, averaged=averaged)
     absent = [side for side in SIDES if not _holds(weights, side)]
@@ -67,7 +43,7 @@ def translated(weights: Weights, role: str) -> Weights:
         for side in SIDES
         if _holds(weights, side)
     }
-    return PairedWeights(weights.path, sides)
+    return JoinedWeights(weights.path, sides)
 
 
 def holds_sides(weights: Weights) -> bool:
