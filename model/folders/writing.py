@@ -54,7 +54,7 @@ def write_stream(
         for name, value in tensors:
             assert value.dtype == dtype and tuple(value.shape) == tuple(shapes[name]), name
             file.seek(begin + places.pop(name))
-            file.write(value.contiguous().view(-1).view(torch.uint8).numpy())
+            file.write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
         assert not places, f"not given: {list(places)[:3]}"
         file.flush()
 
