@@ -67,7 +67,6 @@ def export(
     more: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an adapter and what tells of it. more: figures for its record."""
-    target.check()
     check_layout(adapter, target.path, target.layout)
     rank = max(pair.rank for pair in adapter.factors.values())
     kept = {} if facts is None else facts.header() | {"rank": str(rank)}
@@ -123,7 +122,6 @@ def extract_to(
 
     model: of the base; None = no network is run. samples: inputs that networks are compared on.
     """
-    target.check()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = extract(student, base, wanted, device=device, layout=target.layout)
     tell(found)

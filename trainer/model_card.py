@@ -84,7 +84,8 @@ def _front_matter(facts: Facts, exported: Exported) -> str:
 def _sentence(facts: Facts, exported: Exported) -> str:
     how = "guidance off" if facts.cfg_scale == 1.0 else f"guidance {facts.cfg_scale:g}"
     what = f"an adapter for {facts.base}" if exported.kind == "adapter" else f"made of {facts.base}"
-    return f"A student that needs {facts.steps} steps with {how}: {what}, trained by Fewstep.\n"
+    which = "A student that needs" if facts.sigmas else "A model that is sampled in"
+    return f"{which} {facts.steps} steps with {how}: {what}, trained by Fewstep.\n"
 
 
 def _rows(facts: Facts, exported: Exported) -> list[str]:
