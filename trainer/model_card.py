@@ -96,6 +96,7 @@ def _rows(facts: Facts, exported: Exported) -> list[str]:
         "guidance (cfg_scale)": f"{facts.cfg_scale:g}",
         "guidance of the low-noise expert": facts.cfg_scale_low,
         "boundary between the experts": facts.boundary and f"{facts.boundary:.4f}",
+        "expert": facts.expert and f"the one of {facts.expert} noise levels",
         "between steps": "predict the clean clip, add fresh noise"
         if facts.sampler == "renoise"
         else facts.sampler,
