@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from trainer.experts import between, gate, open_models
 from utils.errors import UserError, words
 from utils.hashes import content_hash
 from utils.records import DamagedError, from_json, read_mapping
+from utils.weights import INDEX_SUFFIX
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ RECORD = (
     "fewstep.json"  # in a folder that is exported; beside a file it begins with the file's stem
 )
 RUN_CONFIG = "config.yaml"  # in a training checkpoint
+_EXPERTS = ("*_noise_model", "transformer", "transformer_2")  # folders of two experts
 LICENCE = "apache-2.0"  # of all of Wan's releases
 
 
@@ -121,8 +124,20 @@ def _of_model(config: Config, levels: list[float]) -> dict[str, Any]:
         "width": width,
         "frames": model.latent.pixel_frames(frames),
         "fps": model.fps,
-        "base_sha256": content_hash(weights) if weights.is_file() else None,
+        "base_sha256": _sha256(weights),
     }
+
+
+def _sha256(weights: Path) -> str | None:
+    """Of a weight file or the index of its shards; of two experts' folder, of both of these."""
+    if weights.is_file():
+        return content_hash(weights)
+    for kind in (INDEX_SUFFIX, ".safetensors"):
+        files = [f for side in _EXPERTS for f in sorted(weights.glob(f"{side}/*{kind}"))]
+        if files:
+            lines = [f"{content_hash(file)} {file.relative_to(weights)}\n" for file in files]
+            return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return None
 
 
 def known_facts(path: Path, header: Mapping[str, str]) -> Facts | None:
