@@ -89,6 +89,7 @@ def write_adapter(args: argparse.Namespace) -> None:
     dtype = DTYPES[args.dtype or "float32"]
     layout = args.adapter_layout or LAYOUTS[0]
     target = Target(args.output_path, layout, dtype, args.overwrite)
+    target.check()
     if args.extract_from is None:
         write_read(args, target)
     else:

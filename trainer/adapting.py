@@ -13,7 +13,7 @@ import torch
 
 from model.families.base import Model
 from model.folders.adapter_extraction import Extraction, Wanted, extract
-from model.folders.adapter_files import AdapterFile
+from model.folders.adapter_files import AdapterFile, side_and_layer
 from model.folders.adapter_words import Merged, Rounded
 from model.folders.adapter_writing import check_layout, check_place, file_names, write_adapter
 from model.wan.adapter_names import Layout
@@ -67,19 +67,25 @@ def export(
     more: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an adapter and what tells of it. more: figures for its record."""
-    target.check()
+    folder = target.path.suffix == ""
+    if (
+        folder
+        and facts is not None
+        and facts.expert
+        and not side_and_layer(next(iter(adapter.factors)))[0]
+    ):
+        adapter = adapter.of_expert(facts.expert)  # the file's name tells which
     check_layout(adapter, target.path, target.layout)
     rank = max(pair.rank for pair in adapter.factors.values())
     kept = {} if facts is None else facts.header() | {"rank": str(rank)}
-    is_file = target.path.suffix != ""
     names, dtype = file_names(target.path, adapter.factors), str(target.dtype).split(".")[-1]
     what = Exported("adapter", names, target.layout, dtype, rank, more or {})
     told = {} if facts is None else texts(facts, what)
     written = write_adapter(
         target.path, adapter.factors, layout=target.layout, dtype=target.dtype,
-        metadata=kept or _kept(adapter), texts={} if is_file else told,
+        metadata=kept or _kept(adapter), texts=told if folder else {},
     )  # fmt: skip
-    if is_file:
+    if not folder:
         write_beside(target.path, told)
     count = sum(pair.a.numel() + pair.b.numel() for pair in adapter.factors.values())
     log.info("%s: %d layers, %d parameters", target.path, len(adapter.factors), count)
@@ -123,7 +129,6 @@ def extract_to(
 
     model: of the base; None = no network is run. samples: inputs that networks are compared on.
     """
-    target.check()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = extract(student, base, wanted, device=device, layout=target.layout)
     tell(found)

@@ -84,7 +84,8 @@ def _front_matter(facts: Facts, exported: Exported) -> str:
 def _sentence(facts: Facts, exported: Exported) -> str:
     how = "guidance off" if facts.cfg_scale == 1.0 else f"guidance {facts.cfg_scale:g}"
     what = f"an adapter for {facts.base}" if exported.kind == "adapter" else f"made of {facts.base}"
-    return f"A student that needs {facts.steps} steps with {how}: {what}, trained by Fewstep.\n"
+    which = "A student that needs" if facts.sigmas else "A model that is sampled in"
+    return f"{which} {facts.steps} steps with {how}: {what}, trained by Fewstep.\n"
 
 
 def _rows(facts: Facts, exported: Exported) -> list[str]:
@@ -95,6 +96,7 @@ def _rows(facts: Facts, exported: Exported) -> list[str]:
         "guidance (cfg_scale)": f"{facts.cfg_scale:g}",
         "guidance of the low-noise expert": facts.cfg_scale_low,
         "boundary between the experts": facts.boundary and f"{facts.boundary:.4f}",
+        "expert": facts.expert and f"the one of {facts.expert} noise levels",
         "between steps": "predict the clean clip, add fresh noise"
         if facts.sampler == "renoise"
         else facts.sampler,

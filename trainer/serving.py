@@ -12,6 +12,7 @@ from torch import nn
 
 from model.adapters import OnAdapters, install
 from model.encoders.idle import Encoders
+from model.experts import ExpertPair
 from model.families.base import Model
 from model.families.registry import check_model
 from model.folders.adapter_files import AdapterFile, is_adapter
@@ -131,6 +132,8 @@ def load_generator(
     whole = [replace(adapter, factors={}) for _, adapter in source.adapters if adapter.diffs]
     weights = Merged(source.weights, whole) if whole else source.weights
     network = run.model.load_network(weights, place, what=what)
+    if isinstance(network, ExpertPair) and run.gate is not None:
+        network.boundary = run.gate  # strictly between two of a student's steps
     return serve(run, with_adapters(network, source), device, team, tiny_vae=tiny_vae)
 
 

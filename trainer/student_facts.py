@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from model.families.base import Model
 from model.families.registry import find_model
 from pipeline.build import ADJUSTABLE
 from trainer.config import (
@@ -19,14 +20,19 @@ from trainer.config import (
     read_run,
     sigmas,
 )
-from utils.errors import UserError
+from trainer.experts import between, gate, open_models
+from utils.errors import UserError, words
 from utils.hashes import content_hash
 from utils.records import DamagedError, from_json, read_mapping
+from utils.weights import INDEX_SUFFIX
+
+log = logging.getLogger(__name__)
 
 RECORD = (
     "fewstep.json"  # in a folder that is exported; beside a file it begins with the file's stem
 )
 RUN_CONFIG = "config.yaml"  # in a training checkpoint
+_EXPERTS = ("*_noise_model", "transformer", "transformer_2")  # folders of two experts
 LICENCE = "apache-2.0"  # of all of Wan's releases
 
 
@@ -43,6 +49,9 @@ class Facts:
     cfg_scale: float = 1.0  # 1 = no guidance; of two experts the high one's
     cfg_scale_low: float | None = None  # the low one's; None = the same
     boundary: float | None = None  # of two experts, strictly between two of the sigmas
+    expert: Literal["high", "low"] | None = (
+        None  # whose student it is; None = both, or there are none
+    )
     causal: bool = False
     images: bool = False  # clips begin with an image
     height: int | None = None
@@ -54,86 +63,81 @@ class Facts:
 
     def header(self) -> dict[str, str]:
         """As a weight file's header holds them: JSON values, but texts as they are."""
-        return {k: v if isinstance(v, str) else json.dumps(v) for k, v in asdict(self).items()}
+        told = {name: value for name, value in asdict(self).items() if value is not None}
+        return {k: v if isinstance(v, str) else json.dumps(v) for k, v in told.items()}
 
 
 _NAMES = [f.name for f in fields(Facts)]
+_TEXTS = ("base", "method", "sampler", "expert", "base_sha256", "licence")
 
 
 def from_header(header: Mapping[str, str]) -> Facts | None:
     """What `Facts.header` gave; None = the header tells of no student of ours."""
-    values: dict[str, Any] = {}
-    for name in (name for name in _NAMES if name in header):
-        try:
-            values[name] = json.loads(header[name])
-        except ValueError:
-            values[name] = header[name]
     try:
+        values = {
+            n: header[n] if n in _TEXTS else json.loads(header[n]) for n in _NAMES if n in header
+        }
         return from_json(values, Facts)
-    except DamagedError:
+    except (DamagedError, ValueError):
         return None
-
-
-def between_steps(sigmas: list[float], boundary: float) -> float:
-    """The same division of the steps as `boundary` makes, by a level that none of them is at.
-
-    The middle between the last step above the boundary and the next one, which may lie on it: that
-    one is the low expert's, whatever another program says of a tie.
-    """
-    above = [sigma for sigma in sigmas if sigma > boundary]
-    below = [sigma for sigma in sigmas if sigma <= boundary]
-    return (min(above) + max(below)) / 2 if above and below else boundary
 
 
 def facts_of_run(config: Config) -> Facts:
     """Those of a run's generator; what only its model could tell is left out if it is not here."""
-    name = config.model_of("generator")
-    model: Model | None
+    few = method_needs(config).sampler not in ADJUSTABLE
+    levels = sigmas(config) if few else []
+    told: dict[str, Any] = {"base": Path(config.model_of("generator")).name}
+    told |= {"method": method_name(config), "causal": causal_config(config) is not None}
     try:
-        model = find_model(Path(config.model_root), name)
-        told: dict[str, Any] = _of_model(config, model)
-    except (UserError, OSError):
-        model, told = None, {}
-    many, levels = config.sampling, sigmas(config)
-    told |= {"base": Path(name).name, "method": method_name(config)}
-    told["causal"] = causal_config(config) is not None
-    boundary = many.boundary
-    if boundary is None and model is not None and model.experts is not None:
-        boundary = model.experts.boundary
-    if method_needs(config).sampler in ADJUSTABLE:
-        return Facts(
-            **told,
-            sampler=many.solver,
-            steps=many.steps,
-            shift=many.timestep_shift,
-            cfg_scale=many.cfg_scale,
-            cfg_scale_low=many.cfg_scale_low,
-            boundary=boundary,
-        )
+        told |= _of_model(config, levels)
+    except (UserError, OSError) as error:
+        log.warning("of the model itself the card tells nothing: %s", words(error) or error)
+    if few:
+        shift = config.timestep_shift
+        return Facts(**told, sampler="renoise", steps=len(levels), shift=shift, sigmas=levels)
+    many = config.sampling
     return Facts(
         **told,
-        sampler="renoise",
-        steps=len(levels),
-        shift=config.timestep_shift,
-        sigmas=levels,
-        boundary=None if boundary is None else between_steps(levels, boundary),
+        sampler=many.solver,
+        steps=many.steps,
+        shift=many.timestep_shift,
+        cfg_scale=many.cfg_scale,
+        cfg_scale_low=many.cfg_scale_low,
     )
 
 
-def _of_model(config: Config, model: Model) -> dict[str, Any]:
-    """What a model's folder tells of its clips and itself."""
+def _of_model(config: Config, levels: list[float]) -> dict[str, Any]:
+    """What a model's folder tells of its clips, its experts and itself. levels: of few steps."""
+    opened = open_models(config, ("generator",), find_model)["generator"]
+    model, boundary = opened.model, gate(config, opened, levels or None)
+    if opened.only is not None and opened.boundary is not None:
+        boundary = between(levels, opened.boundary) if levels else opened.boundary
     _, frames, rows, columns = config.latent_shape
     height, width = model.latent.pixel_size(rows, columns)
     own = config.generator.weights
     weights = model.find_weights(None if own is None else Path(own)).path
     return {
+        "boundary": boundary,
+        "expert": opened.only,
         "images": model.images is not None and model.images.required,
         "height": height,
         "width": width,
         "frames": model.latent.pixel_frames(frames),
         "fps": model.fps,
-        "base_sha256": content_hash(weights) if weights.is_file() else None,
+        "base_sha256": _sha256(weights),
     }
+
+
+def _sha256(weights: Path) -> str | None:
+    """Of a weight file or the index of its shards; of two experts' folder, of both of these."""
+    if weights.is_file():
+        return content_hash(weights)
+    for kind in (INDEX_SUFFIX, ".safetensors"):
+        files = [f for side in _EXPERTS for f in sorted(weights.glob(f"{side}/*{kind}"))]
+        if files:
+            lines = [f"{content_hash(file)} {file.relative_to(weights)}\n" for file in files]
+            return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return None
 
 
 def known_facts(path: Path, header: Mapping[str, str]) -> Facts | None:

@@ -12,6 +12,7 @@ from typing import (
     Literal,
     Protocol,
     TypeVar,
+    Union,
     get_args,
     get_origin,
     get_type_hints,
@@ -114,7 +115,7 @@ def from_json(content: dict[str, Any], kind: type[R]) -> R:
 
 def _fits(value: object, hint: Any) -> bool:
     """Whether a value is of a plain type; a whole number is a float as well."""
-    if get_origin(hint) is UnionType:
+    if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, part) for part in get_args(hint))
     if get_origin(hint) is Literal:
         return value in get_args(hint)

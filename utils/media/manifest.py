@@ -46,11 +46,22 @@ class ClipRecord:
     images_sha256: list[str]
 
 
+# Where safetensors files are whose folder stands for them: adapters, and the experts of a pair.
+_FOLDERS = ("*.safetensors", "*_noise_model/*.safetensors", "transformer*/*.safetensors")
+
+
 def weight_files(path: Path) -> dict[str, Path]:
-    """The files behind a weight file, an index of shards or a training checkpoint, by name."""
-    if path.is_dir():
+    """The files behind weights, by name.
+
+    path: a weight file, an index of shards, a training checkpoint, or the folder of an adapter or
+    of two experts.
+    """
+    if (path / ".metadata").is_file():
         data = [file for file in sorted(path.iterdir()) if file.suffix == ".distcp"]
         return {file.name: file for file in [path / ".metadata", *data]}
+    if path.is_dir():
+        found = [file for pattern in _FOLDERS for file in sorted(path.glob(pattern))]
+        return {file.relative_to(path).as_posix(): file for file in found}
     if path.name.endswith(INDEX_SUFFIX):
         shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
         return {name: path.parent / name for name in [path.name, *sorted(set(shards))]}
@@ -59,12 +70,11 @@ def weight_files(path: Path) -> dict[str, Path]:
 
 def adapter_files(paths: Sequence[Path]) -> dict[str, Path]:
     """The files behind adapters, under the numbers that the adapters have among each other."""
-    found: dict[str, Path] = {}
-    for number, path in enumerate(paths):
-        tensors = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-        files = {file.name: file for file in tensors} or weight_files(path)
-        found |= {f"adapters/{number}/{name}": file for name, file in files.items()}
-    return found
+    return {
+        f"adapters/{number}/{name}": file
+        for number, path in enumerate(paths)
+        for name, file in weight_files(path).items()
+    }
 
 
 def code_revision(root: Path = ROOT) -> dict[str, Any] | None:
