@@ -83,6 +83,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--output_folder", type=Path, required=True)
     result.add_argument("--clips", type=int, default=192, help="per row")
     result.add_argument("--seed", type=int, default=1)
+    result.add_argument(
+        "--i2v", action="store_true",
+        help="clips begin with real first frames, of models where images are optional",
+    )  # fmt: skip
     result.add_argument("--solver2_shift", type=float, default=SOLVER2_SHIFT)
     result.add_argument("overrides", nargs="*", metavar="key=value", help="for both configs")
     return result
@@ -184,7 +188,7 @@ def measure(
     """All rows; each is written as soon as it is there, beside those `known` of earlier calls."""
     known = list(known)
     exam = Exam.draw(args.clips, args.seed, models["teacher"].vae)
-    captions, images = exam.captions, models["teacher"].encoder.reads_images
+    captions, images = exam.captions, args.i2v or models["teacher"].encoder.reads_images
     first = exam.first if images else None
     for model in models.values():  # the first call pays for slow imports and warm-up
         sample(model, captions[:1], args.seed, None if first is None else first[:1])
@@ -209,6 +213,7 @@ def measure(
             "clips": args.clips,
             "seed": args.seed,
             "weights": prints[role],
+            "i2v": args.i2v or None,  # as of rows of before this choice
         }
         found = [old for old in known if all(old.get(k) == v for k, v in facts.items())]
         shown = row in shown_rows(configs["teacher"])

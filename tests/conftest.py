@@ -18,7 +18,14 @@ from model.families.wan21.folder import CONFIG, WEIGHTS
 from model.flow import step_sigmas
 from model.wan.config import WanConfig, write_wan_config
 from model.wan.transformer import WanTransformer
-from scripts.make_tiny_world import IMAGE_NAME, NAME, make_data, make_folder
+from scripts.make_tiny_world import (
+    IMAGE_NAME,
+    NAME,
+    TI2V_LATENTS,
+    TI2V_NAME,
+    make_data,
+    make_folder,
+)
 from tests.commands import no_weights, own_logging
 from tests.runs import CONFIGS, write_config
 from utils.data.dataset import TrajectoryManifest
@@ -49,6 +56,7 @@ MINIATURE = WanConfig(
 )
 
 IMAGE_MINIATURE = replace(MINIATURE, model_type="i2v", in_dim=46, image_dim=80, image_tokens=5)
+TI2V_MINIATURE = replace(MINIATURE, model_type="ti2v", in_dim=58, out_dim=48, patch_size=(1, 1, 1))
 
 
 def random_value(name: str, shape: torch.Size, seed: int) -> Tensor:
@@ -91,9 +99,10 @@ def tiny_wan() -> WanFactory:
 def tiny_root(shared_tmp: Path) -> Path:
     """A folder with wan_models/Wan2.1-T2V-Tiny (miniature, random weights) and data/tiny.
 
-    Wan2.1-I2V-Tiny lies beside it. data/tiny/latents holds one LMDB shard of 64 captioned clips
-    with first frames, data/tiny/ode_pairs straight trajectories to 16 of them,
-    data/tiny/prompts.txt all captions. Shared by the whole session: do not write into it.
+    Wan2.1-I2V-Tiny and Wan2.2-TI2V-Tiny lie beside it. data/tiny/latents holds one LMDB shard of 64
+    captioned clips with first frames, latents_16 the same for TI2V, data/tiny/ode_pairs straight
+    trajectories to 16 of the former, data/tiny/prompts.txt all captions. Shared by the whole
+    session: do not write into it.
     """
     return made_once(shared_tmp, "tiny", make_tiny_root)
 
@@ -127,7 +136,12 @@ def make_tiny_root(root: Path) -> None:
     make_folder(image_folder, IMAGE_NAME)
     write_wan_config(IMAGE_MINIATURE, image_folder / CONFIG)
     write_weights(build_wan(IMAGE_MINIATURE).state_dict(), image_folder / WEIGHTS[1], {})
+    both_folder = root / "wan_models" / TI2V_NAME
+    wide = make_folder(both_folder, TI2V_NAME)
+    write_wan_config(TI2V_MINIATURE, both_folder / CONFIG)
+    write_weights(build_wan(TI2V_MINIATURE).state_dict(), both_folder / WEIGHTS[1], {})
     make_data(root / "data" / "tiny", codec, 64)
+    make_data(root / "data" / "tiny", wide, 64, TI2V_LATENTS)
     make_pairs(root / "data" / "tiny", 16)
 
 

@@ -148,14 +148,18 @@ def test_the_configuration_to_begin_with_needs_nothing_but_prompts() -> None:
 def shrunk(config: Config, root: Path) -> list[str]:
     """The overrides that take any run down to the tiny world at `root`."""
     needs, blocks = method_needs(config), config.generator_type == "causal"
-    model = "Wan2.1-I2V-Tiny" if "I2V" in generator_model(config) else "Wan2.1-T2V-Tiny"
-    images = model == "Wan2.1-I2V-Tiny" or (blocks and config.causal.given_first_frame)
+    name = generator_model(config)
+    whole = "TI2V" in name  # whose latents are not Wan2.1's
+    model = "Wan2.2-TI2V-Tiny" if whole else "Wan2.1-I2V-Tiny"
+    model = model if "I2V" in name else "Wan2.1-T2V-Tiny"
+    given = config.causal.given_first_frame or config.data.image_share
+    images = model == "Wan2.1-I2V-Tiny" or given
     latents = needs.latents or images
-    kind = "latents" if latents else "prompts.txt"
+    kind = ("latents_16" if whole else "latents") if latents else "prompts.txt"
     toy = [
         f"model_root={root / 'wan_models'}",
         f"data.path={root / 'data' / 'tiny' / ('ode_pairs' if needs.trajectories else kind)}",
-        "latent_shape=[16,5,4,4]",
+        f"latent_shape={'[48,5,2,2]' if whole else '[16,5,4,4]'}",
         "steps=1",
         "batch_size=2",
         "accumulation=1",

@@ -41,6 +41,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
         (CausalLayout(3), 21, [3] * 7),
         (CausalLayout(1), 4, [1] * 4),
         (CausalLayout(2, independent_first_frame=True), 5, [1, 2, 2]),
+        (CausalLayout(3, independent_first_frame=True), 31, [1, *[3] * 10]),  # of TI2V-5B
     ],
 )
 def test_a_video_falls_into_blocks(layout: CausalLayout, frames: int, blocks: list[int]) -> None:

@@ -185,7 +185,7 @@ def test_a_negative_prompt_needs_guidance() -> None:
         (IMAGE, {}, "first_image: this model begins with an image, but none is given"),
         (EITHER, {"first_image": FRAME, "frames": 1},
          "first_image: a clip of one latent frame is its image, and leaves none to make"),
-        (EITHER, {"first_image": FRAME, "last_image": FRAME}, "last_image: this model ends with no"),
+        (EITHER, {"first_image": FRAME, "last_image": FRAME}, "last_image: this model ends with n"),
         (EITHER, {"initial": FRAME}, "initial: this model makes whole clips, which may begin with "
          "an image, but with no more frames; give images (--i2v), or use a model with "),
         (replace(CAUSAL, first_frame=True, layout=CausalLayout(3), frames=81),
