@@ -26,7 +26,7 @@ from pipeline.causal import CausalConfig
 from trainer.base import Trainer, TrainerParts
 from trainer.build import build_networks, build_rollout, build_trained
 from trainer.registry import TRAINERS
-from trainer.roles import Role
+from trainer.roles import Role, group_of
 from trainer.run import Run
 from utils.distributed import Session
 from utils.dry_run import Draw, dry_run
@@ -287,7 +287,7 @@ def tag_weights(meter: Meter, networks: Mapping[str, nn.Module], roles: Mapping[
         owner = BASE if shared[id(network.model)] > 1 else name
         meter.tag(network.parameters(), owner, "weights")
     for name, role in roles.items():
-        meter.tag(role.parameters.values(), name, "weights")
+        meter.tag(role.parameters.values(), group_of(name), "weights")
 
 
 def tag_standing(meter: Meter, trainer: Trainer, networks: Mapping[str, nn.Module]) -> None:
@@ -296,7 +296,7 @@ def tag_standing(meter: Meter, trainer: Trainer, networks: Mapping[str, nn.Modul
     for name, role in trainer.roles.items():
         for optimizer in role.optimizers:
             states = (t for state in optimizer.state.values() for t in state.values())
-            meter.tag((t for t in states if isinstance(t, Tensor)), name, "optimizer")
+            meter.tag((t for t in states if isinstance(t, Tensor)), group_of(name), "optimizer")
     meter.tag(trainer.ema.shadow.values(), "generator", "average")
 
 
@@ -304,8 +304,8 @@ def tag_gradients(meter: Meter, roles: Mapping[str, Role]) -> None:
     """Say which memory holds gradients now, whole or of a shard."""
     for name, role in roles.items():
         grads = (p.grad for p in role.parameters.values() if p.grad is not None)
-        meter.tag(grads, name, "gradients")
-        meter.tag(whole_gradients(role), name, "gradients")
+        meter.tag(grads, group_of(name), "gradients")
+        meter.tag(whole_gradients(role), group_of(name), "gradients")
 
 
 def whole_gradients(role: Role) -> Iterator[Tensor]:
