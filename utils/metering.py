@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from utils.op_costs import Transfer, Work, tensors_in, transfer_of, work_of
 
 # A peak's contents are looked at again once it has grown by this share; its height is exact.
-LOOK_AGAIN = 1.005
+LOOK_AGAIN = 1.0005
 # How DTensor learns the shape of a whole result: by an operation on nothing, which costs nothing.
 _INFER = "_propagate_tensor_meta_non_cached"
 
