@@ -132,12 +132,12 @@ def extended(
     turns = run.config.accumulation
     worst, shortest = (_costs(t, gpu, run, world) for t in (most, least))
     standing = {tag: float(count) for tag, count in most.standing.items()}
-    peaks = {p: peak.scaled for p, peak in most.peaks.items()}
+    peaks = {p: peak.told(most.standing) for p, peak in most.peaks.items()}
     sent, whole, told = _sent(most, turns), worst, "all layers"
     if deep is not None:
         whole = _extend(worst, _costs(deep, gpu, run, world), factor)
         standing = _line(standing, deep.standing, factor)
-        deeper = {p: peak.scaled for p, peak in deep.peaks.items()}
+        deeper = {p: peak.told(deep.standing) for p, peak in deep.peaks.items()}
         peaks = {p: _line(peaks[p], deeper.get(p, peaks[p]), factor) for p in peaks}
         sent = _line(sent, _sent(deep, turns), factor)
         told = f"two shallow networks, extended by {factor:.0f} times what the deeper has more"

@@ -26,7 +26,7 @@ from pipeline.causal import CausalConfig
 from trainer.base import Trainer, TrainerParts
 from trainer.build import build_networks, build_rollout, build_trained
 from trainer.registry import TRAINERS
-from trainer.roles import Role
+from trainer.roles import Role, group_of
 from trainer.run import Run
 from utils.distributed import Session
 from utils.dry_run import Draw, dry_run
@@ -36,6 +36,7 @@ from utils.recompute import HostMemory, Waiting
 
 T = TypeVar("T")
 BUILD = "build"  # the phase in which networks are made
+BASE = "base"  # whose weights are that several roles share, and none moves
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ def build_stand_in(run: Run, session: Session, meter: Meter, *, on_gpu: bool) ->
     networks = build_networks(run, session)
     for name, network in networks.items():
         meter.watch(name, network)
-        meter.tag(network.parameters(), name, "weights")
+    tag_weights(meter, networks, {})
     roles = build_trained(run, networks)
     if on_gpu:
         use_fused(roles)
@@ -279,14 +280,23 @@ def use_fused(roles: Mapping[str, Role]) -> None:
                     group["fused"], group["foreach"] = True, False
 
 
+def tag_weights(meter: Meter, networks: Mapping[str, nn.Module], roles: Mapping[str, Role]) -> None:
+    """Say whose each weight is: its role's own, or of a network that several share."""
+    shared = Counter(id(network.model) for network in networks.values())
+    for name, network in networks.items():
+        owner = BASE if shared[id(network.model)] > 1 else name
+        meter.tag(network.parameters(), owner, "weights")
+    for name, role in roles.items():
+        meter.tag(role.parameters.values(), group_of(name), "weights")
+
+
 def tag_standing(meter: Meter, trainer: Trainer, networks: Mapping[str, nn.Module]) -> None:
     """Say what of a trainer lies in memory all the time."""
-    for name, network in networks.items():
-        meter.tag(network.parameters(), name, "weights")
+    tag_weights(meter, networks, trainer.roles)
     for name, role in trainer.roles.items():
         for optimizer in role.optimizers:
             states = (t for state in optimizer.state.values() for t in state.values())
-            meter.tag((t for t in states if isinstance(t, Tensor)), name, "optimizer")
+            meter.tag((t for t in states if isinstance(t, Tensor)), group_of(name), "optimizer")
     meter.tag(trainer.ema.shadow.values(), "generator", "average")
 
 
@@ -294,18 +304,20 @@ def tag_gradients(meter: Meter, roles: Mapping[str, Role]) -> None:
     """Say which memory holds gradients now, whole or of a shard."""
     for name, role in roles.items():
         grads = (p.grad for p in role.parameters.values() if p.grad is not None)
-        meter.tag(grads, name, "gradients")
-        meter.tag(whole_gradients(role.module), name, "gradients")
+        meter.tag(grads, group_of(name), "gradients")
+        meter.tag(whole_gradients(role), group_of(name), "gradients")
 
 
-def whole_gradients(module: nn.Module) -> Iterator[Tensor]:
-    """Those that FSDP2 keeps of whole weights until they are reduced."""
-    for part in module.modules():
+def whole_gradients(role: Role) -> Iterator[Tensor]:
+    """Those that FSDP2 keeps of a role's whole weights until they are reduced."""
+    own = set(map(id, role.parameters.values()))
+    for part in role.module.modules():
         if not isinstance(part, FSDPModule):
             continue
         group = part._get_fsdp_state()._fsdp_param_group
         for parameter in group.fsdp_params if group is not None else ():
-            if parameter.unsharded_accumulated_grad is not None:
+            mine = id(parameter.sharded_param) in own
+            if mine and parameter.unsharded_accumulated_grad is not None:
                 yield parameter.unsharded_accumulated_grad
 
 

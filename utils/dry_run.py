@@ -31,8 +31,8 @@ Draw = Literal["least", "most"]
 class HostValues(TorchDispatchMode):
     """Lets the host compute for real what it computes of small tensors with values alone.
 
-    draw: which end of its range each integer takes that is drawn, such as the exit step of a
-    rollout; so a dry run covers the shortest or the longest course.
+    draw: which end of its range each integer or single number takes that is drawn, such as the
+    exit step of a rollout; so a dry run covers the shortest or the longest course.
     """
 
     def __init__(self, pretend: FakeTensorMode, draw: Draw) -> None:
@@ -55,16 +55,18 @@ class HostValues(TorchDispatchMode):
         if func.namespace == "prim":  # asks a tensor where it is
             return func(*args, **kwargs)
         tensors = list(tensors_in((args, kwargs)))
-        if not _has_values(func, tensors, kwargs):
+        if not _has_values(func, tensors, args, kwargs):
             return func(*args, **kwargs)
         with unset_fake_temporarily():
-            if func.overloadpacket is torch.ops.aten.randint:
+            if func.overloadpacket in (torch.ops.aten.randint, torch.ops.aten.rand):
                 return self._drawn(func, args, kwargs)
             out = func(*args, **kwargs)
         return tree_map_only(Tensor, self._without_values_if_large, out)
 
     def _drawn(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
         value: Tensor = func(*args, **kwargs)
+        if func.overloadpacket is torch.ops.aten.rand:
+            return value.fill_(0.0 if self.draw == "least" else 1.0 - 2.0**-24)
         bounds = [a for a in args if isinstance(a, int)]
         low, high = bounds if bounds[1:] else (0, bounds[0])
         return value.fill_(low if self.draw == "least" else high - 1)
@@ -75,7 +77,9 @@ class HostValues(TorchDispatchMode):
         return self.pretend.from_tensor(tensor, static_shapes=True)
 
 
-def _has_values(func: Any, tensors: list[Tensor], kwargs: dict[str, Any]) -> bool:
+def _has_values(
+    func: Any, tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
     """Whether an operation runs as it is: on the host's values, or on the meta device."""
     device, dtype = kwargs.get("device"), kwargs.get("dtype")
     target = None if device is None else torch.device(device).type
@@ -89,6 +93,8 @@ def _has_values(func: Any, tensors: list[Tensor], kwargs: dict[str, Any]) -> boo
         return True
     if func.overloadpacket in (torch.ops.aten.randint, torch.ops.aten.arange):
         return True
+    if func.overloadpacket is torch.ops.aten.rand and not args[0]:
+        return True  # one number for all samples, which decides what is done with them
     return dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
 
 

@@ -7,15 +7,17 @@ Memory is counted in storages, from the call that makes one to the moment that n
 from __future__ import annotations
 
 import contextlib
+import inspect
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, UntypedStorage
+from torch.autograd.graph import _engine_run_backward
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.profiler import record_function
@@ -24,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from utils.op_costs import Transfer, Work, tensors_in, transfer_of, work_of
 
 # A peak's contents are looked at again once it has grown by this share; its height is exact.
-LOOK_AGAIN = 1.005
+LOOK_AGAIN = 1.0005
 # How DTensor learns the shape of a whole result: by an operation on nothing, which costs nothing.
 _INFER = "_propagate_tensor_meta_non_cached"
 
@@ -70,11 +72,16 @@ class Peak:
     total: int = 0  # bytes
     contents: dict[Tag, int] = field(default_factory=dict)  # bytes, at about that moment
 
-    @property
-    def scaled(self) -> dict[Tag, float]:
-        """`contents`, made to add up to `total`."""
-        seen = sum(self.contents.values())
-        return {tag: count * self.total / seen for tag, count in self.contents.items() if count}
+    def told(self, fixed: Collection[Tag] = ()) -> dict[Tag, float]:
+        """`contents`, of which all but the `fixed` is made to add up to `total`."""
+        known = sum(self.contents.get(tag, 0) for tag in fixed)
+        rest = sum(self.contents.values()) - known
+        factor = (self.total - known) / rest if rest else 1.0
+        return {
+            tag: count * (1.0 if tag in fixed else factor)
+            for tag, count in self.contents.items()
+            if count
+        }
 
 
 class Meter(TorchDispatchMode):
@@ -97,7 +104,7 @@ class Meter(TorchDispatchMode):
         self._phase = ""
         self._parts: list[str] = [""]
         self._roles: list[str] = [""]
-        self._looking = self._aside = False
+        self._looking = self._aside = self._in_place = False
 
     @property
     def place(self) -> Place:
@@ -114,8 +121,10 @@ class Meter(TorchDispatchMode):
             self._phase, self.turn = before, 0
 
     def watch(self, role: str, network: torch.nn.Module) -> None:
-        """Note when `network` runs forward, as `role`."""
-        network.register_forward_pre_hook(lambda *_: self._roles.append(role), prepend=True)
+        """Note when `network` runs forward, as `role`; of networks within others, the outermost."""
+        network.register_forward_pre_hook(
+            lambda *_: self._roles.append(self._roles[-1] or role), prepend=True
+        )
         network.register_forward_hook(lambda *_: self._leave(), always_call=True)
 
     def _leave(self) -> None:
@@ -178,6 +187,7 @@ class Meter(TorchDispatchMode):
         out = func(*args, **kwargs)
         if self._parts[-1] == _HOST:
             return out
+        self._in_place = func is torch.ops.aten.add.Tensor and _adds_in_place(args)
         transfer = transfer_of(func, args, out)
         if transfer is not None:
             self.transfers[self.place, transfer] += 1
@@ -191,6 +201,7 @@ class Meter(TorchDispatchMode):
                 self.work[self.place, work] += 1
         for tensor in tensors_in(out):
             self._note(tensor, None)
+        self._in_place = False
         return out
 
     def _label(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -234,7 +245,7 @@ class Meter(TorchDispatchMode):
         self.live[held.tag] += count - held.count
         self.total += count - held.count
         grown, held.count = count > held.count, count
-        if not grown:
+        if not grown or self._in_place:  # its first operand goes, which has the memory really
             return
         peak = self.peaks.setdefault(self.place, Peak())
         if self.total > peak.total:
@@ -257,6 +268,21 @@ class Meter(TorchDispatchMode):
         held = self._held.pop(key, None)
         if held is not None:
             self._set(held, 0)
+
+
+def _adds_in_place(args: Any) -> bool:
+    """Whether autograd adds two gradients of one tensor in the memory of the first.
+
+    It does where nobody else holds that one; but never while a mode looks on, as one does here.
+    See `can_accumulate_inplace` in torch/csrc/autograd/input_buffer.cpp.
+    """
+    first, second = args[0], args[1]
+    if torch.is_grad_enabled() or not isinstance(second, Tensor) or first._is_view():
+        return False
+    caller = inspect.currentframe()
+    while caller is not None and caller.f_code.co_filename == __file__:
+        caller = caller.f_back
+    return caller is not None and caller.f_code is _engine_run_backward.__code__
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -31,8 +31,14 @@ class LowRankPair(nn.Module):
 
 def linear(layer: nn.Module, x: Tensor, adapters: Sequence[str]) -> Tensor:
     """layer(x) with its adapters of these names; it need not have all of them. x: [..., in]."""
-    y: Tensor = layer(x)
-    return with_adapters(layer, x, y, adapters)
+    if not adapters or x.ndim < 3:
+        y: Tensor = layer(x)
+        return with_adapters(layer, x, y, adapters)
+    # As rows, all that read x give gradients that own their memory, so that autograd adds them up
+    # in the first one's; views of them it would add up in a tensor of its own.
+    rows = x.flatten(0, -2)
+    added = with_adapters(layer, rows, layer(rows), adapters)
+    return added.view(*x.shape[:-1], added.shape[-1])
 
 
 def with_adapters(layer: nn.Module, x: Tensor, y: Tensor, adapters: Sequence[str]) -> Tensor:

@@ -99,8 +99,10 @@ def measured(run: Run) -> tuple[dict[str, int], int]:
         roles = trainer.roles.values()
         sizes = {
             "weights": sum(
-                plain(p).nbytes for n in trainer.method.parts.networks.values()
-                for p in n.parameters()
+                plain(p).nbytes for p in {
+                    id(p): p for n in trainer.method.parts.networks.values()
+                    for p in n.parameters()
+                }.values()
             ),
             "optimizer": sum(
                 plain(t).nbytes
@@ -123,20 +125,38 @@ def measured(run: Run) -> tuple[dict[str, int], int]:
     return sizes, most
 
 
+WHAT = {  # what is trained of the networks
+    "whole": (),
+    "adapters": ("generator.adapter.rank=8", "critic.adapter.rank=4"),
+    "an adapter": ("critic.adapter.rank=4",),
+}
 CASES = [
-    pytest.param(size, recomputed, marks=() if (size, recomputed) == FAST else pytest.mark.slow)
+    pytest.param(
+        size, recomputed, what, marks=() if (size, recomputed) == FAST else pytest.mark.slow
+    )
     for size in SIZES
     for recomputed in ("none", "block")
+    for what in WHAT
 ]
 
 
-@pytest.mark.parametrize(("size", "recomputed"), CASES)
-def test_memory_is_what_torch_accounts_for(tmp_path: Path, size: str, recomputed: str) -> None:
-    run = small_run(tmp_path, size, f"parallel.activation_checkpoint={recomputed}")
+@pytest.mark.parametrize(("size", "recomputed", "what"), CASES)
+def test_memory_is_what_torch_accounts_for(
+    tmp_path: Path, size: str, recomputed: str, what: str
+) -> None:
+    words = (f"parallel.activation_checkpoint={recomputed}", *WHAT[what])
+    run = small_run(tmp_path, size, *words)
     trace = trace_step(run, World(1, 1), "most", on_gpu=False)
     sizes, most = measured(run)
     planned_sizes = kinds(trace)
-    print(size, recomputed, {k: (planned_sizes[k], v) for k, v in sizes.items()}, peak(trace), most)
+    print(
+        size,
+        recomputed,
+        what,
+        {k: (planned_sizes[k], v) for k, v in sizes.items()},
+        peak(trace),
+        most,
+    )
     for kind, count in sizes.items():
         assert planned_sizes[kind] == pytest.approx(count, rel=0.02), kind
     assert peak(trace) == pytest.approx(most, rel=0.15)

@@ -30,6 +30,15 @@ def test_what_is_drawn_is_one_end_of_its_range(draw: Draw, drawn: int) -> None:
         assert int(torch.randint(2, 7, (), generator=generator(0))) == drawn
 
 
+@pytest.mark.parametrize(("draw", "drawn"), [("least", 0.0), ("most", 1.0 - 2.0**-24)])
+def test_one_number_that_is_drawn_for_all_samples_is_one_end_of_its_range(
+    draw: Draw, drawn: float
+) -> None:
+    with dry_run(draw=draw):
+        assert float(torch.rand((), generator=generator(0))) == drawn
+        assert torch.rand(2**17, generator=generator(0)).shape == (2**17,)  # without values
+
+
 def test_this_process_is_the_first_of_as_many_ranks_as_are_asked_for() -> None:
     with dry_run(world_size=4096):
         assert (dist.get_rank(), dist.get_world_size()) == (0, 4096)

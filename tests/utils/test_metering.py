@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import nn
-from torch.profiler import record_function
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.metering import Meter, Place, Tag, on_host
+from utils.metering import Meter, Peak, Place, Tag, on_host
 
 
 def test_bytes_are_counted_from_the_first_holder_to_the_last() -> None:
@@ -36,6 +39,61 @@ def test_storages_that_are_emptied_and_filled_again_count_at_their_size() -> Non
         assert meter.total == 0
         a.untyped_storage().resize_(400)
         assert meter.live[Tag("", "gathered")] == 400
+
+
+def allocated_at_most(call: Callable[[], None]) -> int:
+    """The most bytes that torch says were allocated during a call, after a first one."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        call()
+    now = most = 0
+    for event in sorted(prof.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize(
+    ("shape", "most"), [((1000, 512), 3), ((1, 1000, 512), 4)], ids=["rows", "views"]
+)
+def test_gradients_of_one_tensor_are_added_up_where_torch_does_it(
+    shape: tuple[int, ...], most: int
+) -> None:
+    """In the memory of the first, if no view of it is there; a mode that looks on prevents it."""
+    x = torch.ones(shape)
+    scale = torch.ones(512, requires_grad=True)
+    weights = [torch.ones(4, 512) for _ in range(2)]
+
+    def call() -> None:
+        scale.grad = None
+        h = x * scale
+        sum(nn.functional.linear(h, weight).sum() for weight in weights).backward()  # type: ignore
+
+    expected = allocated_at_most(call)
+    with Meter() as meter:
+        call()
+    counted = max(peak.total for peak in meter.peaks.values())
+    assert counted == pytest.approx(expected, rel=0.02)
+    assert counted / (1000 * 512 * 4) == pytest.approx(most, abs=0.05)
+
+
+def test_what_a_peak_holds_adds_up_and_what_never_changes_stays_as_it_is() -> None:
+    weights, activations = Tag("base", "weights"), Tag("", "activations")
+    peak = Peak(total=130, contents={weights: 100, activations: 20})
+    assert peak.told({weights}) == {weights: 100.0, activations: 30.0}
+    assert sum(peak.told().values()) == pytest.approx(130.0)
+
+
+def test_the_outermost_network_is_who_runs() -> None:
+    inner = nn.Linear(2, 2)
+    outer = nn.Sequential(inner)
+    with Meter() as meter:
+        for role, network in (("generator", outer), ("teacher", inner)):
+            meter.watch(role, network)
+        outer(torch.ones(1, 2))
+        inner(torch.ones(1, 2))
+    assert [place.role for place, work in meter.work if work.flops] == ["generator", "teacher"]
 
 
 def test_host_memory_is_not_counted() -> None:
