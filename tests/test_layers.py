@@ -87,7 +87,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "model.discriminator",
         "model.types",
         "model.wan.adapter_names",
-    ),  # fmt: skip
+    ),
 }
 
 

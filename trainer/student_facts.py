@@ -109,7 +109,7 @@ def facts_of_run(config: Config) -> Facts:
 def _of_model(config: Config, levels: list[float]) -> dict[str, Any]:
     """What a model's folder tells of its clips, its experts and itself. levels: of few steps."""
     opened = open_models(config, ("generator",), find_model)["generator"]
-    model, boundary = opened.model, gate(config, opened, levels or None)
+    model, boundary = opened.model, gate(config, method_needs(config), opened, levels or None)
     if opened.only is not None and opened.boundary is not None:
         boundary = between(levels, opened.boundary) if levels else opened.boundary
     _, frames, rows, columns = config.latent_shape

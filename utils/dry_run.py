@@ -89,13 +89,11 @@ def _has_values(
         return True
     if any(t.is_meta for t in tensors):
         return target is None  # else values would be needed where there are none
-    if tensors:
-        return True
-    if func.overloadpacket in (torch.ops.aten.randint, torch.ops.aten.arange):
-        return True
-    if func.overloadpacket is torch.ops.aten.rand and not args[0]:
-        return True  # one number for all samples, which decides what is done with them
-    return dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
+    counts = func.overloadpacket in (torch.ops.aten.randint, torch.ops.aten.arange)
+    # One number for all samples decides what is done with them.
+    counts = counts or (func.overloadpacket is torch.ops.aten.rand and not args[0])
+    whole = dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
+    return bool(tensors) or counts or whole
 
 
 @contextlib.contextmanager
