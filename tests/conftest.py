@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.families.wan21.folder import CONFIG, WEIGHTS
+from model.experts import SIDES
+from model.families.wan21.folder import CONFIG, HOMES, WEIGHTS, weights_in
 from model.flow import step_sigmas
 from model.wan.config import WanConfig, write_wan_config
 from model.wan.transformer import WanTransformer
 from scripts.make_tiny_world import (
+    EXPERT_NAMES,
     IMAGE_NAME,
     NAME,
     TI2V_LATENTS,
@@ -32,6 +34,9 @@ from utils.data.dataset import TrajectoryManifest
 from utils.data.shards import ShardReader, ShardWriter
 from utils.records import MANIFEST
 from utils.seeding import generator
+from utils.tiny_world.codec import FILE_NAME as CODEC
+from utils.tiny_world.codec import WAN22, PatchCodec
+from utils.tiny_world.world import draw_captions, draw_scenes, render
 from utils.weights import fill_weights, write_weights
 
 __all__ = ["no_weights", "own_logging"]  # fixtures of all tests
@@ -56,7 +61,9 @@ MINIATURE = WanConfig(
 )
 
 IMAGE_MINIATURE = replace(MINIATURE, model_type="i2v", in_dim=46, image_dim=80, image_tokens=5)
+# Of Wan2.2: one network behind a codec of stride 16; and experts that are given an image.
 TI2V_MINIATURE = replace(MINIATURE, model_type="ti2v", in_dim=58, out_dim=48, patch_size=(1, 1, 1))
+EXPERT_MINIATURE = replace(MINIATURE, model_type="i2v", in_dim=46, clip=False)
 
 
 def random_value(name: str, shape: torch.Size, seed: int) -> Tensor:
@@ -133,16 +140,39 @@ def make_tiny_root(root: Path) -> None:
     write_wan_config(MINIATURE, folder / CONFIG)
     write_weights(build_wan().state_dict(), folder / WEIGHTS[1], {})
     image_folder = root / "wan_models" / IMAGE_NAME
-    make_folder(image_folder, IMAGE_NAME)
+    make_folder(image_folder, IMAGE_NAME, codec=codec)
     write_wan_config(IMAGE_MINIATURE, image_folder / CONFIG)
     write_weights(build_wan(IMAGE_MINIATURE).state_dict(), image_folder / WEIGHTS[1], {})
     both_folder = root / "wan_models" / TI2V_NAME
-    wide = make_folder(both_folder, TI2V_NAME)
-    write_wan_config(TI2V_MINIATURE, both_folder / CONFIG)
+    rng = generator("wide codec")
+    clips = render(draw_scenes(draw_captions(48, rng), rng))  # few, so that it is soon made
+    wide = PatchCodec.fit(2.0 * clips - 1.0, WAN22)
+    make_folder(both_folder, TI2V_NAME, TI2V_MINIATURE, wide)
     write_weights(build_wan(TI2V_MINIATURE).state_dict(), both_folder / WEIGHTS[1], {})
     make_data(root / "data" / "tiny", codec, 64)
     make_data(root / "data" / "tiny", wide, 64, TI2V_LATENTS)
     make_pairs(root / "data" / "tiny", 16)
+
+
+@pytest.fixture(scope="session")
+def experts_root(shared_tmp: Path, tiny_root: Path) -> Path:
+    """The same of two experts: wan_models/Wan2.2-{T2V, I2V}-A14B-Tiny, and the data of tiny_root.
+
+    Miniatures with random weights, other ones in each expert.
+    """
+    return made_once(shared_tmp, "experts", lambda root: make_experts_root(root, tiny_root))
+
+
+def make_experts_root(root: Path, twin: Path) -> None:
+    """See the fixture experts_root; twin: tiny_root."""
+    codec = PatchCodec.load(twin / "wan_models" / NAME / CODEC)
+    for name, sizes in zip(EXPERT_NAMES, (MINIATURE, EXPERT_MINIATURE), strict=True):
+        folder = root / "wan_models" / name
+        make_folder(folder, name, sizes, codec)
+        for seed, side in enumerate(SIDES):
+            file = folder / weights_in(HOMES[side])[1]
+            write_weights(build_wan(sizes, seed=seed).state_dict(), file, {})
+    (root / "data").symlink_to(twin / "data")
 
 
 @pytest.fixture(scope="session")
