@@ -113,9 +113,7 @@ def test_a_tiny_pair_is_copied_in_its_layout(experts_root: Path, tmp_path: Path)
         source.export(replace(export, layout="diffusers"), tmp_path / "other")
 
 
-def test_the_clips_are_those_of_the_other_world_as_other_latents(
-    tiny_root: Path
-) -> None:
+def test_the_clips_are_those_of_the_other_world_as_other_latents(tiny_root: Path) -> None:
     wide = ShardReader(tiny_root / "data" / "tiny" / TI2V_LATENTS)
     narrow = ShardReader(tiny_root / "data" / "tiny" / "latents")
     assert len(wide) == len(narrow) == 64
