@@ -12,16 +12,20 @@ import torch
 from torch import Tensor
 
 import convert_checkpoint
+import inference
 from model.families.wan21.folder import ModelFolder
 from model.folders.adapter_files import AdapterFile, LowRank, read_adapter
 from model.folders.adapter_writing import write_adapter
 from model.wan.adapter_names import LAYOUTS, Layout
+from pipeline.request import Request
 from tests.adapters import adapter_checkpoint, header_of, layers_of, merged, random_factors
-from tests.commands import own_logging, refusal
+from tests.commands import ROOT, own_logging, refusal
 from tests.conftest import MINIATURE, build_wan
+from tests.documented import documented
 from tests.folders import make_official, toy_config
-from tests.runs import step_folder, unequal, write_config
-from trainer.config import load
+from tests.runs import run, step_folder, unequal, write_config
+from trainer.config import Config, load
+from trainer.serving import check_source, load_generator
 from utils.config import to_yaml
 from utils.weights import WeightFile, write_weights
 
@@ -145,10 +149,10 @@ def test_adapters_are_merged_into_a_folder(release: ModelFolder, few: Path, tmp_
 
 
 def test_a_run_that_trained_an_adapter_is_merged(tiny_root: Path, tmp_path: Path) -> None:
-    run = run_of(tmp_path / "run", tiny_root)
+    logdir = run_of(tmp_path / "run", tiny_root)
     model = tiny_root / "wan_models" / "Wan2.1-T2V-Tiny"
     target = tmp_path / "student"
-    assert convert(model, target, "--adapter", str(run), "--layout", "official") == 0
+    assert convert(model, target, "--adapter", str(logdir), "--layout", "official") == 0
     average = AdapterFile(random_factors(layers_of(MINIATURE), MINIATURE)).scaled(0.5)
     found = weights_in(target / "diffusion_pytorch_model.safetensors")
     assert far(found, merged(build_wan().state_dict(), average)) < 1e-6
@@ -233,9 +237,9 @@ def test_equal_models_have_nothing_to_extract(
 def test_a_run_is_written_in_each_layout(
     layout: Layout, kind: str, tiny_root: Path, tmp_path: Path
 ) -> None:
-    run, target = run_of(tmp_path / "run", tiny_root), tmp_path / "few"
+    logdir, target = run_of(tmp_path / "run", tiny_root), tmp_path / "few"
     flags = ("--use_ema",) if kind == "ema" else ()
-    assert convert(run, target, "--adapter_layout", layout, *flags) == 0
+    assert convert(logdir, target, "--adapter_layout", layout, *flags) == 0
     adapter = read_adapter(target)
     scale = 0.5 if kind == "ema" else 1.0
     for name, pair in random_factors(layers_of(MINIATURE), MINIATURE).items():
@@ -249,8 +253,8 @@ def test_a_run_is_written_in_each_layout(
 def test_the_header_of_an_exported_file_tells_how_to_sample_it(
     tiny_root: Path, tmp_path: Path
 ) -> None:
-    run, target = run_of(tmp_path / "run", tiny_root), tmp_path / "few.safetensors"
-    assert convert(run, target, "--adapter_layout", "comfyui") == 0
+    logdir, target = run_of(tmp_path / "run", tiny_root), tmp_path / "few.safetensors"
+    assert convert(logdir, target, "--adapter_layout", "comfyui") == 0
     header = header_of(target)
     assert header["base"] == "Wan2.1-T2V-Tiny"
     assert re.fullmatch("[0-9a-f]{64}", header["base_sha256"])
@@ -265,8 +269,8 @@ def test_the_header_of_an_exported_file_tells_how_to_sample_it(
 def test_what_a_file_tells_of_itself_travels_to_other_layouts(
     tiny_root: Path, tmp_path: Path
 ) -> None:
-    run, first, second = run_of(tmp_path / "run", tiny_root), tmp_path / "a", tmp_path / "b"
-    assert convert(run, first, "--adapter_layout", "diffusers") == 0
+    logdir, first, second = run_of(tmp_path / "run", tiny_root), tmp_path / "a", tmp_path / "b"
+    assert convert(logdir, first, "--adapter_layout", "diffusers") == 0
     file = first / "pytorch_lora_weights.safetensors"
     assert convert(file, second, "--adapter_layout", "kohya") == 0
     before, after = record(first / "fewstep.json"), record(second / "fewstep.json")
@@ -292,6 +296,77 @@ def test_a_critics_adapter_is_written_without_a_card(tiny_root: Path, tmp_path: 
     target = tmp_path / "critic"
     assert convert(step, target, "--adapter_layout", "comfyui", "--weights", "critic") == 0
     assert [path.name for path in target.iterdir()] == ["pytorch_lora_weights.safetensors"]
+
+
+# ---- the page about it
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_root: Path) -> tuple[Path, Path]:
+    """A configuration, and the log directory of a run that trained adapters with it."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = write_config(folder, tiny_root, "dmd")
+    wanted = ("steps=2", "generator.adapter.rank=4", "critic.adapter.rank=4", "ema.start_step=0")
+    return config, run(
+        config, folder / "run", *wanted, "generator.lr=0.05", "critic.weight_decay=0"
+    )
+
+
+def test_a_real_run_is_exported_served_and_merged_alike(
+    trained: tuple[Path, Path], tiny_root: Path, tmp_path: Path
+) -> None:
+    config, logdir = trained
+    model = tiny_root / "wan_models" / "Wan2.1-T2V-Tiny"
+    assert convert(logdir, tmp_path / "few", "--adapter_layout", "comfyui") == 0
+    flags = ("--adapter", str(tmp_path / "few"))
+    assert convert(model, tmp_path / "merged.safetensors", *flags) == 0
+    adapter = ["generator.adapter.rank=4", "critic.adapter.rank=4"]
+    found = [
+        latents(load(config, adapter), logdir),
+        latents(load(config), model, str(tmp_path / "few")),
+        latents(load(config), tmp_path / "merged.safetensors"),
+    ]
+    assert torch.equal(found[0], found[1])
+    assert (found[0] - found[2]).abs().max() < 1e-5
+    assert (found[0] - latents(load(config), model)).abs().max() > 1e-3
+
+
+def latents(config: Config, weights: Path, *words: str) -> Tensor:
+    """What is sampled for one request."""
+    source = check_source(config, weights, use_ema=False, adapters=words)
+    return load_generator(source, torch.device("cpu")).latents([Request("a red circle", seed=0)])
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_run_as_written(
+    trained: tuple[Path, Path], tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = run(write_config(tmp_path, tiny_root, "dmd"), tmp_path / "student", "steps=1")
+    exported = tmp_path / "runs" / "exported"
+    exported.mkdir(parents=True)
+    write_adapter(
+        exported / "style.safetensors", random_factors(layers_of(MINIATURE), MINIATURE, seed=7)
+    )
+    (tmp_path / "runs" / "tiny").mkdir()
+    (tmp_path / "data" / "tiny").mkdir(parents=True)
+    (tmp_path / "data" / "tiny" / "prompts.txt").write_text("a red circle\n", encoding="utf-8")
+    for name, target in (
+        ("wan_models", tiny_root / "wan_models"),
+        ("configs", ROOT / "configs"),
+        ("runs/tiny/adapter", trained[1]),
+        ("runs/tiny/student", student),
+    ):
+        (tmp_path / name).symlink_to(target)
+    monkeypatch.chdir(tmp_path)
+    scripts = {"convert_checkpoint.py": convert_checkpoint.main, "inference.py": inference.main}
+    lines = documented("docs/lora.md")
+    lines.sort(key=lambda line: line[1] == "inference.py")  # it shows clips before files
+    assert len(lines) == 7
+    for python, script, *rest in lines:
+        assert python == "python"
+        more = ["latent_shape=[16,5,4,4]"] if script == "inference.py" else []
+        assert scripts[script]([*rest, *more]) == 0, rest
+    assert {path.name for path in (exported / "few").iterdir()} >= {"README.md", "fewstep.json"}
 
 
 # ---- bad input
@@ -392,7 +467,7 @@ def test_an_interrupted_merge_leaves_nothing(
 
 
 def test_a_step_of_a_run_is_written_as_that_step(tiny_root: Path, tmp_path: Path) -> None:
-    run = run_of(tmp_path / "run", tiny_root)
-    step = step_folder(run, 3)
+    logdir = run_of(tmp_path / "run", tiny_root)
+    step = step_folder(logdir, 3)
     assert convert(step, tmp_path / "few", "--adapter_layout", "comfyui") == 0
     assert len(read_adapter(tmp_path / "few").factors) == len(layers_of(MINIATURE))

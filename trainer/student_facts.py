@@ -20,7 +20,8 @@ from trainer.config import (
     read_run,
     sigmas,
 )
-from trainer.experts import between, gate, open_models
+from trainer.experts import between, open_models
+from trainer.run import resolve
 from utils.errors import UserError, words
 from utils.hashes import content_hash
 from utils.records import DamagedError, from_json, read_mapping
@@ -32,6 +33,10 @@ RECORD = (
     "fewstep.json"  # in a folder that is exported; beside a file it begins with the file's stem
 )
 RUN_CONFIG = "config.yaml"  # in a training checkpoint
+_FEW_STEPS: Mapping[str, Literal["renoise", "euler"]] = {
+    "few_step": "renoise",
+    "few_step_euler": "euler",
+}
 _EXPERTS = ("*_noise_model", "transformer", "transformer_2")  # folders of two experts
 LICENCE = "apache-2.0"  # of all of Wan's releases
 
@@ -84,17 +89,16 @@ def from_header(header: Mapping[str, str]) -> Facts | None:
 
 def facts_of_run(config: Config) -> Facts:
     """Those of a run's generator; what only its model could tell is left out if it is not here."""
-    few = method_needs(config).sampler not in ADJUSTABLE
-    levels = sigmas(config) if few else []
+    kind, levels = method_needs(config).sampler, sigmas(config)
     told: dict[str, Any] = {"base": Path(config.model_of("generator")).name}
     told |= {"method": method_name(config), "causal": causal_config(config) is not None}
     try:
-        told |= _of_model(config, levels)
+        told |= _of_model(config)
     except (UserError, OSError) as error:
         log.warning("of the model itself the card tells nothing: %s", words(error) or error)
-    if few:
-        shift = config.timestep_shift
-        return Facts(**told, sampler="renoise", steps=len(levels), shift=shift, sigmas=levels)
+    if kind not in ADJUSTABLE:
+        shift, sampler = config.timestep_shift, _FEW_STEPS[kind]
+        return Facts(**told, sampler=sampler, steps=len(levels), shift=shift, sigmas=levels)
     many = config.sampling
     return Facts(
         **told,
@@ -106,19 +110,21 @@ def facts_of_run(config: Config) -> Facts:
     )
 
 
-def _of_model(config: Config, levels: list[float]) -> dict[str, Any]:
-    """What a model's folder tells of its clips, its experts and itself. levels: of few steps."""
-    opened = open_models(config, ("generator",), find_model)["generator"]
-    model, boundary = opened.model, gate(config, method_needs(config), opened, levels or None)
-    if opened.only is not None and opened.boundary is not None:
-        boundary = between(levels, opened.boundary) if levels else opened.boundary
+def _of_model(config: Config) -> dict[str, Any]:
+    """What a model's folder tells of its clips, its experts and itself."""
+    run, side = resolve(config, ("generator",)), config.generator.experts
+    model, boundary = run.model, run.gate
+    if side is not None and boundary is None:
+        whole = open_models(config, ("generator",), find_model)["generator"].boundary
+        few = run.needs.sampler not in ADJUSTABLE
+        boundary = between(sigmas(config), whole) if few and whole is not None else whole
     _, frames, rows, columns = config.latent_shape
     height, width = model.latent.pixel_size(rows, columns)
     own = config.generator.weights
     weights = model.find_weights(None if own is None else Path(own)).path
     return {
         "boundary": boundary,
-        "expert": opened.only,
+        "expert": side,
         "images": model.images is not None and model.images.required,
         "height": height,
         "width": width,

@@ -108,6 +108,21 @@ def test_the_call_in_diffusers_samples_at_the_levels_of_the_student(
     assert (made - expected).abs().max() < 1e-5
 
 
+def test_a_student_without_fresh_noise_is_called_at_its_levels_too(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_adapter(tmp_path / "few", random_factors(layers_of(TOY), TOY))
+    code = in_diffusers(replace(FEW, sampler="euler"), LORA)
+    assert code is not None
+    space = run_code(code, folder, tmp_path / "few", monkeypatch)
+    assert space["levels"] == pytest.approx([1000 * sigma for sigma in SIGMAS], rel=1e-6)
+    scheduler = space["pipe"].scheduler
+    scheduler.set_timesteps(4)
+    x = torch.ones(1, 16, 2, 4, 4)
+    after = scheduler.step(0.5 * x, scheduler.timesteps[0], x, return_dict=False)[0]
+    assert torch.allclose(after, x + (SIGMAS[1] - SIGMAS[0]) * 0.5 * x, atol=1e-6)
+
+
 def test_between_steps_the_card_adds_fresh_noise(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import pytest
 
@@ -25,6 +25,36 @@ def test_a_manifest_is_read_as_its_dataclass(tmp_path: Path) -> None:
     assert read_manifest(tmp_path, Basket) is None
     (tmp_path / "manifest.json").write_text('{"count": 2, "names": ["a", "b"], "weight_kg": 3}')
     assert read_manifest(tmp_path, Basket) == Basket(2, ["a", "b"], 3)
+
+
+@dataclass(frozen=True)
+class Choice:
+    DESCRIBES: ClassVar[str] = "choices"
+
+    kind: Literal["large", "small"]
+    limit: float | None = None
+    side: Literal["left", "right"] | None = None
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('{"kind": "large", "limit": 2, "side": null}', Choice("large", 2)),
+        ('{"kind": "small", "side": "left"}', Choice("small", None, "left")),
+        ('{"kind": "medium"}', "'kind' is 'medium'"),
+        ('{"kind": "small", "limit": "2"}', "'limit' is '2'"),
+        ('{"kind": "small", "side": "up"}', "'side' is 'up'"),
+    ],
+)
+def test_a_field_may_be_one_of_several_values_or_nothing(
+    text: str, found: Choice | str, tmp_path: Path
+) -> None:
+    (tmp_path / "manifest.json").write_text(text, encoding="utf-8")
+    if isinstance(found, Choice):
+        assert read_manifest(tmp_path, Choice) == found
+    else:
+        with pytest.raises(ConfigError, match=found):
+            read_manifest(tmp_path, Choice)
 
 
 @pytest.mark.parametrize(
