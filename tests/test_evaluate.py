@@ -74,3 +74,31 @@ def test_a_missing_student_is_told_before_the_teacher_is_loaded(
     words = [*line, "--output_folder", str(tmp_path), "--student_path", str(tmp_path / "none")]
     assert evaluate.main(words) == 2
     assert f"error: {tmp_path / 'none'}: no weights here" in capsys.readouterr().err
+
+
+def test_models_for_which_images_are_optional_are_measured_both_ways(
+    tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shapes_metrics, "REFERENCE_CLIPS", 96)
+    rows = [evaluate.Row("teacher_euler", 2, 2.0), evaluate.Row("student", 4, 1.0)]
+    monkeypatch.setattr(evaluate, "table_rows", lambda _: rows)
+    monkeypatch.setattr(evaluate, "shown_rows", lambda _: [])
+    model = ("generator.model=Wan2.2-TI2V-Tiny", "latent_shape=[48,5,2,2]")
+    words = ["--clips", "2", "--output_folder", str(tmp_path / "evaluation"), *model]
+    for role, method in (("teacher", "diffusion"), ("student", "dmd")):
+        config = write_config(tmp_path, tiny_root, method)
+        data = f"data.path={tiny_root}/data/tiny/latents_16"
+        run(config, tmp_path / role, *model, data, "steps=1", "batch_size=2")
+        words += [f"--{role}_config", str(config), f"--{role}_path", str(tmp_path / role)]
+    found = []
+    for more in ((), ("--i2v",), ()):
+        assert evaluate.main([*words, *more]) == 0
+        text = (tmp_path / "evaluation" / "rows.json").read_text(encoding="utf-8")
+        found.append(json.loads(text))
+    text_alone, begun, again = found
+    assert [row.get("first_frame_db") is not None for row in text_alone] == [False] * 3
+    assert [row.get("first_frame_db") is not None for row in begun] == [True] * 3
+    # An untrained model's first frames are those of the images all the same.
+    ceiling = begun[0]["first_frame_db"]
+    assert all(row["first_frame_db"] == pytest.approx(ceiling, abs=0.5) for row in begun)
+    assert [row.get("i2v") for row in again[1:]] == [None, None]
