@@ -10,39 +10,10 @@ from torch import nn
 
 from model.adapters import OnAdapters, RankOf, fill, pairs, start
 from model.folders.adapter_files import AdapterFile, check_adapter, read_adapter
+from model.folders.adapter_words import AdapterWord, parse
 from trainer.config import NetworkConfig, TrainedNetworkConfig
 from trainer.run import Run
 from utils.config import ConfigError
-
-
-@dataclass(frozen=True)
-class Added:
-    """An adapter that is added as it is, times `scale`."""
-
-    path: Path
-    scale: float = 1.0
-
-    @classmethod
-    def parse(cls, word: str) -> Added:
-        """From path or path:scale."""
-        path, colon, number = word.rpartition(":")
-        if colon:
-            try:
-                return cls(Path(path), float(number))
-            except ValueError:
-                pass  # a path with a colon
-        return cls(Path(word))
-
-    def read(self) -> AdapterFile:
-        """What it adds. Raises ConfigError if that is more than factors, or WeightsError."""
-        found = read_adapter(self.path).scaled(self.scale)
-        if found.diffs:
-            raise ConfigError(
-                f"{self.path}: adds to whole weights ({next(iter(found.diffs))}, ...), which roles "
-                f"that share a network cannot do each for itself; merge it into the network first "
-                f"(convert_checkpoint.py), and name the result as model or weights"
-            )
-        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +29,10 @@ class Base:
         return self.run.config.frozen(self.roles[0])
 
     @property
-    def added(self) -> Mapping[Added, str]:
+    def added(self) -> Mapping[AdapterWord, str]:
         """The adapters that some role adds as they are, and their names in the network."""
         words = [word for role in self.roles for word in _own(self.run, role).adapters]
-        return {one: f"added{n}" for n, one in enumerate(dict.fromkeys(map(Added.parse, words)))}
+        return {one: f"added{n}" for n, one in enumerate(dict.fromkeys(map(parse, words)))}
 
     @property
     def trained(self) -> list[str]:
@@ -71,18 +42,32 @@ class Base:
     def names(self, role: str) -> tuple[str, ...]:
         """The adapters that are on where `role` calls it, its own last."""
         added = self.added
-        held = (added[Added.parse(word)] for word in _own(self.run, role).adapters)
+        held = (added[parse(word)] for word in _own(self.run, role).adapters)
         return (*held, role) if role in self.trained else tuple(held)
 
     def ranks(self) -> dict[str, RankOf]:
         """What each adapter adds to, before it has values."""
         found: dict[str, RankOf] = {}
         for one, name in self.added.items():
-            factors = one.read().factors
-            found[name] = {layer: pair.rank for layer, pair in factors.items()}.get
+            found[name] = self._ranks_of(one)
         for role in self.trained:
             found[role] = self.run.config.trainable[role].adapter.rank_of
         return found
+
+    def _ranks_of(self, added: AdapterWord) -> RankOf:
+        """Of an adapter that is added as it is; where none is read, one that is not here is taken
+        to be as those that the roles train, in every expert that it is for.
+        """
+        if self.run.reads_values or added.path.exists():
+            return {name: pair.rank for name, pair in read_added(added).factors.items()}.get
+        like = [self.run.config.trainable[role].adapter.rank_of for role in self.trained]
+        if not like:
+            raise ConfigError(
+                f"adapter {added}: it is not here, and no role trains one that it could be like; "
+                f"plan without it"
+            )
+        side = f"{added.expert}." if added.expert else ""
+        return lambda layer: like[0](layer) if layer.startswith(side) else None
 
     def give_values(self, network: nn.Module) -> None:
         """Load or begin every adapter of `network`; those that are trained want a gradient."""
@@ -92,7 +77,7 @@ class Base:
             pair.requires_grad_(name in self.trained)
         for one, name in self.added.items():
             if read:
-                fill(model, name, one.read().factors, what=f"adapter {one.path}")
+                fill(model, name, read_added(one).factors, what=f"adapter {one.path}")
         for role in self.trained:
             begin = self.run.config.trainable[role].adapter.weights
             if read and begin is not None:
@@ -128,10 +113,22 @@ def adapter_rank(run: Run, role: str) -> int | None:
     return settings.adapter.rank if isinstance(settings, TrainedNetworkConfig) else None
 
 
+def read_added(word: AdapterWord) -> AdapterFile:
+    """What an adapter adds. Raises ConfigError if that is more than factors, or WeightsError."""
+    found = word.read()
+    if found.diffs:
+        raise ConfigError(
+            f"{word.path}: adds to whole weights ({next(iter(found.diffs))}, ...), which roles "
+            f"that share a network cannot do each for itself; merge it into the network first "
+            f"(convert_checkpoint.py), and name the result as model or weights"
+        )
+    return found
+
+
 def adapter_files(run: Run, role: str) -> Iterator[AdapterFile]:
     """What is added to the role's network before training, and what its own adapter begins with."""
     for word in _own(run, role).adapters:
-        yield Added.parse(word).read()
+        yield read_added(parse(word))
     settings = run.config.networks[role]
     if isinstance(settings, TrainedNetworkConfig) and settings.adapter.weights is not None:
         yield read_adapter(Path(settings.adapter.weights), role=role)

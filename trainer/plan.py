@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from trainer.plan_encoders import encoder_bytes, wanted_parts
+from trainer.plan_encoders import encoder_bytes, wanted_parts, with_encoders
 from trainer.plan_trace import Trace, World, trace_step
 from trainer.run import Run
 from utils.gpus import GPU, HIDDEN_BYTES, kernel_of, seconds, transfer_seconds
@@ -145,13 +145,15 @@ def extended(
         p: _mean(cost, worst.get(p, cost), shortest.get(p._replace(turn=0), cost))
         for p, cost in whole.items()
     }
+    waiting = run.config.parallel.offload_encoders
+    peaks = with_encoders(peaks, encoders, waiting=waiting)
     place = max(peaks, key=lambda p: sum(peaks[p].values()))
     return Plan(
         run=run,
         world=world,
         gpu=gpu,
-        standing={**standing, **encoders},
-        peak={**peaks[place], **encoders},
+        standing=standing if waiting else {**standing, **encoders},
+        peak=peaks[place],
         peak_place=place,
         costs={p: cost.times(_of_turns(p, turns)) for p, cost in mean.items()},
         sent=sent,

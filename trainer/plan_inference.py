@@ -29,7 +29,10 @@ def plan_clips(run: Run, gpu: GPU, clips: int, *, preview: bool = False) -> Plan
     preview: the tiny autoencoder decodes them.
     """
     # A run's own batches and layout belong to its training.
-    config = replace(run.config, batch_size=clips, accumulation=1, sharding_strategy="none")
+    own = replace(run.config.parallel, offload_encoders=False)
+    config = replace(
+        run.config, batch_size=clips, accumulation=1, sharding_strategy="none", parallel=own
+    )
     run = replace(run, config=config)
     short, longer, factor = depths(run)
     world = World(1, 1)

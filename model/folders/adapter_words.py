@@ -48,6 +48,14 @@ def adapter_word(word: str) -> AdapterWord:
 
     Raises NotFoundError or UserError for what names no adapter.
     """
+    found = parse(word)
+    if not found.path.exists():
+        raise NotFoundError(f"adapter '{word}': there is no {found.path}; {_EXPLAINED}")
+    return found
+
+
+def parse(word: str) -> AdapterWord:
+    """The same of an adapter that need not be there. Raises UserError for what names none."""
     expert, sign, rest = word.partition("=")
     there = any(Path(name).exists() for name in (word, word.rpartition(":")[0] or word))
     if not sign or expert not in EXPERTS or there:
@@ -61,8 +69,8 @@ def adapter_word(word: str) -> AdapterWord:
         strength, path = 1.0, rest
     if not math.isfinite(strength):
         raise UserError(f"adapter '{word}': the strength must be finite; {_EXPLAINED}")
-    if not path or not Path(path).exists():
-        raise NotFoundError(f"adapter '{word}': there is no {path or 'path'}; {_EXPLAINED}")
+    if not path:
+        raise NotFoundError(f"adapter '{word}': there is no path; {_EXPLAINED}")
     return AdapterWord(Path(path), strength, expert or None)
 
 
