@@ -14,17 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.families.wan21.folder import CONFIG, WEIGHTS
+from model.experts import SIDES
+from model.families.wan21.folder import CONFIG, HOMES, WEIGHTS
 from model.flow import step_sigmas
 from model.wan.config import WanConfig, write_wan_config
 from model.wan.transformer import WanTransformer
-from scripts.make_tiny_world import IMAGE_NAME, NAME, make_data, make_folder
+from scripts.make_tiny_world import EXPERT_NAMES, IMAGE_NAME, NAME, make_data, make_folder
 from tests.commands import no_weights, own_logging
 from tests.runs import CONFIGS, write_config
 from utils.data.dataset import TrajectoryManifest
 from utils.data.shards import ShardReader, ShardWriter
 from utils.records import MANIFEST
 from utils.seeding import generator
+from utils.tiny_world.codec import PatchCodec
 from utils.weights import fill_weights, write_weights
 
 __all__ = ["no_weights", "own_logging"]  # fixtures of all tests
@@ -91,9 +93,9 @@ def tiny_wan() -> WanFactory:
 def tiny_root(shared_tmp: Path) -> Path:
     """A folder with wan_models/Wan2.1-T2V-Tiny (miniature, random weights) and data/tiny.
 
-    Wan2.1-I2V-Tiny lies beside it. data/tiny/latents holds one LMDB shard of 64 captioned clips
-    with first frames, data/tiny/ode_pairs straight trajectories to 16 of them,
-    data/tiny/prompts.txt all captions. Shared by the whole session: do not write into it.
+    Wan2.1-I2V-Tiny and Wan2.2-T2V-A14B-Tiny lie beside it. data/tiny/latents holds one LMDB shard
+    of 64 captioned clips with first frames, data/tiny/ode_pairs straight trajectories to 16 of
+    them, data/tiny/prompts.txt all captions. Shared by the whole session: do not write into it.
     """
     return made_once(shared_tmp, "tiny", make_tiny_root)
 
@@ -127,8 +129,17 @@ def make_tiny_root(root: Path) -> None:
     make_folder(image_folder, IMAGE_NAME)
     write_wan_config(IMAGE_MINIATURE, image_folder / CONFIG)
     write_weights(build_wan(IMAGE_MINIATURE).state_dict(), image_folder / WEIGHTS[1], {})
+    make_experts(root / "wan_models" / EXPERT_NAMES[0], codec)
     make_data(root / "data" / "tiny", codec, 64)
     make_pairs(root / "data" / "tiny", 16)
+
+
+def make_experts(folder: Path, codec: PatchCodec) -> None:
+    """Write a folder of two miniature experts with random weights, T2V."""
+    make_folder(folder, folder.name, MINIATURE, codec)
+    for seed, side in enumerate(SIDES, start=1):
+        home = folder / HOMES[side][0]
+        write_weights(build_wan(seed=seed).state_dict(), home / WEIGHTS[1], {})
 
 
 @pytest.fixture(scope="session")

@@ -86,7 +86,7 @@ def check_source(
         words = [*below, AdapterWord(checkpoint_path, averaged=use_ema), *words]
         weights = run.weights("generator")
     else:
-        weights = run.model.find_weights(checkpoint_path, averaged=use_ema)
+        weights = run.made_weights(checkpoint_path, averaged=use_ema)
     run.model.check_weights(weights, what=what)
     return Source(run, weights, read_adapters(words, weights, what=what))
 
@@ -131,6 +131,7 @@ def load_generator(
     whole = [replace(adapter, factors={}) for _, adapter in source.adapters if adapter.diffs]
     weights = Merged(source.weights, whole) if whole else source.weights
     network = run.model.load_network(weights, place, what=what)
+    run.divide(network)
     return serve(run, with_adapters(network, source), device, team, tiny_vae=tiny_vae)
 
 

@@ -112,7 +112,7 @@ def facts_of_run(config: Config) -> Facts:
         )
     return Facts(
         **told,
-        sampler="renoise",
+        sampler="euler" if method_needs(config).sampler == "few_step_euler" else "renoise",
         steps=len(levels),
         shift=config.timestep_shift,
         sigmas=levels,
