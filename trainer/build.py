@@ -157,8 +157,8 @@ def _build_base(base: Base, session: Session, place: Placement) -> dict[str, nn.
         what = f"{role} {model.path}"
         network = model.load_network(run.weights(role), place, what=what)
     network.requires_grad_(settings is None)
-    if isinstance(network, ExpertPair) and "generator" in base.roles and run.gate is not None:
-        network.boundary = run.gate  # losses say which expert they ask, so this is sampling's
+    if "generator" in base.roles:
+        run.divide(network)
     kernel = run.kernel(role, session.device, run.compute, grad=True)
     kernel = session.from_main(kernel)  # the fastest on one rank, so on all
     use_kernel(network, kernel, run.config.parallel.masked_attention)

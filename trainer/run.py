@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from model.base import Method, Needs
 from model.encoders.vae import VideoVAE
-from model.experts import SIDES, ExpertLevels, side_of
+from model.experts import SIDES, ExpertLevels, ExpertPair, side_of
 from model.families.base import Model
 from model.families.registry import find_model
 from model.types import Denoiser, Rollout
@@ -111,6 +112,36 @@ class Run:
             for side in SIDES
         }
         return JoinedWeights(model.path, parts)
+
+    def made_weights(self, path: Path, *, averaged: bool | None) -> Weights:
+        """The generator at `path`, both experts; one that a run kept is what the run began with.
+
+        averaged: see Model.find_weights.
+        """
+        model, moved = self.model, self.needs.trained_sides.get("generator", SIDES)
+        if model.experts is None or len(moved) == len(SIDES):
+            return model.find_weights(path, averaged=averaged)
+        try:
+            return model.find_weights(path, averaged=averaged)  # a folder, or a file of both
+        except WeightsError as error:
+            log.info("%s; the other expert is the generator's", error)
+        settings = self.config.generator
+        own = {"high": settings.weights_high, "low": settings.weights_low}
+        parts: dict[str, Weights] = {
+            side: model.only(side).find_weights(path, averaged=averaged)
+            if side in moved
+            else self._found("generator", model.only(side), own[side] or settings.weights)
+            for side in SIDES
+        }
+        return JoinedWeights(path, parts)
+
+    def divide(self, network: nn.Module) -> None:
+        """Let the generator's two experts meet where they do in sampling. In place.
+
+        Losses say which expert they ask.
+        """
+        if isinstance(network, ExpertPair) and self.gate is not None:
+            network.boundary = self.gate
 
     def _found(self, role: str, model: Model, own: str | None) -> Weights:
         if own is None:

@@ -12,7 +12,6 @@ from torch import nn
 
 from model.adapters import OnAdapters, install
 from model.encoders.idle import Encoders
-from model.experts import ExpertPair
 from model.families.base import Model
 from model.families.registry import check_model
 from model.folders.adapter_files import AdapterFile, is_adapter
@@ -87,7 +86,7 @@ def check_source(
         words = [*below, AdapterWord(checkpoint_path, averaged=use_ema), *words]
         weights = run.weights("generator")
     else:
-        weights = run.model.find_weights(checkpoint_path, averaged=use_ema)
+        weights = run.made_weights(checkpoint_path, averaged=use_ema)
     run.model.check_weights(weights, what=what)
     return Source(run, weights, read_adapters(words, weights, what=what))
 
@@ -132,8 +131,7 @@ def load_generator(
     whole = [replace(adapter, factors={}) for _, adapter in source.adapters if adapter.diffs]
     weights = Merged(source.weights, whole) if whole else source.weights
     network = run.model.load_network(weights, place, what=what)
-    if isinstance(network, ExpertPair) and run.gate is not None:
-        network.boundary = run.gate  # strictly between two of a student's steps
+    run.divide(network)
     return serve(run, with_adapters(network, source), device, team, tiny_vae=tiny_vae)
 
 

@@ -137,7 +137,9 @@ class Wan22Experts(Wan21):
     def load_network(self, weights: Weights, place: Placement, *, what: str) -> nn.Module:
         """See Model; an ExpertPair."""
         high, low = (
-            self.only(side).load_network(one_side(weights, side), place, what=f"{what}, {side}")
+            self.only(side).load_network(
+                one_side(weights, side), place.side(side), what=f"{what}, {side}"
+            )
             for side in SIDES
         )
         return self._pair(high, low)
@@ -145,7 +147,8 @@ class Wan22Experts(Wan21):
     def random_network(self, seed: int, place: Placement) -> nn.Module:
         """See Model; the two are different."""
         high, low = (
-            self.only(side).random_network(derive_seed(seed, side), place) for side in SIDES
+            self.only(side).random_network(derive_seed(seed, side), place.side(side))
+            for side in SIDES
         )
         return self._pair(high, low)
 
