@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from model.base import (
+from model.matching import (
     Adjust,
     DistributionMatching,
     DistributionMatchingConfig,

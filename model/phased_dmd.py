@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.base import DistributionMatchingConfig, Needs, NoisedSample
+from model.base import Needs
 from model.dmd import DMD
 from model.experts import SIDES, WHOLE, ExpertLevels, Part, asking
 from model.flow import expand, shift, unshift
+from model.matching import DistributionMatchingConfig, NoisedSample
 from model.options.ida import IDA, IDAConfig
 from model.types import Batch, Sample, Side
 from utils.seeding import StepRNG

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from model.base import (
+from model.matching import (
     Adjust,
     DistributionMatching,
     DistributionMatchingConfig,

@@ -12,6 +12,7 @@ from torch import nn
 
 from model.adapters import OnAdapters, install
 from model.encoders.idle import Encoders
+from model.experts import ExpertPair
 from model.families.base import Model
 from model.families.registry import check_model
 from model.folders.adapter_files import AdapterFile, is_adapter

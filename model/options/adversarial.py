@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.base import Comparison, Effect, MethodConfig, Needs, NoisedSample, Option, Parts
+from model.base import MethodConfig, Needs, Parts
 from model.discriminator import (
     AdversarialConfig,
     DiscriminatorOutput,
@@ -20,6 +20,7 @@ from model.discriminator import (
 )
 from model.flow import add_noise
 from model.given import both_given, on_given
+from model.matching import Comparison, Effect, NoisedSample, Option
 from model.options.f_divergence import MIN_MEAN_WEIGHT, Divergence, divergence_weight
 from model.types import Batch, LossOutput
 from utils.seeding import StepRNG

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from model.base import MethodConfig, Needs, Option
+from model.base import MethodConfig, Needs
+from model.matching import Option
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.base import Parts, Scores
+from model.base import Parts
 from model.dmd import DMD, DMDConfig
+from model.matching import Scores
 from model.types import LossOutput, Sample
 from pipeline.bidirectional import BidirectionalTrainingPipeline
 from tests.gaussian import SHAPE, Affine, Exact, batch_of, streams_of_step

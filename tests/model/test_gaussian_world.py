@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.base import DistributionMatching, Method, Parts
+from model.base import Method, Parts
 from model.causvid import CausVid, CausVidConfig
 from model.discriminator import AdversarialConfig, DiscriminatorOutput
 from model.dmd import DMD, DMDConfig
 from model.flow import step_sigmas
 from model.gan import GAN, GANConfig
+from model.matching import DistributionMatching
 from model.sid import SiD, SiDConfig
 from model.types import Batch, Conditioning, Denoiser, LossOutput, Prediction
 from pipeline.bidirectional import BidirectionalInferencePipeline, BidirectionalTrainingPipeline

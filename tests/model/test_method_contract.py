@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.base import DistributionMatching, Method, MethodConfig, Needs, Parts
+from model.base import Method, MethodConfig, Needs, Parts
 from model.causvid import CausVidConfig
 from model.discriminator import (
     AdversarialConfig,
@@ -20,6 +20,7 @@ from model.discriminator import (
 from model.dmd import DMDConfig
 from model.families.wan21.release import features_of
 from model.gan import GANConfig
+from model.matching import DistributionMatching
 from model.types import Batch, Conditioning, Rollout
 from model.wan.transformer import WanTransformer
 from model.wan_wrapper import WanDiffusionWrapper

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.base import Comparison, Effect, Needs, NoisedSample, Option, Parts, made_frames
+from model.base import Needs, Parts
 from model.causvid import CausVid, CausVidConfig
 from model.discriminator import AdversarialConfig
 from model.dmd import DMD, DMDConfig
+from model.matching import Comparison, Effect, NoisedSample, Option, made_frames
 from model.options.adversarial import AdversarialOption
 from model.options.ida import IDA
 from model.sid import SiD, SiDConfig

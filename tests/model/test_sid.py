@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.base import Parts, Scores
+from model.base import Parts
+from model.matching import Scores
 from model.sid import SiD, SiDConfig
 from model.types import FULL_ATTENTION, Batch, Conditioning, Context, Denoiser, Prediction, Sample
 from tests.gaussian import SHAPE, Samples, correlated, fast_streams, saying
