@@ -95,12 +95,13 @@ class OnAdapters(nn.Module):
 def declare(model: nn.Module, adapters: Mapping[str, RankOf]) -> None:
     """Give the linear layers of `model` pairs without values, by the adapter's name. In place.
 
-    Raises UserError if it cannot compute with any, or an adapter has no layer in it.
+    An adapter may have none in it, being another expert's. Raises UserError for a network that
+    cannot compute with any.
     """
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     for adapter, rank_of in adapters.items():
         ranks = {name: rank for name in linear if (rank := rank_of(name)) is not None}
-        if not getattr(model, "takes_adapters", False) or not ranks:
+        if not getattr(model, "takes_adapters", False):
             raise UserError(
                 f"{type(model).__name__}: this network has no layers that take adapters; "
                 f"set {adapter}.adapter.rank=null to train it whole"
