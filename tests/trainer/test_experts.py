@@ -62,13 +62,13 @@ METHODS = {
 
 
 @pytest.fixture(scope="session")
-def paired_configs(tmp_path_factory: pytest.TempPathFactory, tiny_root: Path) -> dict[str, Path]:
+def paired_configs(tmp_path_factory: pytest.TempPathFactory, experts_root: Path) -> dict[str, Path]:
     """A small run of each method on the tiny world of two experts."""
     folder, found = tmp_path_factory.mktemp("paired"), {}
     for name, text in METHODS.items():
         common = COMMON if name != "ode" else COMMON.replace("timestep_shift: 7.0\n", "")
         whole = f"{text}\nmodel_root: ROOT/wan_models\n{common}"
-        for word, value in (("ROOT", str(tiny_root)), ("MODEL", PAIR), ("OPTIMIZER", OPTIMIZER)):
+        for word, value in (("ROOT", str(experts_root)), ("MODEL", PAIR), ("OPTIMIZER", OPTIMIZER)):
             whole = whole.replace(word, value)
         found[name] = folder / f"{name}.yaml"
         found[name].write_text(whole, encoding="utf-8")
@@ -231,10 +231,10 @@ def test_a_student_stores_where_its_experts_meet(
     ],
 )  # fmt: skip
 def test_what_experts_cannot_do_is_told_before_weights_are_read(
-    name: str, words: list[str], told: str, paired_configs: dict[str, Path], tiny_root: Path
+    name: str, words: list[str], told: str, paired_configs: dict[str, Path], experts_root: Path
 ) -> None:
     with pytest.raises((ConfigError, UserError)) as caught:
-        run_of(paired_configs[name], *(word.replace("ROOT", str(tiny_root)) for word in words))
+        run_of(paired_configs[name], *(word.replace("ROOT", str(experts_root)) for word in words))
     assert told in str(caught.value)
 
 
