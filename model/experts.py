@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from model.flow import shift, unshift
 from model.types import FULL_ATTENTION, Conditioning, Context, Denoiser, Prediction, Side
+from utils.idle import Turns
 
 SIDES: tuple[Side, Side] = ("high", "low")
 
@@ -177,6 +179,11 @@ class ExpertPair(nn.Module):
         self.model = nn.ModuleDict({side: _weights(expert) for side, expert in experts.items()})
         self.boundary = boundary
         self._experts = experts  # no module of its own: each weight has one name
+        self._turns: Turns | None = None
+
+    def take_turns(self, device: torch.device) -> None:
+        """Keep the frozen weights of the expert that is not asked in host memory. In place."""
+        self._turns = Turns(dict(self.model.items()), device)
 
     def expert(self, side: Side) -> Denoiser:
         """One of the two, with the pair's own weights."""
@@ -211,7 +218,18 @@ class ExpertPair(nn.Module):
             )
         side = self.side(sigma, context)
         own = None if cache is None else cache.beside(side)
-        return self.expert(side)(x, sigma, conditioning, context=replace(context, cache=own))
+        if self._turns is not None:
+            self._turns.bring(side)
+        found = self.expert(side)(x, sigma, conditioning, context=replace(context, cache=own))
+        if self._turns is not None and found.velocity.requires_grad:
+            # Blocks that run again in the backward pass need their weights there once more.
+            found.velocity.register_hook(partial(_bring_back, self._turns, side))
+        return found
+
+
+def _bring_back(turns: Turns, side: Side, gradient: Tensor) -> None:
+    del gradient
+    turns.bring(side)
 
 
 def is_pair(weights: nn.Module) -> bool:

@@ -151,6 +151,8 @@ def _build_base(base: Base, session: Session, place: Placement) -> dict[str, nn.
     run, role, settings = base.run, base.roles[0], base.settings
     model = run.models[role]
     place = replace(place, adapters=base.ranks())
+    if role in run.offloaded and not place.adapters:  # whose own weights stay on the device
+        place = replace(place, device=torch.device("cpu"))
     if run.random_init(role):
         network = model.random_network(run.config.seed, place)
     else:
@@ -167,6 +169,9 @@ def _build_base(base: Base, session: Session, place: Placement) -> dict[str, nn.
     base.give_values(network)
     for module in _kept_experts(base, network):
         module.requires_grad_(False)
+    if role in run.offloaded:
+        assert isinstance(network, ExpertPair), "experts that take turns are a pair"
+        network.take_turns(session.device)
     return dict(base.views(network))
 
 

@@ -157,6 +157,31 @@ def problems(
     yield from config.loss.expert_problems(levels, sides)
 
 
+def offloads(config: Config, opened: Mapping[str, Opened]) -> list[str]:
+    """The roles whose idle expert waits in host memory. Raises ConfigError if there are none."""
+    if not config.parallel.offload_idle_expert:
+        return []
+    pairs = [role for role, found in opened.items() if len(found.sides) == len(SIDES)]
+    kept = [role for role in pairs if config.frozen(role) is not None]
+    if not kept:
+        raise ConfigError(
+            "parallel.offload_idle_expert: is for two experts that are used as they are, and no "
+            "role here has any (a teacher of two, or adapters on two); leave it out"
+        )
+    return kept
+
+
+def check_offload(config: Config, roles: Sequence[str], ranks: int) -> None:
+    """Raise ConfigError unless each of several ranks has all weights of experts that take turns."""
+    for role in roles:
+        frozen = config.frozen(role)
+        if ranks > 1 and frozen is not None and not frozen.whole:
+            raise ConfigError(
+                f"parallel.offload_idle_expert: the experts of the {role} are sharded over {ranks} "
+                f"ranks, and shards do not move; set {role}.sharded=false, or leave it out"
+            )
+
+
 def _listed(sigmas: Sequence[float]) -> str:
     return ", ".join(f"{sigma:.4g}" for sigma in sigmas)
 

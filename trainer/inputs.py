@@ -13,6 +13,7 @@ from model.families.base import Model
 from model.families.registry import check_model
 from trainer.bases import check_adapters
 from trainer.config import Config
+from trainer.experts import check_offload
 from trainer.limits import check_memory
 from trainer.run import Run
 from utils.config import ConfigError
@@ -46,6 +47,7 @@ def check_inputs(run: Run, session: Session) -> Inputs:
     config, session = run.config, replace(session, group=run.config.parallel.context)
     _refuse(rank_problems(run, session.world_size, ranks_at_hand(session.world_size)))
     run.check_kernel(session.device, run.compute, grad=True)
+    check_offload(config, run.offloaded, session.world_size)
     _check_models(run)
     model = run.model
     tokens, features = model.latent.tokens(run.latent_shape), model.features

@@ -21,7 +21,7 @@ from pipeline.build import ADJUSTABLE, ROLLOUTS, SAMPLERS, Sampling
 from pipeline.causal import CausalConfig
 from pipeline.protocol import InferencePipeline
 from trainer.config import Config, TrainedNetworkConfig, causal_config, method_class, sigmas
-from trainer.experts import gate, loss_levels, open_models
+from trainer.experts import gate, loss_levels, offloads, open_models
 from utils.optim import OptimizerConfig
 from utils.weights import JoinedWeights, Weights, WeightsError
 
@@ -43,6 +43,7 @@ class Run:
     models: Mapping[str, Model]  # per role that is a denoiser
     gate: float | None = None  # where the generator's experts meet; None = it has one network
     experts: ExpertLevels | None = None  # whose noise levels losses are at; None = one network's
+    offloaded: Sequence[str] = ()  # roles of two experts, of which the idle one waits on the host
 
     @property
     def model(self) -> Model:
@@ -224,4 +225,5 @@ def resolve(
         models={role: found.model for role, found in opened.items()},
         gate=meet,
         experts=None if roles else loss_levels(config, needs, opened, few_steps),
+        offloaded=() if roles else offloads(config, opened),
     )

@@ -12,6 +12,7 @@ from torch import nn
 
 from model.adapters import OnAdapters, install
 from model.encoders.idle import Encoders
+from model.experts import ExpertPair
 from model.families.base import Model
 from model.families.registry import check_model
 from model.folders.adapter_files import AdapterFile, is_adapter
@@ -130,9 +131,17 @@ def load_generator(
     place = serving_place(run, device, team)
     whole = [replace(adapter, factors={}) for _, adapter in source.adapters if adapter.diffs]
     weights = Merged(source.weights, whole) if whole else source.weights
+    turns = run.config.parallel.offload_idle_expert and run.model.experts is not None
+    if turns:
+        place = replace(place, device=torch.device("cpu"))
     network = run.model.load_network(weights, place, what=what)
     run.divide(network)
-    return serve(run, with_adapters(network, source), device, team, tiny_vae=tiny_vae)
+    denoiser = with_adapters(network, source)
+    if turns:
+        assert isinstance(network, ExpertPair), "a model of two experts is loaded as a pair"
+        network.requires_grad_(False)
+        network.take_turns(device)
+    return serve(run, denoiser, device, team, tiny_vae=tiny_vae)
 
 
 def with_adapters(network: nn.Module, source: Source) -> nn.Module:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,10 @@ class Idle:
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        """module: on the host; it stays there until it is used."""
+        """module: anywhere; it goes to the host and stays there until it is used.
+
+        Weights that want a gradient are left where they are: they are not frozen.
+        """
         self.module = module
         self._device = device
         self._slots = list(_slots(module, pin=device.type == "cuda"))
@@ -85,16 +88,34 @@ class Idle:
             slot.put(placed[key])
 
 
+class Turns:
+    """Modules of which one is used at a time: it is on the device, and the others on the host."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], device: torch.device) -> None:
+        self._idle = {name: Idle(module, device) for name, module in modules.items()}
+        self._here: str | None = None
+        self._stay = ExitStack()
+
+    def bring(self, name: str) -> None:
+        """Let the weights of `name` be on the device until others are asked for."""
+        if name == self._here:
+            return
+        self._here = None
+        self._stay.close()  # first, so that there is room
+        self._stay.enter_context(self._idle[name].awake())
+        self._here = name
+
+
 def _slots(module: nn.Module, *, pin: bool) -> Iterator[Slot]:
-    """All weights and buffers of `module`, and their copies in host memory."""
+    """All frozen weights and buffers of `module`, and their copies in host memory."""
     hosts: dict[int, Tensor] = {}
     for owner in module.modules():
         for tensors in (owner._parameters, owner._buffers):
             for name, tensor in tensors.items():
-                if tensor is None:
+                if tensor is None or tensor.requires_grad:
                     continue
                 if id(tensor) not in hosts:
-                    host = tensor.detach()
+                    host = tensor.detach().cpu()
                     hosts[id(tensor)] = host.pin_memory() if pin else host
                 weight = isinstance(tensor, nn.Parameter)
                 yield Slot(owner, name, hosts[id(tensor)], weight)

@@ -58,6 +58,8 @@ class ParallelConfig:
     context: int = 1
     # Encoders of text and images, and the codec, wait in host memory but while they are used.
     offload_encoders: bool = False
+    # Of two experts that are used as they are, the one that is not asked waits in host memory.
+    offload_idle_expert: bool = False
 
     def problems(self) -> Iterator[str]:
         """What is impossible about these settings, one line each."""

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from model.experts import ExpertPair, side_of
 from model.flow import constant_sigma
+from model.folders.loading import blocks_of
 from model.types import FULL_ATTENTION, Conditioning, Context, Prediction
 from model.wan.cache import KVCache
 from model.wan.transformer import WanTransformer
 from model.wan_wrapper import WanDiffusionWrapper
 from pipeline.few_step import remembering
 from tests.gaussian import Affine, saying
+from tests.pretend import PRETENDED, OnDevice, pretended_device
+from utils.recompute import recompute_blocks
 
 WanFactory = Callable[..., WanTransformer]
 
@@ -173,3 +176,48 @@ def test_a_boundary_is_a_noise_level_that_leaves_both_something(boundary: float)
 def test_weights_outside_of_an_experts_model_are_refused() -> None:
     with pytest.raises(AttributeError, match="model"):
         ExpertPair(Affine(), Affine(), 0.5)
+
+
+def test_experts_that_take_turns_say_the_same_and_only_the_one_at_hand_is_on_the_device(
+    tiny_wan: WanFactory,
+) -> None:
+    pair, twin = pair_of(tiny_wan), pair_of(tiny_wan)
+    with pretended_device(), torch.no_grad():
+        pair.requires_grad_(False)
+        pair.take_turns(PRETENDED)
+        x, text = X.to(PRETENDED), Conditioning(TEXT.text.to(PRETENDED))
+        for level, side in ((1.0, "high"), (0.9, "high"), (0.5, "low"), (0.95, "high")):
+            found = pair(
+                x, constant_sigma(level, X).to(PRETENDED), text, context=Context(level=level)
+            )
+            expected = twin(X, constant_sigma(level, X), TEXT, context=Context(level=level))
+            torch.testing.assert_close(found.velocity.cpu(), expected.velocity)
+            there = {
+                name: {isinstance(weight, OnDevice) for weight in net.parameters()}
+                for name, net in pair.model.items()
+            }
+            assert there == {name: {name == side} for name in ("high", "low")}
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_gradient_brings_an_expert_back_whose_turn_is_over(
+    tiny_wan: WanFactory, recomputed: bool
+) -> None:
+    pair, twin = pair_of(tiny_wan), pair_of(tiny_wan)
+    if recomputed:
+        recompute_blocks(blocks_of(pair.model["low"]))
+    pair.requires_grad_(False)
+    with pretended_device():
+        pair.take_turns(PRETENDED)
+        text, sigma = Conditioning(TEXT.text.to(PRETENDED)), constant_sigma(0.5, X)
+        x, y = X.clone().requires_grad_(True), X.clone().requires_grad_(True)
+        loss = pair(x.to(PRETENDED), sigma.to(PRETENDED), text).x0.square().mean()
+        with torch.no_grad():
+            pair(x.to(PRETENDED), constant_sigma(1.0, X).to(PRETENDED), text)
+        assert {isinstance(weight, OnDevice) for weight in pair.model["low"].parameters()} == {
+            False
+        }
+        loss.backward()
+        twin(y, sigma, TEXT).x0.square().mean().backward()
+        torch.testing.assert_close(x.grad, y.grad)
+        assert {isinstance(weight, OnDevice) for weight in pair.model["low"].parameters()} == {True}

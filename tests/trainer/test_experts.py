@@ -18,11 +18,13 @@ from tests.runs import (
     built,
     cut_after,
     read_state,
+    rows,
     run,
     step_folder,
     unequal,
 )
 from trainer.config import load
+from trainer.experts import check_offload
 from trainer.run import Run, resolve
 from trainer.serving import check_source, load_generator
 from utils.config import ConfigError
@@ -220,21 +222,23 @@ def test_a_student_stores_where_its_experts_meet(
         ("phased_dmd", ["loss.phase=low", "generator.experts=low"],
          "generator.experts: loss.phase=low needs the high expert of the generator"),
         ("consistency", ["teacher.experts=high"], "has no target to be consistent with"),
-        ("dmd", ["generator.model=Wan2.1-T2V-Tiny", "loss.cfg_scale_low=2.0"],
+        ("dmd", ["generator.model=SINGLE", "loss.cfg_scale_low=2.0"],
          "loss.cfg_scale_low: is for models of two experts; the teacher's"),
-        ("dmd", ["generator.model=Wan2.1-T2V-Tiny", "sampling.boundary=0.9"],
+        ("dmd", ["generator.model=SINGLE", "sampling.boundary=0.9"],
          "sampling.boundary: is for two experts, and the generator has one network"),
-        ("dmd", ["generator.model=Wan2.1-T2V-Tiny", "generator.experts=high"],
+        ("dmd", ["generator.model=SINGLE", "generator.experts=high"],
          "with one network for all noise levels, of which none is the high one"),
-        ("phased_dmd", ["generator.model=Wan2.1-T2V-Tiny", "loss.cfg_scale_low=null"],
+        ("phased_dmd", ["generator.model=SINGLE", "loss.cfg_scale_low=null"],
          "phased_dmd is for teachers of two experts"),
     ],
 )  # fmt: skip
 def test_what_experts_cannot_do_is_told_before_weights_are_read(
-    name: str, words: list[str], told: str, paired_configs: dict[str, Path], experts_root: Path
+    name: str, words: list[str], told: str, paired_configs: dict[str, Path], tiny_root: Path
 ) -> None:
+    single = str(tiny_root / "wan_models" / "Wan2.1-T2V-Tiny")
+    words = [word.replace("SINGLE", single).replace("ROOT", str(tiny_root)) for word in words]
     with pytest.raises((ConfigError, UserError)) as caught:
-        run_of(paired_configs[name], *(word.replace("ROOT", str(experts_root)) for word in words))
+        run_of(paired_configs[name], *words)
     assert told in str(caught.value)
 
 
@@ -258,3 +262,40 @@ def test_the_wrong_boundary_of_a_resumed_run_is_told(
         built(paired_configs["dmd"], tmp_path, "sampling.boundary=0.97"),
     ):
         pass
+
+
+OFFLOAD = "parallel.offload_idle_expert=true"
+
+
+def test_an_idle_expert_that_waits_in_host_memory_changes_no_number(
+    paired_configs: dict[str, Path], tmp_path: Path
+) -> None:
+    here = run(paired_configs["dmd"], tmp_path / "here", "steps=2")
+    with built(paired_configs["dmd"], tmp_path / "waiting", "steps=2", OFFLOAD) as trainer:
+        assert trainer.parts.run.offloaded == ["teacher"]
+        trainer.train()
+    assert rows(here) == rows(tmp_path / "waiting")
+
+
+def test_waiting_needs_two_experts_that_stay_and_are_whole(
+    paired_configs: dict[str, Path],
+) -> None:
+    with pytest.raises(ConfigError, match="no role here has any"):
+        run_of(paired_configs["diffusion"], OFFLOAD)
+    config = run_of(paired_configs["dmd"], OFFLOAD).config
+    with pytest.raises(ConfigError, match="experts of the teacher are sharded over 2 ranks"):
+        check_offload(config, ["teacher"], 2)
+    check_offload(config, ["teacher"], 1)
+    whole = run_of(paired_configs["dmd"], OFFLOAD, "teacher.sharded=false").config
+    check_offload(whole, ["teacher"], 2)
+
+
+def test_both_experts_are_served_in_turns(
+    paired_configs: dict[str, Path], experts_root: Path
+) -> None:
+    folder, clips = experts_root / "wan_models" / PAIR, []
+    for words in ([], [OFFLOAD]):
+        source = check_source(load(paired_configs["diffusion"], words), folder, use_ema=None)
+        generator = load_generator(source, CPU)
+        clips.append(generator.latents([Request("a red circle moves right quickly")]))
+    assert torch.equal(*clips)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model.encoders.idle import Encoders, IdleCodec
 from tests.pretend import CPU, PRETENDED, OnDevice, pretended_device
 from tests.runs import built, rows, run
-from utils.idle import Idle
+from utils.idle import Idle, Turns
 from utils.tiny_world.codec import PatchCodec
 
 OFFLOAD = "parallel.offload_encoders=true"
@@ -50,6 +50,29 @@ def test_weights_are_on_the_device_while_they_are_used_and_only_then() -> None:
             assert idle.here
         assert (on_device(module), idle.here) == ({False}, False)
         assert torch.equal(found.cpu(), expected)
+
+
+def test_of_modules_that_take_turns_one_is_on_the_device() -> None:
+    with pretended_device():
+        modules, x = {"high": Tied(), "low": Tied()}, torch.ones(2, 4)
+        expected = {name: module(x) for name, module in modules.items()}
+        turns = Turns(modules, PRETENDED)
+        assert [on_device(module) for module in modules.values()] == [{False}, {False}]
+        for name in ("high", "high", "low", "high"):
+            turns.bring(name)
+            assert {other: on_device(one) for other, one in modules.items()} == {
+                other: {other == name} for other in modules
+            }
+            assert torch.equal(modules[name](x.to(PRETENDED)).cpu(), expected[name])
+
+
+def test_weights_that_learn_stay_where_they_are() -> None:
+    with pretended_device():
+        module = Tied()
+        bias = module.second.bias.requires_grad_(True)
+        with Idle(module, PRETENDED).awake():
+            assert module.second.bias is bias
+            assert isinstance(module.first.bias, OnDevice)
 
 
 def test_weights_that_are_held_come_once_and_only_if_they_are_used() -> None:
