@@ -11,7 +11,7 @@ from torch import nn
 from model.adapters import OnAdapters, RankOf, fill, pairs, start
 from model.folders.adapter_files import AdapterFile, check_adapter, read_adapter
 from model.folders.adapter_words import AdapterWord, parse
-from trainer.config import NetworkConfig, TrainedNetworkConfig
+from trainer.networks import NetworkConfig, TrainedNetworkConfig
 from trainer.run import Run
 from utils.config import ConfigError
 

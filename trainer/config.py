@@ -10,18 +10,23 @@ from typing import Literal
 import torch
 from omegaconf import MISSING
 
-from model.adapters import AdapterConfig
 from model.base import Method, MethodConfig, Needs
 from model.diffusion import DiffusionConfig
 from model.discriminator import DiscriminatorConfig
 from model.dmd import DMDConfig
-from model.experts import SIDES, boundary_problems
+from model.experts import boundary_problems
 from model.flow import step_sigmas
 from model.options.ida import IDAConfig
 from model.wan.kernels import AUTO, KERNELS
 from pipeline.causal import ROLLOUT_KEYS, CausalConfig
 from pipeline.teacher import SamplingConfig
 from trainer.data import DataConfig
+from trainer.networks import (
+    NetworkConfig,
+    TrainedNetworkConfig,
+    expert_problems,
+    optimizer_problems,
+)
 from trainer.registry import TRAINERS, find_method
 from trainer.renamed import RENAMED
 from utils import shipped
@@ -32,59 +37,6 @@ from utils.optim import OptimizerConfig
 from utils.parallel import ParallelConfig
 
 DEFAULT_CONFIG = shipped.ROOT / "configs" / "default_config.yaml"
-
-
-@dataclass(frozen=True)
-class NetworkConfig:
-    """A network that is used as it is."""
-
-    model: str | None = None  # folder, or name below model_root; None = the generator's
-    weights: str | None = None  # file or training checkpoint instead of the folder's weights
-    # Of a folder of two experts: the one that is used, as a network for all noise levels that it
-    # meets; null = both.
-    experts: Literal["high", "low"] | None = None
-    weights_high: str | None = None  # of two experts, where the high one's are elsewhere
-    weights_low: str | None = None  # and the low one's
-    storage: Literal["fp8"] | None = None  # of its blocks' matrices; None = what is computed in
-    sharded: bool | None = None  # false: each rank holds a copy; None = false with fp8, else true
-    adapters: list[str] = field(default_factory=list)  # added as they are: files, or file:scale
-
-    @property
-    def whole(self) -> bool:
-        """Whether each rank holds all of it."""
-        return self.storage is not None if self.sharded is None else not self.sharded
-
-
-@dataclass(frozen=True)
-class TrainedNetworkConfig(OptimizerConfig):
-    """A network whose weights move, or an adapter of one that does not."""
-
-    model: str | None = None  # folder, or name below model_root; None = the teacher's, if any
-    weights: str | None = None  # file or training checkpoint instead of the folder's weights
-    experts: Literal["high", "low"] | None = None  # as the teacher's, and these two
-    weights_high: str | None = None
-    weights_low: str | None = None
-    random_init: bool = False  # start from random weights, drawn from the seed
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)  # what is trained in its place
-    # Of the network under an adapter, which does not move; roles that agree in all of these, in
-    # model and in weights share one. null = the teacher's.
-    storage: Literal["fp8"] | None = None
-    sharded: bool | None = None
-    adapters: list[str] = field(default_factory=list)  # as the teacher's
-
-    def problems(self, role: str) -> Iterator[str]:
-        """What is impossible about these settings of `role`, one line each."""
-        yield from self.adapter.problems(role)
-        if self.adapter.rank is not None:
-            if self.random_init:
-                yield f"{role}.random_init: an adapter needs a network that has learnt something"
-            return
-        for name in ("storage", "sharded", "adapters"):
-            if getattr(self, name) not in (None, []):
-                yield (
-                    f"{role}.{name}: is for networks that stay as they are, under an adapter; set "
-                    f"{role}.adapter.rank, or merge adapters first (convert_checkpoint.py)"
-                )
 
 
 @dataclass(frozen=True)
@@ -310,21 +262,6 @@ def problems(config: Config) -> Iterator[str]:
         yield "generator.model: must name a model folder (or teacher.model must)"
 
 
-def _expert_problems(role: str, network: NetworkConfig | TrainedNetworkConfig) -> Iterator[str]:
-    """Weights of experts that nobody would read."""
-    for side in SIDES:
-        key = f"weights_{side}"
-        if getattr(network, key) is None:
-            continue
-        if network.experts is not None:
-            yield (
-                f"{role}.{key}: has no effect with {role}.experts={network.experts}, one network; "
-                f"set {role}.weights"
-            )
-        elif isinstance(network, TrainedNetworkConfig) and network.random_init:
-            yield f"{role}.{key}: cannot be given together with {role}.random_init"
-
-
 def _attention_problems(kernel: str) -> Iterator[str]:
     """Names of no attention kernel; whether one works here is found out on the device."""
     names = (AUTO, *KERNELS)
@@ -356,7 +293,7 @@ def _role_problems(config: Config) -> Iterator[str]:
                 f"{role}.storage: {frozen.storage} needs whole weights on each rank, since a row's "
                 f"scale belongs to all of it; set {role}.sharded=false, or {role}.storage=null"
             )
-        yield from _expert_problems(role, network)
+        yield from expert_problems(role, network)
         if isinstance(network, TrainedNetworkConfig):
             yield from network.problems(role)
     pull = config.loss.critic_pull if isinstance(config.loss, IDAConfig) else 0.0
@@ -370,7 +307,7 @@ def _role_problems(config: Config) -> Iterator[str]:
     if idle and not shares and "teacher" not in method_needs(config).networks:
         yield f"teacher.{idle[0]}: has no effect on method '{method_name(config)}', without teacher"
     for name, settings in config.optimizers.items():
-        yield from _optimizer_problems(name, settings)
+        yield from optimizer_problems(name, settings)
     for name, trained in config.trainable.items():
         if trained.random_init and trained.weights is not None:
             yield f"{name}.weights: cannot be given together with {name}.random_init"
@@ -381,30 +318,6 @@ def _role_problems(config: Config) -> Iterator[str]:
 
 def _descending(steps: Sequence[int]) -> list[int]:
     return sorted(set(steps), reverse=True)
-
-
-def _optimizer_problems(name: str, config: OptimizerConfig) -> Iterator[str]:
-    if not 0.0 < config.lr < float("inf"):
-        yield f"{name}.lr: must be positive and finite, got {config.lr}"
-    if config.muon_lr is not None and not 0.0 < config.muon_lr < float("inf"):
-        yield f"{name}.muon_lr: must be positive and finite, or null, got {config.muon_lr}"
-    if not 0.0 <= config.muon_momentum < 1.0:
-        yield f"{name}.muon_momentum: must lie in [0, 1), got {config.muon_momentum}"
-    if len(config.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in config.betas):
-        yield f"{name}.betas: must be two numbers in [0, 1), got {config.betas}"
-    if config.max_grad_norm <= 0:
-        yield f"{name}.max_grad_norm: must be positive, got {config.max_grad_norm}"
-    at_least_zero = {
-        "warmup_updates": config.warmup_updates,
-        "weight_decay": config.weight_decay,
-        "muon_weight_decay": config.muon_weight_decay,
-    }
-    for key, value in at_least_zero.items():
-        if value < 0:
-            yield f"{name}.{key}: must be at least 0, got {value}"
-    for key, share in (("decay_from", config.decay_from), ("decay_to", config.decay_to)):
-        if not 0.0 <= share <= 1.0:
-            yield f"{name}.{key}: must lie in [0, 1], got {share}"
 
 
 def causal_config(config: Config) -> CausalConfig | None:

@@ -20,8 +20,9 @@ from model.wan import kernels
 from pipeline.build import ADJUSTABLE, ROLLOUTS, SAMPLERS, Sampling
 from pipeline.causal import CausalConfig
 from pipeline.protocol import InferencePipeline
-from trainer.config import Config, TrainedNetworkConfig, causal_config, method_class, sigmas
+from trainer.config import Config, causal_config, method_class, sigmas
 from trainer.experts import gate, loss_levels, offloads, open_models
+from trainer.networks import TrainedNetworkConfig
 from utils.optim import OptimizerConfig
 from utils.weights import JoinedWeights, Weights, WeightsError
 

@@ -13,7 +13,8 @@ from model.types import Batch
 from model.wan.config import WanConfig
 from scripts.benchmarking import plain
 from trainer.base import Phase, Trainer
-from trainer.config import Config, TrainedNetworkConfig, sigmas
+from trainer.config import Config, sigmas
+from trainer.networks import TrainedNetworkConfig
 from trainer.run import Run
 from utils.seeding import step_rng
 

@@ -17,15 +17,8 @@ from model.dmd import DMD, DMDConfig
 from model.gan import GAN
 from model.ode import ODE
 from tests.methods import methods
-from trainer.config import (
-    DEFAULT_CONFIG,
-    RENAMED,
-    Config,
-    TrainedNetworkConfig,
-    load,
-    method_class,
-    problems,
-)
+from trainer.config import DEFAULT_CONFIG, RENAMED, Config, load, method_class, problems
+from trainer.networks import TrainedNetworkConfig
 from trainer.registry import TRAINERS
 from utils.config import ConfigError
 
