@@ -7,7 +7,7 @@ one network then.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -112,7 +112,7 @@ def loss_levels(
     where they do in sampling. Raises ConfigError for settings that contradict each other.
     """
     reference = "teacher" if "teacher" in needs.networks else "generator"
-    boundary, asked = opened[reference].boundary, getattr(config.loss, "boundary", None)
+    boundary, asked = opened[reference].boundary, asdict(config.loss).get("boundary")
     levels = None
     if boundary is not None:
         if asked is None and reference == "generator" and few_steps is not None:
@@ -135,7 +135,7 @@ def problems(
     pairs = [role for role, found in opened.items() if found.boundary is not None]
     if levels is None:
         for name in ("boundary", "cfg_scale_low"):
-            if getattr(config.loss, name, None) is not None:
+            if asdict(config.loss).get(name) is not None:
                 yield (
                     f"loss.{name}: is for models of two experts; the {reference}'s "
                     f"{opened[reference].whole.path} has one network for all noise levels; leave "

@@ -126,8 +126,8 @@ def test_an_unknown_method_is_answered_with_those_of_the_trainer(
 def test_a_misspelt_method_names_its_source_and_the_nearest(minimal: Path) -> None:
     minimal.write_text(MINIMAL + "distribution_loss: dmdd\n")
     assert error_of(minimal) == (
-        f"{minimal}: distribution_loss: 'dmdd' is unknown, choose one of causvid, dmd, sid; "
-        "did you mean 'dmd'? (trainer: score_distillation)"
+        f"{minimal}: distribution_loss: 'dmdd' is unknown, choose one of causvid, dmd, "
+        "phased_dmd, sid; did you mean 'dmd'? (trainer: score_distillation)"
     )
 
 
