@@ -152,6 +152,7 @@ def shrunk(config: Config, root: Path) -> list[str]:
     whole = "TI2V" in name  # whose latents are not Wan2.1's
     model = "Wan2.2-TI2V-Tiny" if whole else "Wan2.1-I2V-Tiny"
     model = model if "I2V" in name else "Wan2.1-T2V-Tiny"
+    model = "Wan2.2-T2V-A14B-Tiny" if "A14B" in name else model
     given = config.causal.given_first_frame or config.data.image_share
     images = model == "Wan2.1-I2V-Tiny" or given
     latents = needs.latents or images
@@ -165,9 +166,11 @@ def shrunk(config: Config, root: Path) -> list[str]:
         "accumulation=1",
         "validation.every=0",
         "discriminator.layers=[]",
+        "parallel.context=1",
     ]
     for role in needs.networks:
         toy += [f"{role}.model={model}", f"{role}.weights=null"]
+        toy += [] if role not in config.networks else [f"{role}.adapters=[]"]  # of other runs
     if blocks:
         toy += ["causal.num_frame_per_block=2", "causal.independent_first_frame=true"]
         toy += [] if config.causal.rollout_frames is None else ["causal.rollout_frames=7"]
