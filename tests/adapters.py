@@ -99,7 +99,7 @@ def answer(transformer: Any, config: WanConfig, *, seed: int = 0) -> Tensor:
         "timestep": torch.tensor([750.0]),
         "encoder_hidden_states": noise(1, config.text_len, config.text_dim),
     }
-    if config.sees_images:
+    if config.reads_clip:
         inputs["encoder_hidden_states_image"] = noise(1, config.image_tokens, config.image_dim)
     result: Tensor = transformer(**inputs).sample
     return result

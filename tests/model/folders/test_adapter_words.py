@@ -65,10 +65,10 @@ def test_a_path_that_is_there_is_a_path_whatever_its_name(name: str, few: Path) 
 @pytest.mark.parametrize(
     ("word", "reason"),
     [
-        ("absent.safetensors:0.5", "there is no absent.safetensors; the form is path"),
-        ("few.safetensors:strong", "there is no few.safetensors:strong; the form is path"),
-        ("middle=few.safetensors", "there is no middle=few.safetensors; the form is path"),
-        ("high=:1", "there is no path; the form is path"),
+        ("absent.safetensors:0.5", "there is no absent.safetensors; the form is PATH"),
+        ("few.safetensors:strong", "there is no few.safetensors:strong; the form is PATH"),
+        ("middle=few.safetensors", "there is no middle=few.safetensors; the form is PATH"),
+        ("high=:1", "there is no path; the form is PATH"),
         ("few.safetensors:inf", "the strength must be finite"),
         ("", "there is no path"),
     ],
