@@ -106,10 +106,10 @@ def tiny_wan() -> WanFactory:
 def tiny_root(shared_tmp: Path) -> Path:
     """A folder with wan_models/Wan2.1-T2V-Tiny (miniature, random weights) and data/tiny.
 
-    Wan2.1-I2V-Tiny, Wan2.2-TI2V-Tiny and Wan2.2-T2V-A14B-Tiny lie beside it. data/tiny/latents
-    holds one LMDB shard of 64 captioned clips with first frames, latents_16 the same for TI2V,
-    data/tiny/ode_pairs straight trajectories to 16 of the former, data/tiny/prompts.txt all
-    captions. Shared by the whole session: do not write into it.
+    Wan2.1-I2V-Tiny and Wan2.2-TI2V-Tiny lie beside it. data/tiny/latents holds one LMDB shard of 64
+    captioned clips with first frames, latents_16 the same for TI2V, data/tiny/ode_pairs straight
+    trajectories to 16 of the former, data/tiny/prompts.txt all captions. Shared by the whole
+    session: do not write into it.
     """
     return made_once(shared_tmp, "tiny", make_tiny_root)
 
@@ -149,18 +149,9 @@ def make_tiny_root(root: Path) -> None:
     wide = PatchCodec.fit(2.0 * clips - 1.0, WAN22)
     make_folder(both_folder, TI2V_NAME, TI2V_MINIATURE, wide)
     write_weights(build_wan(TI2V_MINIATURE).state_dict(), both_folder / WEIGHTS[1], {})
-    make_experts(root / "wan_models" / EXPERT_NAMES[0], codec)
     make_data(root / "data" / "tiny", codec, 64)
     make_data(root / "data" / "tiny", wide, 64, TI2V_LATENTS)
     make_pairs(root / "data" / "tiny", 16)
-
-
-def make_experts(folder: Path, codec: PatchCodec) -> None:
-    """Write a folder of two miniature experts with random weights, T2V."""
-    make_folder(folder, folder.name, MINIATURE, codec)
-    for seed, side in enumerate(SIDES, start=1):
-        file = folder / weights_in(HOMES[side])[1]
-        write_weights(build_wan(seed=seed).state_dict(), file, {})
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from model.adapters import OnAdapters, RankOf, fill, pairs, start
+from model.experts import SIDES
 from model.folders.adapter_files import AdapterFile, check_adapter, read_adapter
 from model.folders.adapter_words import AdapterWord, parse
 from trainer.networks import NetworkConfig, TrainedNetworkConfig
@@ -51,8 +52,15 @@ class Base:
         for one, name in self.added.items():
             found[name] = self._ranks_of(one)
         for role in self.trained:
-            found[role] = self.run.config.trainable[role].adapter.rank_of
+            rank_of = self.run.config.trainable[role].adapter.rank_of
+            found[role] = rank_of if self.run.models[role].experts is None else self._of_moved(role)
         return found
+
+    def _of_moved(self, role: str) -> RankOf:
+        """The ranks of an adapter of those of two experts that move."""
+        rank_of = self.run.config.trainable[role].adapter.rank_of
+        moved = self.run.needs.trained_sides.get(role, SIDES)
+        return lambda layer: rank_of(layer) if layer.partition(".")[0] in moved else None
 
     def _ranks_of(self, added: AdapterWord) -> RankOf:
         """Of an adapter that is added as it is; where none is read, one that is not here is taken

@@ -299,3 +299,63 @@ def test_both_experts_are_served_in_turns(
         generator = load_generator(source, CPU)
         clips.append(generator.latents([Request("a red circle moves right quickly")]))
     assert torch.equal(*clips)
+
+
+ADAPTERS = ("generator.adapter.rank=4", "critic.adapter.rank=4")
+
+
+def test_adapters_on_two_experts_have_a_role_for_each_and_their_base_stays(
+    paired_configs: dict[str, Path], tmp_path: Path
+) -> None:
+    whole = run(paired_configs["dmd"], tmp_path / "whole", *ADAPTERS)
+    parts = run(paired_configs["dmd"], cut_after(whole, tmp_path / "parts", 2), *ADAPTERS)
+    assert_same_end(whole, parts, step=4)
+    state = read_state(step_folder(whole, 4))
+    kept = [key for key in state if key.startswith(("roles.", "ema."))]
+    assert kept
+    assert all(".adapters." in key for key in kept)
+    assert {".".join(key.split(".")[:3]) for key in kept} == {
+        f"{where}.{side}"
+        for where in ("roles.generator", "roles.critic", "ema.generator")
+        for side in ("high", "low")
+    }
+
+
+def test_a_shared_base_takes_turns_and_its_adapters_stay(
+    paired_configs: dict[str, Path], tmp_path: Path
+) -> None:
+    here = run(paired_configs["dmd"], tmp_path / "here", *ADAPTERS, "steps=2")
+    waiting = run(paired_configs["dmd"], tmp_path / "waiting", *ADAPTERS, "steps=2", OFFLOAD)
+    assert rows(here) == rows(waiting)
+
+
+def test_the_low_phase_stands_on_the_adapter_of_the_high_one(
+    paired_configs: dict[str, Path], tmp_path: Path
+) -> None:
+    alone = [f"{role}.experts=high" for role in ("generator", "critic", "teacher")]
+    path = paired_configs["phased_dmd"]
+    run(path, tmp_path / "high", *alone, *ADAPTERS, "steps=2")
+    words = ["loss.phase=low", f"generator.adapters=[high={tmp_path / 'high'}]", *ADAPTERS]
+    run(path, tmp_path / "low", *words, "steps=2")
+    state = read_state(step_folder(tmp_path / "low", 2))
+    own = {".".join(key.split(".")[:3]) for key in state if key.startswith("roles.")}
+    assert own == {"roles.generator.low", "roles.critic.high", "roles.critic.low"}
+    source = check_source(load(path, words), tmp_path / "low", use_ema=False)
+    generator = load_generator(source, CPU)
+    factors = {
+        side: [
+            name for name in generator.network.state_dict() if f".{side}." in name and ".a" in name
+        ]
+        for side in ("high", "low")
+    }
+    assert all(factors.values())
+    high = read_state(step_folder(tmp_path / "high", 2))
+    served = {name: value for name, value in generator.network.state_dict().items()}
+    for name, value in high.items():
+        if name.startswith("ema.generator.") and name.endswith(".b"):
+            layer = name.removeprefix("ema.generator.").partition(".adapters.")[0]
+            held = [
+                v for n, v in served.items() if f"high.{layer}.adapters" in n and n.endswith(".b")
+            ]
+            assert any(torch.equal(value, one) for one in held)
+    assert generator.latents([Request("a red circle moves right quickly")]).isfinite().all()
