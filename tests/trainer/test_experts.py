@@ -350,7 +350,7 @@ def test_the_low_phase_stands_on_the_adapter_of_the_high_one(
     }
     assert all(factors.values())
     high = read_state(step_folder(tmp_path / "high", 2))
-    served = {name: value for name, value in generator.network.state_dict().items()}
+    served = dict(generator.network.state_dict().items())
     for name, value in high.items():
         if name.startswith("ema.generator.") and name.endswith(".b"):
             layer = name.removeprefix("ema.generator.").partition(".adapters.")[0]
