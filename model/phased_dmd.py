@@ -23,8 +23,6 @@ from model.options.ida import IDA, IDAConfig
 from model.types import Batch, Sample, Side
 from utils.seeding import StepRNG
 
-BOTH = 0.5  # how often each expert learns, where both do
-
 
 @dataclass(frozen=True)
 class PhasedDMDConfig(IDAConfig, DistributionMatchingConfig):
