@@ -8,6 +8,7 @@ block that is run again in the backward pass sees what it saw (arXiv:2106.09685)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,28 +30,70 @@ class LowRankPair(nn.Module):
         return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
 
 
+class _Down(torch.autograd.Function):
+    """x and a x; what comes back through a is added in place to what comes back through x.
+
+    Else a feed-forward's widest gradient would be there twice at the peak of a block's backward
+    pass. For rows x [N, in] that one layer alone reads, whose gradient belongs to nobody else.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, a)
+        return x, F.linear(x, a)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, a = ctx.saved_tensors
+        whole, low = gradients
+        return whole.addmm_(low, a), low.T @ x if ctx.needs_input_grad[1] else None
+
+
 def linear(layer: nn.Module, x: Tensor, adapters: Sequence[str]) -> Tensor:
-    """layer(x) with its adapters of these names; it need not have all of them. x: [..., in]."""
-    if not adapters or x.ndim < 3:
-        y: Tensor = layer(x)
-        return with_adapters(layer, x, y, adapters)
-    # As rows, all that read x give gradients that own their memory, so that autograd adds them up
-    # in the first one's; views of them it would add up in a tensor of its own.
-    rows = x.flatten(0, -2)
-    added = with_adapters(layer, rows, layer(rows), adapters)
-    return added.view(*x.shape[:-1], added.shape[-1])
+    """layer(x) with its adapters of these names; it need not have all of them. x: [..., in].
+
+    Nothing as large as the result is held twice, neither here nor in the backward pass.
+    """
+    y: Tensor
+    on = _pairs(layer, adapters)
+    if not on:
+        y = layer(x)
+        return y
+    rows, lows = x.flatten(0, -2) if x.ndim > 2 else x, []
+    for pair in on:
+        a = pair.a.to(x.dtype)
+        if x.requires_grad and not torch.compiler.is_compiling():
+            rows, low = down(rows, a)
+        else:
+            low = F.linear(rows, a)
+        lows.append(low)
+    y = layer(rows)
+    for pair, low in zip(on, lows, strict=True):
+        y = y.addmm_(low, pair.b.to(x.dtype).T)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def down(x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """x [N, in] for one layer alone to read, and a x [N, r]; see _Down."""
+    rows, low = _Down.apply(x, a)  # type: ignore[no-untyped-call]
+    return rows, low
 
 
 def with_adapters(layer: nn.Module, x: Tensor, y: Tensor, adapters: Sequence[str]) -> Tensor:
     """y = layer(x), and what the layer's adapters of these names add to it."""
+    for pair in _pairs(layer, adapters):
+        y = y + pair(x)
+    return y
+
+
+def _pairs(layer: nn.Module, adapters: Sequence[str]) -> list[LowRankPair]:
+    """Those of a layer that are on, in their order."""
     if not adapters or not hasattr(layer, CHILD):
-        return y
+        return []
     pairs = layer.get_submodule(CHILD)
     assert isinstance(pairs, nn.ModuleDict)
-    for name in adapters:
-        if name in pairs:
-            y = y + pairs[name](x)
-    return y
+    found = [pairs[name] for name in adapters if name in pairs]
+    return [pair for pair in found if isinstance(pair, LowRankPair)]
 
 
 def sequential(layers: nn.Sequential, x: Tensor, adapters: Sequence[str]) -> Tensor:
