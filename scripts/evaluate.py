@@ -32,9 +32,8 @@ from pipeline.build import SAMPLERS, Sampling
 from pipeline.generator import VideoGenerator
 from pipeline.protocol import InferencePipeline
 from pipeline.request import Pixels, Request
-from pipeline.teacher import SamplingConfig
 from scripts.report import ROWS
-from trainer.config import Config, causal_config, load, sigmas
+from trainer.config import Config, causal_config, load, method_needs, sigmas
 from trainer.serving import check_source, load_generator
 from utils import start
 from utils.cli import (
@@ -118,13 +117,15 @@ def pipeline_for(
     causal = causal_config(config)
     if row.sampler == "student":
         # Fewer steps take the leading noise levels that the student was trained at, evenly.
-        levels = sigmas(config)
+        levels, kind = sigmas(config), method_needs(config).sampler
         stride = len(levels) // row.steps
-        return SAMPLERS["few_step"](generator_.network, Sampling(levels[::stride], causal))
-    second = row.sampler == "teacher_solver2"
-    sampling = SamplingConfig(
+        return SAMPLERS[kind](generator_.network, Sampling(levels[::stride], causal))
+    second, known = row.sampler == "teacher_solver2", generator_.capabilities.sampling
+    sampling = replace(
+        known or config.sampling,  # of two experts it says where they meet
         steps=row.steps,
         cfg_scale=row.cfg_scale,
+        cfg_scale_low=None if row.cfg_scale == 1.0 else config.sampling.cfg_scale_low,
         timestep_shift=solver2_shift if second else config.sampling.timestep_shift,
         solver="unipc" if second else "euler",
     )
@@ -173,7 +174,7 @@ def load_models(args: argparse.Namespace, configs: dict[str, Config]) -> dict[st
     """Teacher and student with their averaged weights; both are checked before one is loaded."""
     paths = {"teacher": args.teacher_path, "student": args.student_path}
     sources = {
-        role: check_source(config, paths[role], use_ema=True) for role, config in configs.items()
+        role: check_source(config, paths[role], use_ema=None) for role, config in configs.items()
     }
     device = torch.device("cpu")
     return {role: load_generator(sources[role], device) for role in configs}
