@@ -236,6 +236,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         config = replace(config, sampling=sampling)
         source = check_source(config, args.checkpoint_path, use_ema=args.use_ema)
+        experts = source.model.experts
+        if experts is not None and sampling.boundary is None:  # a teacher's, not a student's
+            sampling = replace(sampling, boundary=experts.boundary)
+            config = replace(config, sampling=sampling)
         records, manifest = plan(args, config, source)
     except USER_ERRORS as error:
         return fail(error)
