@@ -19,7 +19,7 @@ from trainer.decoders import TINY
 from trainer.inputs import check_latent_shape, model_problems, rank_problems
 from trainer.plan import Plan, make_plan
 from trainer.plan_fits import candidates, fitting
-from trainer.plan_inference import plan_clips, with_frames
+from trainer.plan_inference import plan_clips, with_adapters, with_frames
 from trainer.plan_table import as_json, fits_table, table
 from trainer.plan_trace import World
 from trainer.run import Run, resolve
@@ -102,9 +102,8 @@ def plan_inference(config: Config, args: argparse.Namespace) -> str:
     """The plan of a batch of clips on one GPU, in words. Raises UserError."""
     gpu = find_gpu(args.gpu)
     with tempfile.TemporaryDirectory() as folder:
-        run = with_frames(
-            sketched_run(config, Path(folder), ("generator",)), args.num_output_frames
-        )
+        asked = with_adapters(config, args.adapter)
+        run = with_frames(sketched_run(asked, Path(folder), ("generator",)), args.num_output_frames)
         check_latent_shape(run.config.latent_shape, run.model)
         plan = plan_clips(run, gpu, args.batch_size, preview=args.vae == TINY)
     keep(plan, args.plan_json)

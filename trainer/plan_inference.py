@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from model.adapters import OnAdapters
 from model.encoders.tiny_vae import TinyVAE
+from model.experts import ExpertPair
 from model.folders.loading import Placement
+from trainer.bases import Base
+from trainer.config import Config
 from trainer.plan import Plan, depths, extended
 from trainer.plan_encoders import encoder_bytes
-from trainer.plan_trace import BUILD, Trace, World, planned, stand_in_batch
+from trainer.plan_trace import BUILD, Trace, World, host_memory, planned, stand_in_batch
 from trainer.run import Run
 from utils.dry_run import dry_run
 from utils.gpus import GPU
@@ -29,7 +34,7 @@ def plan_clips(run: Run, gpu: GPU, clips: int, *, preview: bool = False) -> Plan
     preview: the tiny autoencoder decodes them.
     """
     # A run's own batches and layout belong to its training.
-    own = replace(run.config.parallel, offload_encoders=False)
+    own = replace(run.config.parallel, offload_encoders=False, context=1)
     config = replace(
         run.config, batch_size=clips, accumulation=1, sharding_strategy="none", parallel=own
     )
@@ -62,11 +67,10 @@ def clip_parts(run: Run, *, preview: bool) -> list[str]:
 def trace_clips(run: Run, clips: int, codec: nn.Module | None) -> Trace:
     """Make a batch of clips without values; `codec`: on the meta device, None = none decodes."""
     device, meter = torch.device("cpu"), Meter()
-    with dry_run(on_gpu=True), torch.no_grad():
+    with dry_run(on_gpu=True), host_memory(meter), torch.no_grad():
         with meter, meter.within(BUILD):
             own = planned(run, meter)
-            place = Placement(device, storage=run.compute, compute=run.compute)
-            network = own.model.random_network(0, place).requires_grad_(False)
+            network = served_network(own, device)
             meter.tag(network.parameters(), "generator", "weights")
             batch = stand_in_batch(own, clips)
         meter.watch("generator", network)
@@ -83,6 +87,26 @@ def trace_clips(run: Run, clips: int, codec: nn.Module | None) -> Trace:
         if codec is not None:
             decode(codec, latents, meter)
     return Trace(standing, dict(meter.peaks), meter.work, meter.transfers, PHASES)
+
+
+def served_network(run: Run, device: torch.device) -> nn.Module:
+    """The generator as it makes clips, with its adapters on."""
+    base = Base(run, ("generator",))
+    place = Placement(device, storage=run.compute, compute=run.compute, adapters=base.ranks())
+    network = run.model.random_network(0, place)
+    run.divide(network)
+    network.requires_grad_(False)
+    if run.config.parallel.offload_idle_expert and run.model.experts is not None:
+        assert isinstance(network, ExpertPair), "experts that take turns are a pair"
+        network.take_turns(device)
+    names = base.names("generator")
+    return OnAdapters(network, names) if names else network
+
+
+def with_adapters(config: Config, words: Sequence[str]) -> Config:
+    """The configuration with more adapters on the generator, as a command line names them."""
+    below = [*config.generator.adapters, *words]
+    return replace(config, generator=replace(config.generator, adapters=below))
 
 
 def decode(outline: nn.Module, latents: Tensor, meter: Meter) -> None:

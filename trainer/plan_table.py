@@ -35,8 +35,12 @@ def table(plan: Plan) -> str:
 
 def _notes(plan: Plan) -> list[str]:
     """What a reader of the figures must know beside them."""
-    said = uncounted(plan.gpu, plan.run.config.parallel.attention)
-    return [] if said is None else [said]
+    parallel = plan.run.config.parallel
+    said = uncounted(plan.gpu, parallel.attention)
+    notes = [] if said is None else [said]
+    if parallel.offload_idle_expert:
+        notes.append("Copies of experts from host memory take time that is not counted here.")
+    return notes
 
 
 def _heading(plan: Plan) -> list[str]:

@@ -6,6 +6,7 @@ through the loop's own `optimise`. What lies outside a step (data, encoders) has
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,8 +29,10 @@ from trainer.build import build_networks, build_rollout, build_trained
 from trainer.registry import TRAINERS
 from trainer.roles import Role, group_of
 from trainer.run import Run
+from utils import idle
 from utils.distributed import Session
 from utils.dry_run import Draw, dry_run
+from utils.idle import Idle
 from utils.metering import Meter, Peak, Place, Tag, on_host
 from utils.op_costs import Transfer, Work
 from utils.recompute import HostMemory, Waiting
@@ -256,19 +259,32 @@ def build_stand_in(run: Run, session: Session, meter: Meter, *, on_gpu: bool) ->
 
 
 @contextmanager
-def host_memory() -> Iterator[None]:
+def host_memory(meter: Meter) -> Iterator[None]:
     """Within the body, what waits in host memory says so: it is not the device's."""
-    put = HostMemory.put
+    put, brought = HostMemory.put, Idle.brought
 
     def told(self: HostMemory, tensor: Tensor) -> Waiting:
         with on_host():
             return put(self, tensor)
 
-    HostMemory.put = told  # type: ignore[method-assign]
+    def hosted(tensor: Tensor, *, pin: bool) -> Tensor:
+        del pin
+        with on_host():
+            return torch.empty_like(tensor, requires_grad=False)
+
+    def copied(self: Idle, host: Tensor) -> Tensor:
+        del self
+        copy = torch.empty_like(host)
+        meter.tag([copy], BASE, "weights")
+        return copy
+
+    HostMemory.put, Idle.brought = told, copied  # type: ignore[method-assign]
+    before, idle.hosted = idle.hosted, hosted
     try:
         yield
     finally:
-        HostMemory.put = put  # type: ignore[method-assign]
+        HostMemory.put, Idle.brought = put, brought  # type: ignore[method-assign]
+        idle.hosted = before
 
 
 def use_fused(roles: Mapping[str, Role]) -> None:
@@ -331,18 +347,20 @@ def trace_step(run: Run, world: World, draw: Draw, *, on_gpu: bool = True) -> Tr
 
     on_gpu: as a GPU would run it, else as a CPU does.
     """
+    meter = Meter()
     with (
         dry_run(world_size=world.ranks, per_node=world.per_node, draw=draw, on_gpu=on_gpu),
-        host_memory(),
+        host_memory(meter),
     ):
         device, group = torch.device("cpu"), run.config.parallel.context
         session = Spokesman(0, world.ranks, device, group=group)
-        return metered_step(run, session, on_gpu=on_gpu)
+        trace = metered_step(run, session, meter, on_gpu=on_gpu)
+        gc.collect()  # experts that take turns go back to the host when they are dropped: here
+        return trace
 
 
-def metered_step(run: Run, session: Session, *, on_gpu: bool) -> Trace:
+def metered_step(run: Run, session: Session, meter: Meter, *, on_gpu: bool) -> Trace:
     """Build a run's trainer on this process's ranks, and meter the fullest of its steps."""
-    meter = Meter()
     with meter, meter.within(BUILD):
         trainer = build_stand_in(planned(run, meter), session, meter, on_gpu=on_gpu)
     meter.look = lambda: tag_gradients(meter, trainer.roles)
@@ -357,4 +375,5 @@ def metered_step(run: Run, session: Session, *, on_gpu: bool) -> Trace:
             with meter.within(phase.name):
                 trainer.optimise(phase)
     steps = (phase.name for step in range(run.config.steps) for phase in trainer.phases(step))
+    meter.look = lambda: None  # it holds the trainer
     return Trace(standing, dict(meter.peaks), meter.work, meter.transfers, Counter(steps))

@@ -51,11 +51,15 @@ class Idle:
         """Whether the weights are on the device."""
         return self._here
 
+    def brought(self, host: Tensor) -> Tensor:
+        """A copy on the device of a tensor that waits on the host."""
+        return host.to(self._device, non_blocking=True)
+
     @contextmanager
     def awake(self) -> Iterator[None]:
         """Within the body the weights are on the device; they go when the last user has left."""
         if not self._here:
-            self._put(lambda host: host.to(self._device, non_blocking=True))
+            self._put(self.brought)
             self._here = True
         self._users += 1
         try:
@@ -115,7 +119,12 @@ def _slots(module: nn.Module, *, pin: bool) -> Iterator[Slot]:
                 if tensor is None or tensor.requires_grad:
                     continue
                 if id(tensor) not in hosts:
-                    host = tensor.detach().cpu()
-                    hosts[id(tensor)] = host.pin_memory() if pin else host
+                    hosts[id(tensor)] = hosted(tensor, pin=pin)
                 weight = isinstance(tensor, nn.Parameter)
                 yield Slot(owner, name, hosts[id(tensor)], weight)
+
+
+def hosted(tensor: Tensor, *, pin: bool) -> Tensor:
+    """`tensor` in host memory."""
+    host = tensor.detach().cpu()
+    return host.pin_memory() if pin else host

@@ -100,6 +100,7 @@ class Meter(TorchDispatchMode):
         self.transfers: Counter[tuple[Place, Transfer]] = Counter()
         self.peaks: dict[Place, Peak] = {}
         self._held: dict[int, _Held] = {}
+        self._elsewhere: dict[int, weakref.ref[UntypedStorage]] = {}  # in host memory
         self.turn = 0
         self._phase = ""
         self._parts: list[str] = [""]
@@ -186,6 +187,7 @@ class Meter(TorchDispatchMode):
             return self._label(func, args, kwargs)
         out = func(*args, **kwargs)
         if self._parts[-1] == _HOST:
+            self._set_aside(tensors_in(out))
             return out
         self._in_place = func is torch.ops.aten.add.Tensor and _adds_in_place(args)
         transfer = transfer_of(func, args, out)
@@ -220,6 +222,8 @@ class Meter(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
+        if key in self._elsewhere:
+            return
         held = self._held.get(key)
         if held is None:
             usual = Tag(self._roles[-1], "activations")
@@ -229,6 +233,17 @@ class Meter(TorchDispatchMode):
         elif tag is not None and held.tag != tag:
             self._move(held, tag)
         held.pinned = held.pinned or pinned
+
+    def _set_aside(self, tensors: Iterable[Tensor]) -> None:
+        """Count them no more: they are in host memory."""
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            key = storage._cdata
+            if key not in self._held:
+                self._elsewhere[key] = weakref.ref(storage, self._came_back(key))
+
+    def _came_back(self, key: int) -> Callable[[object], None]:
+        """What forgets a storage of host memory that is gone: others get its place."""
+        return lambda _: (self._elsewhere.pop(key, None), None)[1]
 
     def _retag(self, tensor: Tensor, kind: str) -> None:
         held = self._held.get(tensor.untyped_storage()._cdata)

@@ -179,7 +179,7 @@ def test_arithmetic_is_what_torch_counts(tmp_path: Path) -> None:
 def sent_by_rank(folder: Path) -> dict[str, int]:
     """What a rank of a real step sends."""
     with distributed_session() as session:
-        trace = metered_step(small_run(folder, "tiny"), session, on_gpu=False)
+        trace = metered_step(small_run(folder, "tiny"), session, Meter(), on_gpu=False)
     return sent(trace)
 
 

@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from model.wan.transformer import WanTransformer
+from tests.sources import ROOT
 from tests.trainer.test_plan import SIZES, small_run
 from trainer.bases import bases
+from trainer.config import load
+from trainer.plan_command import sketched_run
 from trainer.plan_encoders import with_encoders
+from trainer.plan_inference import trace_clips, with_adapters
 from trainer.plan_trace import BASE, Spokesman, World, build_stand_in, planned, trace_step
 from trainer.run import Run
 from utils.dry_run import dry_run
@@ -86,6 +90,52 @@ def test_a_role_that_trains_a_network_whole_shares_none(tmp_path: Path) -> None:
         Tag("critic", "weights"): whole,
         Tag("generator", "weights"): 4 * added(8),
     }
+
+
+@pytest.mark.parametrize(
+    ("words", "more"),
+    [
+        ((), 0),
+        (("generator.adapter.rank=8",), added(8)),
+        (("generator.adapter.rank=8", "generator.adapters=[style.safetensors]"), 2 * added(8)),
+    ],
+)
+def test_clips_are_planned_with_the_adapters_of_their_generator(
+    words: tuple[str, ...], more: int, tmp_path: Path
+) -> None:
+    plain = trace_clips(small_run(tmp_path, "tiny", *BF16), 1, None)
+    trace = trace_clips(small_run(tmp_path, "tiny", *words, *BF16), 1, None)
+    weights = Tag("generator", "weights")
+    assert trace.standing[weights] == plain.standing[weights] + 4 * more
+    flops = [sum(work.flops * n for (_, work), n in t.work.items()) for t in (trace, plain)]
+    assert (flops[0] > flops[1]) == bool(more)
+
+
+def test_an_adapter_of_the_command_line_comes_beside_those_of_the_configuration() -> None:
+    config = load(ROOT / "configs" / "lora_a14b_low_dmd.yaml")
+    asked = with_adapters(config, ["low=style.safetensors:0.5"])
+    assert asked.generator.adapters == [
+        "high=logs/lora_a14b_high",
+        "low=style.safetensors:0.5",
+    ]
+
+
+@pytest.mark.slow  # two steps of two experts
+def test_of_two_experts_one_is_there_where_the_idle_one_waits(tmp_path: Path) -> None:
+    words = [
+        "generator.model=Wan2.2-T2V-A14B-Tiny", "latent_shape=[16,5,4,4]", "batch_size=1",
+        "accumulation=1", "parallel.context=1", "data.text_embeddings=none", "steps=1",
+        "generator.adapters=[]",
+    ]  # fmt: skip
+    most = []
+    for waits in ("false", "true"):
+        overrides = [*words, f"parallel.offload_idle_expert={waits}"]
+        config = load(ROOT / "configs" / "lora_a14b_low_dmd.yaml", overrides)
+        trace = trace_step(sketched_run(config, tmp_path), World(1, 1), "most")
+        base = [peak.contents.get(Tag(BASE, "weights"), 0) for peak in trace.peaks.values()]
+        most.append(max(base))
+    both, one = most
+    assert one == both / 2
 
 
 def test_encoders_that_wait_in_host_memory_come_where_batches_are_encoded() -> None:

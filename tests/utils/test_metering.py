@@ -101,7 +101,12 @@ def test_host_memory_is_not_counted() -> None:
         with on_host():
             kept = torch.zeros(100)
         assert meter.total == 0
-    del kept
+        meter.tag([kept], "base", "weights")
+        assert meter.total == 0
+        del kept
+        again = torch.zeros(100)  # in the place of what is gone
+        assert meter.total == 400
+    del again
 
 
 def test_operations_are_counted_where_they_are_called() -> None:
