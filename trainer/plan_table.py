@@ -85,6 +85,8 @@ def _time(plan: Plan) -> list[str]:
     head = ["part of a phase", "s", "compute s", "transfer s", "TFLOP", "GB moved", "GB sent"]
     rows = []
     for place, cost in plan.by_part().items():
+        if not place.part and cost.seconds < 0.005:  # what lies between the parts
+            continue
         numbers = (cost.seconds, cost.compute_s, cost.transfer_s)
         tera = (cost.flops / TERA, cost.moved / GB, cost.sent / GB)
         rows.append([_name(place), *map(_number, numbers), *(f"{v:.1f}" for v in tera)])
