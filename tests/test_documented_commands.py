@@ -170,7 +170,10 @@ def shrunk(config: Config, root: Path) -> list[str]:
     ]
     for role in needs.networks:
         toy += [f"{role}.model={model}", f"{role}.weights=null"]
-        toy += [] if role not in config.networks else [f"{role}.adapters=[]"]  # of other runs
+        if role in config.networks:  # what other runs have left
+            toy += [
+                f"{role}.{key}" for key in ("adapters=[]", "weights_high=null", "weights_low=null")
+            ]
     if blocks:
         toy += ["causal.num_frame_per_block=2", "causal.independent_first_frame=true"]
         toy += [] if config.causal.rollout_frames is None else ["causal.rollout_frames=7"]
@@ -183,9 +186,10 @@ def shrunk(config: Config, root: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=[str(path.relative_to(CONFIGS)) for path in SHIPPED])
 def test_every_shipped_configuration_takes_one_step_at_toy_size(
-    path: Path, tiny_root: Path, tmp_path: Path
+    path: Path, tiny_root: Path, experts_root: Path, tmp_path: Path
 ) -> None:
-    toy = shrunk(load(path), tiny_root)
+    config = load(path)
+    toy = shrunk(config, experts_root if "A14B" in generator_model(config) else tiny_root)
     line = ["--config_path", str(path), "--logdir", str(tmp_path), "--disable-wandb", *toy]
     assert train.main(line) == 0
     assert (tmp_path / "checkpoints" / "step_000001").is_dir()

@@ -193,6 +193,8 @@ def sampling_settings(config: Config, model: Capabilities, shared: Request) -> d
     else:  # a few steps without a solver or guidance
         wanted["denoising_step_list"] = config.denoising_step_list
         wanted["timestep_shift"] = config.timestep_shift
+        if config.sampling.boundary is not None:  # between two experts
+            wanted["boundary"] = config.sampling.boundary
     causal = causal_config(config)
     if causal is not None and shared.frames is not None:
         causal = replace(causal, rollout_frames=None)  # of training; a clip may be longer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 from model.experts import ExpertPair
 from model.flow import step_sigmas
 from pipeline.request import Request
+from tests.ranks import run_on_ranks
 from tests.runs import (
     OPTIMIZER,
     assert_same_end,
+    build,
     built,
     cut_after,
     read_state,
@@ -28,6 +31,7 @@ from trainer.experts import check_offload
 from trainer.run import Run, resolve
 from trainer.serving import check_source, load_generator
 from utils.config import ConfigError
+from utils.distributed import distributed_session
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -359,3 +363,33 @@ def test_the_low_phase_stands_on_the_adapter_of_the_high_one(
             ]
             assert any(torch.equal(value, one) for one in held)
     assert generator.latents([Request("a red circle moves right quickly")]).isfinite().all()
+
+
+Job = tuple[Path, Path, tuple[str, ...]]  # configuration, log directory, overrides
+
+
+def train_all(jobs: Sequence[Job]) -> None:
+    """Train several runs in one process group."""
+    with distributed_session(timeout_s=60.0) as session:
+        for path, logdir, overrides in jobs:
+            build(path, logdir, session, *overrides).train()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_two_experts_as_one_rank_does(
+    paired_configs: dict[str, Path], tmp_path: Path
+) -> None:
+    cases: dict[str, tuple[str, ...]] = {
+        "dmd": (), "diffusion": ("accumulation=1",), "phased_dmd": ("loss.phase=both",),
+        "sid": ADAPTERS,
+    }  # fmt: skip
+    jobs = [(paired_configs[name], tmp_path / "two" / name, words) for name, words in cases.items()]
+    run_on_ranks(2, train_all, jobs)
+    for name, words in cases.items():
+        alone = rows(run(paired_configs[name], tmp_path / "one" / name, *words))
+        both = rows(tmp_path / "two" / name)
+        assert [row.keys() for row in both] == [row.keys() for row in alone]
+        found = [(one[key], two[key]) for one, two in zip(alone, both, strict=True) for key in one]
+        worst = max(abs(a - b) / max(abs(a), 1e-6) for a, b in found)
+        print(f"{name}: 2 ranks are within {worst:.1e} of one")
+        assert worst < 1e-5
