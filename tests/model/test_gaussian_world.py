@@ -22,7 +22,7 @@ from model.flow import step_sigmas
 from model.gan import GAN, GANConfig
 from model.matching import DistributionMatching
 from model.sid import SiD, SiDConfig
-from model.types import Batch, Conditioning, Denoiser, LossOutput, Prediction
+from model.types import Batch, Conditioning, Context, Denoiser, LossOutput, Prediction
 from pipeline.bidirectional import BidirectionalInferencePipeline, BidirectionalTrainingPipeline
 from pipeline.data import DataRollout
 from pipeline.protocol import sample
@@ -125,7 +125,10 @@ def distil_exactly(task: Task, sigmas: list[float]) -> Normals:
     student = AffineMaps(sigmas, ELEMENTS)
     made = (lambda: student.predictions(TEACHER)) if task.on_data else student.exits
 
-    def critic(x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Prediction:
+    def critic(
+        x: Tensor, sigma: Tensor, conditioning: Conditioning, *, context: Context
+    ) -> Prediction:
+        del context
         return made()(x, sigma, conditioning)
 
     networks = {"generator": student, "critic": critic, "teacher": TEACHER}
