@@ -161,6 +161,18 @@ def test_the_low_phase_keeps_the_high_student_and_moves_the_low_one(phases: Path
     assert not any(key.startswith("roles.generator.high") for key in after)
 
 
+def test_the_expert_that_a_phase_keeps_is_stored_as_it_computes(
+    phases: Path, paired_configs: dict[str, Path], tmp_path: Path
+) -> None:
+    words = ["loss.phase=low", f"generator.weights_high={phases / 'high'}", "mixed_precision=true"]
+    with built(paired_configs["phased_dmd"], tmp_path, *words) as trainer:
+        pair = trainer.method.generator.model
+        kinds = {side: {p.dtype for p in pair[side].parameters()} for side in ("high", "low")}
+        assert kinds == {"high": {torch.bfloat16}, "low": {torch.float32}}
+        assert not any(p.requires_grad for p in pair["high"].parameters())
+        trainer.train()
+
+
 def test_a_low_phase_is_served_behind_the_high_student_that_it_was_trained_behind(
     phases: Path, paired_configs: dict[str, Path]
 ) -> None:
