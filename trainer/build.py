@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from model.encoders.idle import Encoders
 from model.encoders.vae import VideoVAE
 from model.experts import SIDES, ExpertPair
 from model.folders.loading import Placement, random_discriminator
-from model.types import Rollout
+from model.types import Rollout, Side
 from model.wan.attention import use_kernel
 from pipeline.reuse import ReusedRollout
 from trainer.agreement import check_same_run
@@ -150,7 +150,8 @@ def _build_base(base: Base, session: Session, place: Placement) -> dict[str, nn.
     """A network with its adapters, as each of its roles calls it."""
     run, role, settings = base.run, base.roles[0], base.settings
     model = run.models[role]
-    place = replace(place, adapters=base.ranks())
+    kept = _kept_experts(base)
+    place = replace(place, adapters=base.ranks(), kept=kept)
     if role in run.offloaded and not place.adapters:  # whose own weights stay on the device
         place = replace(place, device=torch.device("cpu"))
     if run.random_init(role):
@@ -167,21 +168,20 @@ def _build_base(base: Base, session: Session, place: Placement) -> dict[str, nn.
     if settings is not None and settings.storage == "fp8":
         store_float8(network)
     base.give_values(network)
-    for module in _kept_experts(base, network):
-        module.requires_grad_(False)
+    for side in kept:
+        weights_of(network).get_submodule(side).requires_grad_(False)
     if role in run.offloaded:
         assert isinstance(network, ExpertPair), "experts that take turns are a pair"
         network.take_turns(session.device)
     return dict(base.views(network))
 
 
-def _kept_experts(base: Base, network: nn.Module) -> Iterator[nn.Module]:
+def _kept_experts(base: Base) -> list[Side]:
     """Of two experts, those that no role of theirs moves."""
-    if isinstance(network, ExpertPair):
-        moved = [base.run.needs.trained_sides.get(role, SIDES) for role in base.roles]
-        for side in SIDES:
-            if not any(side in sides for sides in moved):
-                yield network.model[side]
+    if base.run.models[base.roles[0]].experts is None:
+        return []
+    moved = [base.run.needs.trained_sides.get(role, SIDES) for role in base.roles]
+    return [side for side in SIDES if not any(side in sides for sides in moved)]
 
 
 def build_trained(run: Run, networks: Mapping[str, nn.Module]) -> dict[str, Role]:

@@ -100,9 +100,11 @@ def check_team(
 
 
 def _guided(model: Capabilities, shared: Request) -> bool:
+    """Whether every pass is guided: of two experts both."""
     if model.sampling is None:
         return False
-    return adjusted(model.sampling, shared.steps, shared.cfg_scale).cfg_scale != 1.0
+    sampling = adjusted(model.sampling, shared.steps, shared.cfg_scale)
+    return sampling.cfg_scale != 1.0 and sampling.cfg_scale_low != 1.0
 
 
 def team_meshes(team: Team, session: Session) -> TeamMeshes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -48,6 +48,8 @@ class Placement:
     context: DeviceMesh | None = None  # ranks that share a sample's tokens; None = there are none
     adapters: Mapping[str, RankOf] = field(default_factory=dict)  # that its layers get, by name
     whole: bool = False  # each rank holds all of it but for its adapters, which are laid over them
+    # Of several networks of a model, those that are used as they are: stored as they compute.
+    kept: Sequence[str] = ()
 
     def side(self, name: str) -> Placement:
         """That of one of the networks that a model has under this name."""
@@ -55,7 +57,11 @@ class Placement:
         def within(rank_of: RankOf) -> RankOf:
             return lambda layer: rank_of(f"{name}.{layer}")
 
-        return replace(self, adapters={k: within(ranks) for k, ranks in self.adapters.items()})
+        return replace(
+            self,
+            storage=self.compute if name in self.kept else self.storage,
+            adapters={k: within(ranks) for k, ranks in self.adapters.items()},
+        )
 
 
 def open_weights(

@@ -29,7 +29,8 @@ from tests.runs import (
 from trainer.config import load
 from trainer.experts import check_offload
 from trainer.run import Run, resolve
-from trainer.serving import check_source, load_generator
+from trainer.serving import capabilities, check_source, load_generator
+from trainer.teams import Team, check_team
 from utils.config import ConfigError
 from utils.distributed import distributed_session
 from utils.errors import UserError
@@ -159,6 +160,18 @@ def test_the_low_phase_keeps_the_high_student_and_moves_the_low_one(phases: Path
     assert "generator.low" in moved(before, after)
     assert moved(before, after) <= {"generator.low", "critic.high", "critic.low"}
     assert not any(key.startswith("roles.generator.high") for key in after)
+
+
+def test_the_expert_that_a_phase_keeps_is_stored_as_it_computes(
+    phases: Path, paired_configs: dict[str, Path], tmp_path: Path
+) -> None:
+    words = ["loss.phase=low", f"generator.weights_high={phases / 'high'}", "mixed_precision=true"]
+    with built(paired_configs["phased_dmd"], tmp_path, *words) as trainer:
+        pair = trainer.method.generator.model
+        kinds = {side: {p.dtype for p in pair[side].parameters()} for side in ("high", "low")}
+        assert kinds == {"high": {torch.bfloat16}, "low": {torch.float32}}
+        assert not any(p.requires_grad for p in pair["high"].parameters())
+        trainer.train()
 
 
 def test_a_low_phase_is_served_behind_the_high_student_that_it_was_trained_behind(
@@ -393,3 +406,14 @@ def test_two_ranks_train_two_experts_as_one_rank_does(
         worst = max(abs(a - b) / max(abs(a), 1e-6) for a, b in found)
         print(f"{name}: 2 ranks are within {worst:.1e} of one")
         assert worst < 1e-5
+
+
+@pytest.mark.parametrize(("high", "low"), [(2.0, 1.0), (1.0, 2.0)])
+def test_guidance_of_one_expert_alone_is_not_divided_over_ranks(
+    high: float, low: float, paired_configs: dict[str, Path]
+) -> None:
+    words = (f"sampling.cfg_scale={high}", f"sampling.cfg_scale_low={low}")
+    model = capabilities(run_of(paired_configs["diffusion"], *words), CPU)
+    team, shared = Team(context=1, cfg_parallel=True), Request("a red circle")
+    with pytest.raises(ConfigError, match="--cfg_parallel: these clips are made without guidance"):
+        check_team(team, model, 2, shared, [(32, 32)])
