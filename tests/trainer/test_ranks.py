@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,9 +151,9 @@ def watch_timesteps(trainer: Trainer) -> list[Tensor]:
     seen: list[Tensor] = []
     embed = model.embed_time
 
-    def watched(timestep: Tensor) -> tuple[Tensor, Tensor]:
+    def watched(timestep: Tensor, adapters: Sequence[str]) -> tuple[Tensor, Tensor]:
         seen.append(timestep.detach().clone())
-        return embed(timestep)
+        return embed(timestep, adapters)
 
     model.embed_time = watched  # type: ignore[method-assign]
     return seen
