@@ -22,6 +22,7 @@ COMMANDS = {
     "fewstep-evaluate": "scripts.evaluate",
     "fewstep-report": "scripts.report",
     "fewstep-compare-methods": "scripts.compare_methods",
+    "fewstep-compare-adapters": "scripts.compare_adapters",
     "fewstep-benchmark": "scripts.benchmark",
     "fewstep-benchmark-rollout": "scripts.benchmark_rollout",
     "fewstep-benchmark-threads": "scripts.benchmark_threads",
