@@ -115,8 +115,9 @@ def train(student: Student) -> None:
     print(f"\n== {student.name}\n   {' '.join(words)}", flush=True)
     process = subprocess.Popen(words)
     _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise ConfigError(f"{student.name}: stopped with status {status}; run this again to go on")
+    code = os.waitstatus_to_exitcode(status)
+    if code:
+        raise ConfigError(f"{student.name}: stopped with status {code}; run this again to go on")
     write_text(student.logdir / "peak_kib.txt", f"{usage.ru_maxrss}\n")
 
 
