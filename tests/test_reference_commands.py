@@ -160,7 +160,7 @@ def test_the_demo_needs_no_word(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     write_foreign_checkpoint(checkpoint)
     taken: list[Path] = []
 
-    def read(*given: Any) -> None:
+    def read(*given: Any, **_: Any) -> None:
         taken.append(given[0].weights.path.resolve())
         raise KeyboardInterrupt
 

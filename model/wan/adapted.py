@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 CHILD = "adapters"  # of a layer that has some
 
@@ -43,6 +44,7 @@ class _Down(torch.autograd.Function):
         return x, F.linear(x, a)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
         x, a = ctx.saved_tensors
         whole, low = gradients

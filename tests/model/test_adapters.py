@@ -143,6 +143,16 @@ def test_blocks_that_run_again_see_the_adapters_that_were_on(tiny_wan: WanFactor
         assert all(map(torch.equal, found, expected))
 
 
+def test_a_second_derivative_is_refused(tiny_wan: WanFactory) -> None:
+    """The backward pass writes into gradients that nobody else reads, which has no derivative."""
+    model, x = adapted(tiny_wan(), "generator"), X.clone().requires_grad_(True)
+    net = OnAdapters(WanDiffusionWrapper(model), ("generator",))
+    loss = net(x, SIGMA, TEXT).velocity.square().mean()
+    (first,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()
+
+
 def test_a_cache_is_of_one_choice_of_adapters(tiny_wan: WanFactory) -> None:
     model = adapted(tiny_wan(), "generator", "critic")
     context = replace(FULL_ATTENTION, cache=KVCache(), commit=True)

@@ -88,13 +88,13 @@ def step_gradients(trainer: Trainer) -> Iterator[tuple[str, float, dict[str, Ten
 def gradients(
     config: Path, logdir: Path, words: tuple[str, ...], factors: Factors
 ) -> list[tuple[str, float, dict[str, Tensor]]]:
-    """Of a run with adapters, whose `factors` are noted; or of whole networks that have them."""
+    """Of a run with adapters, whose factors are noted; or of whole networks that get `factors`."""
     with built(config, logdir, *words) as trainer:
-        if words:
+        if factors:
+            merge(trainer, factors)
+        else:
             give_values(trainer)
             factors.update(deltas(trainer))
-        else:
-            merge(trainer, factors)
         return list(step_gradients(trainer))
 
 
@@ -105,15 +105,22 @@ def merge(trainer: Trainer, factors: Factors) -> None:
             trainer.roles[role].module.get_parameter(f"{layer}.weight").data += b @ a
 
 
-@pytest.mark.parametrize("method", [name for name in CONFIGS if name != "dmd_fdistill"])
+I2V = ("generator.model=Wan2.1-I2V-Tiny", "data.path={root}/data/tiny/latents")
+EVERY = [(name, ()) for name in CONFIGS if name != "dmd_fdistill"]
+EVERY += [("dmd", I2V), ("diffusion", I2V)]
+
+
+@pytest.mark.parametrize(("method", "more"), EVERY)
 def test_gradients_of_adapters_are_those_of_whole_weights_projected(
-    method: str, configs: dict[str, Path], tmp_path: Path
+    method: str, more: tuple[str, ...], configs: dict[str, Path], tiny_root: Path, tmp_path: Path
 ) -> None:
     """Three roles on one base against three networks into which their adapters are merged."""
     factors: Factors = {}
-    found = gradients(configs[method], tmp_path / "adapters", overrides(method), factors)
+    words = tuple(word.format(root=tiny_root) for word in more)
+    added = (*overrides(method), *words)
+    found = gradients(configs[method], tmp_path / "adapters", added, factors)
     gc.collect()  # LMDB opens a folder once
-    expected = gradients(configs[method], tmp_path / "merged", (), factors)
+    expected = gradients(configs[method], tmp_path / "merged", words, factors)
     assert [phase for phase, _, _ in found] == [phase for phase, _, _ in expected]
     for (phase, loss, ours), (_, merged_loss, whole) in zip(found, expected, strict=True):
         assert loss == pytest.approx(merged_loss, rel=RELATIVE), phase
