@@ -233,6 +233,11 @@ MIXED = {
     "sid 1.0": Task(SiD, SiDConfig(1.0, cfg_scale=1.0, alpha=1.0)),
     "causvid": Task(CausVid, CausVidConfig(1.0, cfg_scale=1.0)),
 }
+# A student's training takes seconds: one in the fast tier, the others in the slow one.
+MIXED_NAMES = [
+    "dmd",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in MIXED if name != "dmd"),
+]
 MIXED_SIZE, MIXED_STEPS = 256, 1000
 
 
@@ -272,7 +277,7 @@ def nearest_mode(points: Tensor) -> Tensor:
     return torch.cdist(points, MODES.means).argmin(dim=1)
 
 
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name", MIXED_NAMES)
 def test_both_modes_keep_their_weight(name: str) -> None:
     """0.35 to 0.65, within 0.05; no method drops the lighter one here."""
     share = (nearest_mode(points_made_by(name)) == 0).float().mean()
@@ -280,7 +285,7 @@ def test_both_modes_keep_their_weight(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", [0, 1])
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name", MIXED_NAMES)
 def test_samples_lie_at_the_modes(name: str, mode: int) -> None:
     """Their mean within a tenth of the distance between modes, 3.6; deviation 0.4 within 0.15."""
     points = points_made_by(name)

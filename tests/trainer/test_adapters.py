@@ -38,7 +38,7 @@ ALL_LAYERS = ("generator.adapter.targets=blocks+embeddings",)
 Factors = dict[str, dict[str, tuple[Tensor, Tensor]]]  # role -> layer -> a, b
 
 RELATIVE = 1e-6  # of a loss
-GRADIENT = 2e-6  # of a role's gradients as one vector: fp32 through four layers
+GRADIENT = 1e-6  # of a role's gradients as one vector: fp32 through four layers
 
 
 def overrides(method: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ METHODS = (
     "dmd", "dmd_gan", "dmd_fdistill", "sid", "gan", "gan_teacher", "diffusion", "causvid",
     "consistency", "causal_diffusion", "self_forcing_dmd", "self_forcing_sid",
 )  # fmt: skip
+slow = partial(pytest.param, marks=pytest.mark.slow)
 SHORT = ("steps=2", "batch_size=2", "validation.every=2", "validation.count=2")
 
 
@@ -35,7 +37,7 @@ def batches(trainer: Trainer, count: int) -> list[Batch]:
     return [trainer.parts.batches(i * size, range(size)) for i in range(count)]
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("share", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_with_and_without_images(
     method: str, share: float, configs: dict[str, Path], tiny_root: Path, tmp_path: Path
@@ -93,7 +95,7 @@ def test_images_stand_for_first_frames_where_there_are_no_latents(
     assert torch.equal(batch.given[2:3], alone)
 
 
-@pytest.mark.parametrize("method", ["diffusion", "self_forcing_dmd", "gan"])
+@pytest.mark.parametrize("method", ["self_forcing_dmd", *map(slow, ("diffusion", "gan"))])
 def test_a_stopped_run_of_both_kinds_resumes_bit_for_bit(
     method: str, configs: dict[str, Path], tiny_root: Path, tmp_path: Path
 ) -> None:
@@ -118,7 +120,7 @@ def train_both_kinds(config: str, logdir: str, root: str, *more: str) -> None:
     run(Path(config), Path(logdir), *words)
 
 
-@pytest.mark.parametrize("method", ["self_forcing_dmd", "diffusion"])
+@pytest.mark.parametrize("method", ["self_forcing_dmd", slow("diffusion")])
 def test_ranks_and_micro_batches_begin_alike(
     method: str, configs: dict[str, Path], tiny_root: Path, tmp_path: Path
 ) -> None:
