@@ -37,6 +37,7 @@ class Session:
     store: dist.Store | None = None  # shared by all ranks; None = there is one rank
     timeout_s: float = TIMEOUT_S  # how long a rank may keep the others waiting
     group: int = 1  # so many neighbouring ranks work on the same samples
+    channel: dist.ProcessGroup | None = None  # which its collectives go through; None = the usual
 
     @property
     def data_rank(self) -> int:
@@ -63,7 +64,7 @@ class Session:
         if self.world_size == 1:
             return values
         total = values.clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.channel)
         return total / self.world_size
 
     def any(self, flag: bool) -> bool:
@@ -71,7 +72,7 @@ class Session:
         if self.world_size == 1:
             return flag
         raised = torch.tensor(int(flag))
-        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.channel)
         return bool(raised)
 
     def barrier(self) -> None:
@@ -126,7 +127,7 @@ class Session:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(box, src=0, group=self.channel, device=torch.device("cpu"))
         return box[0]
 
     def gather(self, value: T) -> list[T]:
@@ -134,7 +135,7 @@ class Session:
         if self.world_size == 1:
             return [value]
         values = [value] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.channel)
         return values
 
 
