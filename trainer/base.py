@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -121,16 +121,15 @@ class Trainer(ABC):
 
     def train(self) -> None:
         """Resume if there is something to resume, then train until `steps`."""
-        try:
-            self._train()
-        finally:
-            self.parts.batches.close()
-            for tracker in self.parts.trackers:
-                tracker.close()
-            if self.saver is not None:
-                self.saver.close()
+        with ExitStack() as closing:  # what is entered last is closed first
             if self.parts.claim is not None:
-                self.parts.claim.release()
+                closing.callback(self.parts.claim.release)
+            for tracker in self.parts.trackers:
+                closing.callback(tracker.close)
+            closing.callback(self.parts.batches.close)
+            if self.saver is not None:
+                closing.callback(self.saver.close)
+            self._train()
 
     def _train(self) -> None:
         self.resume()

@@ -97,7 +97,7 @@ def claim_logdir(
         raise ConfigError(f"--logdir {logdir}: is a file; give the name of a folder")
     here = _fingerprint(run, inputs, session)
     locks: list[FolderLock] = []
-    session.on_main(lambda: locks.append(_lock(logdir, fresh=policy.fresh)))
+    session.on_main(lambda: locks.append(lock_logdir(logdir, fresh=policy.fresh)))
     try:
         if policy.saves:
             check_shared(session, logdir)
@@ -115,7 +115,8 @@ def claim_logdir(
     return claim
 
 
-def _lock(logdir: Path, *, fresh: bool) -> FolderLock:
+def lock_logdir(logdir: Path, *, fresh: bool = False) -> FolderLock:
+    """Take the log directory, and first remove what a torn save has left: it may fill the disk."""
     if fresh and _holds_run(logdir):
         raise ConfigError(
             f"--fresh: {logdir} holds a run already, which would be overwritten; use a new "
@@ -125,7 +126,7 @@ def _lock(logdir: Path, *, fresh: bool) -> FolderLock:
     lock = FolderLock.take(logdir)
     try:
         if (logdir / CHECKPOINTS).is_dir():
-            checkpoint.tidy(logdir / CHECKPOINTS)  # first: a torn save may fill the disk
+            checkpoint.tidy(logdir / CHECKPOINTS)
         remove_leftovers(logdir)
         lock.sign()
     except BaseException:

@@ -9,7 +9,7 @@ import io
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -22,37 +22,48 @@ from torch.distributed.tensor import DTensor
 from utils.checkpoint_manifest import Written
 from utils.hashes import CHUNK_BYTES
 
+BUFFER_BYTES = 2**18
 
-class _Hashing(io.RawIOBase):
+
+class _Hashed(io.RawIOBase):
     """A file that is written from front to back, and hashed."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-        self.count = 0
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb", buffering=0)
+        self._digest = hashlib.sha256()
+        self._count = 0
+
+    @property
+    def written(self) -> Written:
+        """What went into it so far."""
+        return Written(self._count, self._digest.hexdigest())
+
+    def writable(self) -> bool:
+        return True
 
     def write(self, data: Any) -> int:
-        """All of it, or OSError."""
-        self._file.write(data)
-        self.digest.update(data)
-        size = memoryview(data).nbytes
-        self.count += size
-        return size
+        count = self._file.write(data)
+        self._digest.update(memoryview(data)[:count])
+        self._count += count
+        return count
 
     def tell(self) -> int:
-        return self.count
-
-    def flush(self) -> None:
-        if not self._file.closed:
-            self._file.flush()
+        return self._count
 
     def fileno(self) -> int:
-        self.flush()  # whoever asks for it will sync the file
         return self._file.fileno()
 
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+class _Buffered(io.BufferedWriter):
+    """Collects small pieces; whoever asks for the file's number is about to sync it."""
+
+    def fileno(self) -> int:
+        self.flush()
+        return super().fileno()
 
 
 class _HashingFiles(FileSystem):
@@ -63,10 +74,12 @@ class _HashingFiles(FileSystem):
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        with Path(path).open(mode) as file, _Hashing(cast(BinaryIO, file)) as stream:
+        assert mode == "wb", mode
+        raw = _Hashed(Path(path))
+        with _Buffered(raw, BUFFER_BYTES) as stream:
             yield stream
         name = Path(path).name.removesuffix(".tmp")  # the metadata are renamed when they are whole
-        self.written[name] = Written(stream.count, stream.digest.hexdigest())
+        self.written[name] = raw.written
 
 
 class Writer(dcp.FileSystemWriter):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from utils.board import ROUND, Board, fail_early, meet
 from utils.errors import UserError, words
+from utils.launcher import end_with_launcher
 from utils.liveness import working
 from utils.watch import STORE_GONE, find_loss, watched
 
@@ -213,8 +214,9 @@ def distributed_session(*, timeout_s: float = TIMEOUT_S) -> Iterator[Session]:
     """Open the process group that torchrun describes, or a group of one, and close it at the end.
 
     A rank that waits longer than `timeout_s` for another raises instead of hanging; one that waits
-    for a rank that is gone is ended within a minute.
+    for a rank that is gone is ended within a minute; one whose launcher is gone is asked to stop.
     """
+    end_with_launcher()
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
