@@ -73,8 +73,11 @@ def save(
         part.mkdir(parents=True)
 
     def publish() -> None:
-        if target.exists():
+        if target.is_dir():
             _set_aside(target)
+        elif target.exists():  # somebody's own file
+            log.warning("%s: is a file; it is now called %s.moved", target, target.name)
+            target.replace(target.with_name(f"{target.name}.moved"))
         part.rename(target)
         _sync(folder)
         _remove(_aside(target))
