@@ -98,7 +98,7 @@ class Trainer(ABC):
         self.state = TrainState(updates=dict.fromkeys(parts.roles, 0))
         self.metrics = Metrics(parts.session)
         self.saver: Saver | None = None
-        if parts.save and parts.claim is not None:
+        if parts.claim is not None:
             self.saver = Saver(self.config, parts.claim, parts.session)
         self._bar: tqdm[Any] = tqdm(disable=True)
         self._stop = StopRequest()
@@ -320,7 +320,7 @@ class Trainer(ABC):
 
     def save(self) -> None:
         """Begin to write a checkpoint of this step. Collective."""
-        assert self.saver is not None, "a run that saves nothing has no such hook"
+        assert self.saver is not None, "a run without a log directory saves nothing"
         self.saver.save(self.state.step, self.state_dict())
 
     def resume(self) -> None:
