@@ -88,6 +88,7 @@ def measure(folder: Path, megabytes: int, saves: int, *, background: bool) -> Ti
     )
 
 
+@interruptible
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; returns the exit status."""
     args = parser().parse_args(arguments)
@@ -104,4 +105,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(start.run(interruptible(main)))
+    sys.exit(start.run(main))
