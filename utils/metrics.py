@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import math
@@ -21,7 +20,7 @@ from torch import Tensor
 from utils.config import ConfigError
 from utils.distributed import Session
 from utils.errors import words
-from utils.files import write_text
+from utils.files import append_text, write_text
 
 log = logging.getLogger(__name__)
 
@@ -71,16 +70,7 @@ class JsonLines:
             self._told = True
 
     def _append(self) -> None:
-        text = "".join(self._waiting).encode()
-        with self.path.open("ab", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            try:
-                if file.write(text) != len(text):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    file.truncate(size)  # half a line would spoil the next one
-                raise OSError(error.errno, error.strerror, str(self.path)) from error
+        append_text(self.path, "".join(self._waiting))
         self._waiting, self._told = [], False
 
     def picture(self, step: int, name: str, path: Path) -> None:
