@@ -32,7 +32,10 @@ from utils.distributed import Session
 from utils.seeding import generator
 
 TENSORS = 100
-HEADER = "| way | training waits s | save takes s | waits / takes |\n| --- | --- | --- | --- |"
+HEADER = (
+    "| way | training waits s | save takes s | waits / takes | of CPU time |\n"
+    "| --- | --- | --- | --- | --- |"
+)
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,13 @@ class Times:
 
     waited: float  # by the loop
     took: float  # until the checkpoint was verified, published, and its forerunner deleted
+    busy: float  # the loop's share of CPU seconds, which neighbours disturb less
 
     def row(self, name: str) -> str:
         """As a line of the table."""
         share = self.waited / self.took
-        return f"| {name} | {self.waited:.3f} | {self.took:.2f} | {100 * share:.1f} % |"
+        shares = f"{100 * share:.1f} % | {100 * self.busy:.1f} %"
+        return f"| {name} | {self.waited:.3f} | {self.took:.2f} | {shares} |"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,15 +82,16 @@ def measure(folder: Path, megabytes: int, saves: int, *, background: bool) -> Ti
     state = {str(i): torch.randn(values, generator=draw).to(device) for i in range(TENSORS)}
     times = []
     for step in range(1, saves + 2):
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
+        own = time.thread_time()
         saver.save(step, state)
-        waited = time.perf_counter() - begun
+        waited, own = time.perf_counter() - begun, time.thread_time() - own
         saver.settle(last=True)
-        times.append(Times(waited, time.perf_counter() - begun))
+        took, cpu = time.perf_counter() - begun, time.process_time() - cpu
+        times.append(Times(waited, took, own / cpu))
     claim.release()
-    return Times(
-        statistics.median(t.waited for t in times[1:]), statistics.median(t.took for t in times[1:])
-    )
+    names = ("waited", "took", "busy")
+    return Times(*(statistics.median(getattr(t, name) for t in times[1:]) for name in names))
 
 
 @interruptible
