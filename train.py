@@ -36,6 +36,10 @@ def parser() -> argparse.ArgumentParser:
         "--allow_config_change", action="store_true",
         help="continue a run although its settings, data or weights have changed",
     )  # fmt: skip
+    result.add_argument(
+        "--fresh", action="store_true",
+        help="begin a new run, and refuse a log directory that holds one instead of continuing it",
+    )  # fmt: skip
     result.add_argument("--disable-wandb", "--disable_wandb", action="store_true")
     result.add_argument("--wandb-save-dir", "--wandb_save_dir", type=Path, default=None)
     add_plan_flags(result)
@@ -64,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wandb=not args.disable_wandb,
         wandb_folder=args.wandb_save_dir,
         allow_change=args.allow_config_change,
+        fresh=args.fresh,
     )
     try:
         return run(config, options)

@@ -11,6 +11,7 @@ import pytest
 from scripts import (
     benchmark,
     benchmark_rollout,
+    benchmark_saving,
     benchmark_threads,
     compare_adapters,
     compare_methods,
@@ -36,6 +37,7 @@ PAIRS = ("--config_path", "a", "--checkpoint_path", "b", "--caption_path", "c")
 MINIMAL: dict[ModuleType, tuple[str, ...]] = {
     benchmark: ("--config_path", "a.yaml"),
     benchmark_rollout: (),
+    benchmark_saving: (),
     benchmark_threads: (),
     compare_adapters: ("--output_folder", "out"),
     compare_methods: ("--output_folder", "out"),
@@ -52,6 +54,7 @@ MINIMAL: dict[ModuleType, tuple[str, ...]] = {
 FIRST_CALL = {  # what each calls early, once its arguments are read
     benchmark: "load",
     benchmark_rollout: "check",
+    benchmark_saving: "check_at_least",
     benchmark_threads: "measure",
     compare_adapters: "check_at_least",
     compare_methods: "check_at_least",
@@ -108,6 +111,7 @@ def test_ctrl_c_ends_a_script_with_one_line_and_status_130(
             "--latent_shape: must be 16 channels, frames, a height and a width in multiples of "
             "2 and 2, got [16, 0, 4, 5]",
         ),
+        (benchmark_saving, ("--saves", "0"), "--saves: must be at least 1, got 0"),
         (compare_adapters, ("--clips", "0"), "--clips: must be at least 2, got 0"),
         (compare_methods, ("--clips", "0"), "--clips: must be at least 2, got 0"),
         (compare_methods, ("--pairs", "0"), "--pairs: must be at least 1, got 0"),

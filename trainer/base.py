@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import signal
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,11 +19,13 @@ from model.base import Method
 from model.types import Batch, LossOutput
 from trainer.batches import BatchLoader
 from trainer.hooks import Hook, Moment, run_hooks
+from trainer.logdir import CHECKPOINTS, Claim
 from trainer.roles import Role, group_of, parameters_of, prefix_of
 from trainer.run import Run
+from trainer.saving import Saver
+from trainer.stopping import StopRequest
 from trainer.validation import Validator
 from utils import checkpoint
-from utils.config import to_yaml
 from utils.distributed import Session
 from utils.ema import EMA
 from utils.errors import UserError
@@ -37,8 +36,6 @@ from utils.seeding import StepRNG, step_rng
 log = logging.getLogger(__name__)
 
 AGAIN = "run the same command again to continue"
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-ECHO_S = 2.0  # a second Ctrl-C within this time is the first one, passed on
 
 
 class Interrupted(KeyboardInterrupt):
@@ -85,6 +82,7 @@ class TrainerParts:
     validator: Validator | None
     logdir: Path
     save: bool  # whether checkpoints are written
+    claim: Claim | None = None  # of the log directory; None = nothing is read or written there
 
 
 class Trainer(ABC):
@@ -99,8 +97,11 @@ class Trainer(ABC):
         self.ema = EMA(parameters_of(parts.roles, "generator"), self.config.ema)
         self.state = TrainState(updates=dict.fromkeys(parts.roles, 0))
         self.metrics = Metrics(parts.session)
+        self.saver: Saver | None = None
+        if parts.claim is not None:
+            self.saver = Saver(self.config, parts.claim, parts.session)
         self._bar: tqdm[Any] = tqdm(disable=True)
-        self._stop = False
+        self._stop = StopRequest()
 
     @abstractmethod
     def phases(self, step: int) -> Iterable[Phase]:
@@ -116,16 +117,19 @@ class Trainer(ABC):
     @property
     def checkpoints(self) -> Path:
         """Where this run's checkpoints lie."""
-        return self.parts.logdir / "checkpoints"
+        return self.parts.logdir / CHECKPOINTS
 
     def train(self) -> None:
         """Resume if there is something to resume, then train until `steps`."""
-        try:
-            self._train()
-        finally:
-            self.parts.batches.close()
+        with ExitStack() as closing:  # what is entered last is closed first
+            if self.parts.claim is not None:
+                closing.callback(self.parts.claim.release)
             for tracker in self.parts.trackers:
-                tracker.close()
+                closing.callback(tracker.close)
+            closing.callback(self.parts.batches.close)
+            if self.saver is not None:
+                closing.callback(self.saver.close)
+            self._train()
 
     def _train(self) -> None:
         self.resume()
@@ -143,7 +147,7 @@ class Trainer(ABC):
             disable=not self.session.is_main,
             mininterval=1.0,
         )
-        with self._bar, self._signals():
+        with self._bar, self._stop.listening():
             while self.state.step < self.config.steps:
                 for phase in self.phases(self.state.step):
                     self.optimise(phase)
@@ -261,9 +265,11 @@ class Trainer(ABC):
 
     def after_step(self) -> None:
         """Log, save and show samples, each at its own interval; stop if a signal asked for it."""
-        stopping = self.session.any(self._stop)
+        stopping = self.session.any(self._stop.made)
         moment = Moment(self.state.step, self.state.step == self.config.steps, stopping)
         run_hooks(self.hooks(), moment)
+        if self.saver is not None and (stopping or moment.last):
+            self.saver.settle(last=True)
         if stopping and not moment.last:
             outlook = AGAIN if self.parts.save else "nothing is saved (--no_save)"
             raise Interrupted(f"stopped after step {moment.step}; {outlook}")
@@ -281,6 +287,8 @@ class Trainer(ABC):
             self._bar.set_postfix(losses, refresh=False)
         bad = not_finite(values)
         if bad:
+            if self.saver is not None:
+                self.saver.settle()
             good = checkpoint.latest(self.checkpoints)
             raise RunFailedError(
                 f"step {self.state.step}: {', '.join(bad)} not finite; the last good checkpoint is "
@@ -311,52 +319,23 @@ class Trainer(ABC):
         }
 
     def save(self) -> None:
-        """Write a checkpoint of this step and delete old ones. Collective."""
-        start = time.perf_counter()
-        texts = {"config.yaml": to_yaml(self.config)}
-        path = checkpoint.save(
-            self.checkpoints, self.state.step, self.state_dict(), texts, self.session
-        )
-        checkpoint.prune(self.checkpoints, self.config.keep_checkpoints, self.session)
-        log.info("saved %s in %.1f s", path, time.perf_counter() - start)
+        """Begin to write a checkpoint of this step. Collective."""
+        assert self.saver is not None, "a run without a log directory saves nothing"
+        self.saver.save(self.state.step, self.state_dict())
 
     def resume(self) -> None:
-        """Continue from the newest whole checkpoint of the log directory, if there is one."""
-        path = checkpoint.latest(self.checkpoints)
-        found = self.session.from_main(str(path or ""))
-        if not found:
-            return
+        """Continue from the checkpoint that the log directory was claimed with, if there is one."""
+        claim = self.parts.claim
+        if claim is not None and claim.resume_from is not None:
+            self.load(claim.resume_from)
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint. Collective."""
         state = self.state_dict()
-        checkpoint.load(Path(found), state)
+        checkpoint.load(path, state)
         for name, role in self.roles.items():
             role.load(state["roles"][name], state["optim"][name])
         saved = state["state"]
         updates = {name: int(value) for name, value in saved["updates"].items()}
         self.state = TrainState(int(saved["step"]), int(saved["draws"]), updates)
-        log.info("resumed %s", found)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Turn a signal into a stop after the current step; a later Ctrl-C stops at once.
-
-        SIGTERM and SIGUSR1 are how clusters announce that time is up. A launcher passes Ctrl-C on,
-        so that the same one arrives twice: echoes are ignored.
-        """
-        first = 0.0
-
-        def request(signum: int, frame: FrameType | None) -> None:
-            nonlocal first
-            del frame
-            now = time.monotonic()
-            if not self._stop:
-                self._stop, first = True, now
-                log.warning("%s: stopping after this step", signal.Signals(signum).name)
-            elif signum == signal.SIGINT and now - first > ECHO_S:
-                raise KeyboardInterrupt
-
-        previous = {s: signal.signal(s, request) for s in STOPPING}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        log.info("resumed %s", path)

@@ -26,7 +26,7 @@ from trainer.bases import Base, bases
 from trainer.batches import BatchLoader
 from trainer.config import Config
 from trainer.inputs import Inputs, check_inputs
-from trainer.logdir import check_shared, claim_logdir
+from trainer.logdir import METRICS, Claim, LogdirPolicy, claim_logdir
 from trainer.registry import TRAINERS
 from trainer.roles import GatheredRollout, Role, build_roles, parameters_of, weights_of
 from trainer.run import Run, resolve
@@ -55,6 +55,12 @@ class RunOptions:
     wandb: bool = True
     wandb_folder: Path | None = None  # None = the log directory
     allow_change: bool = False  # continue although data, weights or settings have changed
+    fresh: bool = False  # refuse a log directory that holds a run
+
+    @property
+    def policy(self) -> LogdirPolicy:
+        """What may be done with the log directory."""
+        return LogdirPolicy(allow_change=self.allow_change, fresh=self.fresh, saves=self.save)
 
     @property
     def flags(self) -> dict[str, object]:
@@ -64,6 +70,7 @@ class RunOptions:
             "--no_save": not self.save,
             "--no_visualize": not self.visualize,
             "--allow_config_change": self.allow_change,
+            "--fresh": self.fresh,
         }
 
 
@@ -81,10 +88,8 @@ def assemble(run: Run, session: Session, options: RunOptions) -> Trainer:
     config = run.config
     session = replace(session, group=config.parallel.context)
     inputs = check_inputs(run, session)
-    claim_logdir(run, inputs, session, options.logdir, allow_change=options.allow_change)
-    if options.save:
-        check_shared(session, options.logdir)
-    trackers = _build_trackers(config, session, options)
+    claim = claim_logdir(run, inputs, session, options.logdir, options.policy)
+    trackers = _build_trackers(config, session, options, claim)
     encoders = Encoders(session.device, config.parallel.offload_encoders)
     vae = _build_vae(run, encoders, options, inputs)
     encoder = build_encoder(run, encoders, run.compute, vae, inputs.embeddings)
@@ -111,6 +116,7 @@ def assemble(run: Run, session: Session, options: RunOptions) -> Trainer:
             validator=_build_validator(run, session, options, inputs, vae),
             logdir=options.logdir,
             save=options.save,
+            claim=claim,
         )
     )
     return trainer
@@ -262,12 +268,13 @@ def _build_validator(
     return Validator(run, inputs.shown, vae, options.logdir / "samples", session)
 
 
-def _build_trackers(config: Config, session: Session, options: RunOptions) -> list[Tracker]:
+def _build_trackers(
+    config: Config, session: Session, options: RunOptions, claim: Claim
+) -> list[Tracker]:
     if not session.is_main:
         return []
-    newest = checkpoint.latest(options.logdir / "checkpoints")
-    resumed_at = checkpoint.step_of(newest) if newest else 0
-    trackers: list[Tracker] = [JsonLines(options.logdir / "metrics.jsonl", resumed_at=resumed_at)]
+    resumed_at = checkpoint.step_of(claim.resume_from) if claim.resume_from else 0
+    trackers: list[Tracker] = [JsonLines(options.logdir / METRICS, resumed_at=resumed_at)]
     if uses_wandb(config.logging.wandb, disabled=not options.wandb):
         folder = options.wandb_folder or options.logdir
         folder.mkdir(parents=True, exist_ok=True)

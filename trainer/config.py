@@ -91,7 +91,11 @@ class Config:
 
     log_every: int = 10  # outer steps between reads of the metrics
     save_every: int = 200  # outer steps between checkpoints; the last step is always saved
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest; older ones are deleted but for those that follow
+    keep_every: int = 0  # checkpoints of steps that it divides stay for ever; 0 = none
+    keep_best: int = 0  # how many stay for their health score (<logdir>/health.jsonl)
+    save_in_background: bool = True  # from a copy in host memory, while training goes on
+    save_failures: int = 3  # so many saves in a row may fail before the run stops
     timeout_s: float = 1800.0  # how long a rank waits for another before it raises
 
     @property
@@ -138,7 +142,8 @@ class Config:
 
 # A run may be continued with other values of these; every other key is part of what it is.
 CHANGEABLE = (
-    "steps", "log_every", "save_every", "keep_checkpoints", "timeout_s", "model_root",
+    "steps", "log_every", "save_every", "keep_checkpoints", "keep_every", "keep_best",
+    "save_in_background", "save_failures", "timeout_s", "model_root",
     "data.path", "data.text_embeddings", "accumulation", "sharding_strategy",
     "teacher.sharded", "generator.sharded", "critic.sharded",
     "loss.batched_guidance", "parallel", "validation", "logging",
@@ -217,6 +222,7 @@ def problems(config: Config) -> Iterator[str]:
         "log_every": config.log_every,
         "save_every": config.save_every,
         "keep_checkpoints": config.keep_checkpoints,
+        "save_failures": config.save_failures,
         "sampling.steps": config.sampling.steps,
         "validation.count": config.validation.count,
     }
@@ -242,6 +248,8 @@ def problems(config: Config) -> Iterator[str]:
     yield from boundary_problems("sampling.boundary", config.sampling.boundary)
     if config.validation.every < 0:
         yield f"validation.every: must be at least 0 (0 = never), got {config.validation.every}"
+    kept = {"keep_every": config.keep_every, "keep_best": config.keep_best}
+    yield from (f"{k}: must be at least 0 (0 = none), got {v}" for k, v in kept.items() if v < 0)
     yield from _role_problems(config)
     if len(config.latent_shape) == 4:
         yield from _causal_problems(config)

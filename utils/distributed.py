@@ -17,6 +17,7 @@ from torch import Tensor
 
 from utils.board import ROUND, Board, fail_early, meet
 from utils.errors import UserError, words
+from utils.launcher import end_with_launcher
 from utils.liveness import working
 from utils.watch import STORE_GONE, find_loss, watched
 
@@ -37,6 +38,7 @@ class Session:
     store: dist.Store | None = None  # shared by all ranks; None = there is one rank
     timeout_s: float = TIMEOUT_S  # how long a rank may keep the others waiting
     group: int = 1  # so many neighbouring ranks work on the same samples
+    channel: dist.ProcessGroup | None = None  # which its collectives go through; None = the usual
 
     @property
     def data_rank(self) -> int:
@@ -63,7 +65,7 @@ class Session:
         if self.world_size == 1:
             return values
         total = values.clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.channel)
         return total / self.world_size
 
     def any(self, flag: bool) -> bool:
@@ -71,7 +73,7 @@ class Session:
         if self.world_size == 1:
             return flag
         raised = torch.tensor(int(flag))
-        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.channel)
         return bool(raised)
 
     def barrier(self) -> None:
@@ -126,7 +128,7 @@ class Session:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(box, src=0, group=self.channel, device=torch.device("cpu"))
         return box[0]
 
     def gather(self, value: T) -> list[T]:
@@ -134,7 +136,7 @@ class Session:
         if self.world_size == 1:
             return [value]
         values = [value] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.channel)
         return values
 
 
@@ -212,8 +214,9 @@ def distributed_session(*, timeout_s: float = TIMEOUT_S) -> Iterator[Session]:
     """Open the process group that torchrun describes, or a group of one, and close it at the end.
 
     A rank that waits longer than `timeout_s` for another raises instead of hanging; one that waits
-    for a rank that is gone is ended within a minute.
+    for a rank that is gone is ended within a minute; one whose launcher is gone is asked to stop.
     """
+    end_with_launcher()
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")

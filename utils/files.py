@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -38,6 +39,23 @@ def write_text(path: Path, text: str) -> None:
     """Replace a text file, UTF-8, in one step."""
     with replaced_atomically(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add to a text file, UTF-8, all of it or nothing. Raises OSError that names the file."""
+    data = text.encode("utf-8")
+    with writing(path), path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            written = file.write(data)
+            if written < len(data):
+                written += file.write(data[written:])  # says why it took no more
+            if written < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise
 
 
 @contextlib.contextmanager

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from utils.config import ConfigError
 from utils.distributed import Session
-from utils.files import write_text, writing
+from utils.errors import words
+from utils.files import append_text, write_text
 
 log = logging.getLogger(__name__)
 
@@ -38,24 +39,52 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """One JSON object per line in `metrics.jsonl`; always on, and what the plots read."""
+    """One JSON object per line in `metrics.jsonl`; always on, and what the plots read.
+
+    What a disk does not take waits in memory and is written when it does.
+    """
 
     def __init__(self, path: Path, *, resumed_at: int) -> None:
         self.path = path
+        self._waiting: list[str] = []
+        self._told = False
         if path.is_file():
-            kept = [row for row in read_metrics(path) if row["step"] <= resumed_at]
-            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+            rows = list(read_metrics(path))
+            kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= resumed_at)
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            if len(rows) < len(lines):
+                log.warning(
+                    "%s: %d lines are no metrics, and are removed", path, len(lines) - len(rows)
+                )
+            if kept != "".join(f"{line}\n" for line in lines):
+                write_text(path, kept)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line."""
-        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        self._waiting.append(json.dumps({"step": step, **values}) + "\n")
+        try:
+            self._append()
+        except OSError as error:
+            if not self._told:
+                log.warning("%s; metrics wait in memory until it takes them", words(error) or error)
+            self._told = True
+
+    def _append(self) -> None:
+        append_text(self.path, "".join(self._waiting))
+        self._waiting, self._told = [], False
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Pictures lie in the log directory already."""
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Try once more to write what waits."""
+        if not self._waiting:
+            return
+        try:
+            self._append()
+        except OSError as error:
+            lost = len(self._waiting)
+            log.warning("%s: %d rows are lost: %s", self.path, lost, words(error) or error)
 
 
 class WandB:
@@ -177,10 +206,10 @@ def not_finite(values: Mapping[str, float]) -> list[str]:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, float]]:
-    """The rows of a metrics.jsonl; a last line cut by a crash is skipped."""
-    with path.open(encoding="utf-8") as file:
+    """The rows of a metrics.jsonl; lines that are none, cut by a crash or damaged, are skipped."""
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                continue
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    yield row

@@ -189,6 +189,8 @@ def save_stall(trainer: Trainer) -> float | None:
     clock = Clock(trainer.session.device)
     with clock():
         trainer.save()
+    assert trainer.saver is not None, "a benchmark has a log directory"
+    trainer.saver.settle(last=True)
     trainer.session.barrier()
     if trainer.session.is_main:
         shutil.rmtree(trainer.checkpoints, ignore_errors=True)

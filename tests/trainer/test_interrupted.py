@@ -109,8 +109,11 @@ def watch_save(trainer: Trainer, watcher: FileOperations, step: int) -> None:
     save = trainer.save
 
     def watched() -> None:
+        assert trainer.saver is not None
+        trainer.saver.settle()
         watcher.active = trainer.state.step == step
         save()
+        trainer.saver.settle()
         watcher.active = False
 
     trainer.save = watched  # type: ignore[method-assign]

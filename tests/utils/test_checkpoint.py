@@ -18,6 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from tests.ranks import run_on_ranks
 from utils import checkpoint
 from utils.distributed import Session, distributed_session
+from utils.hashes import content_hash
 from utils.seeding import generator
 
 ALONE = Session(rank=0, world_size=1, device=torch.device("cpu"))
@@ -91,12 +92,15 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert not (path / "config.yaml").exists()
 
 
-def test_the_manifest_lists_every_file_with_its_size(tmp_path: Path) -> None:
+def test_the_manifest_lists_every_file_with_its_size_and_hash(tmp_path: Path) -> None:
     (path,) = save(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())
-    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
-    del sizes["manifest.json"]
-    assert manifest == {"step": 1, "files": sizes}
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": content_hash(file)}
+        for file in path.iterdir()
+        if file.name != "manifest.json"
+    }
+    assert (manifest["step"], manifest["files"]) == (1, files)
 
 
 def test_a_torn_save_is_never_the_latest(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -193,3 +195,59 @@ def test_a_login_file_that_is_broken_is_no_login(
 ) -> None:
     (home / ".netrc").write_text("machine")
     assert decision(caplog, None)[0] is False
+
+
+# ---- damaged lines, and disks that take no more
+
+
+@pytest.mark.parametrize("line", [b"{}", b"\xff\xfe\x00", b"[1]", b'{"step": "x"}', b"3", b'{"st'])
+def test_a_line_that_is_no_row_is_skipped_told_and_removed(
+    line: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    with caplog.at_level(logging.WARNING, logger="utils.metrics"):
+        JsonLines(path, resumed_at=2)
+    assert caplog.messages == [f"{path}: 1 lines are no metrics, and are removed"]
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
+def test_rows_that_a_disk_does_not_take_wait_and_are_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    tracker = JsonLines(path, resumed_at=0)
+    with caplog.at_level(logging.WARNING, logger="utils.metrics"):
+        tracker.log(1, {})
+        tracker.log(2, {})
+    told = "no such file or directory; metrics wait in memory until it takes them"
+    assert caplog.messages == [f"{path}: {told}"]
+    path.parent.mkdir()
+    tracker.log(3, {})
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
+
+
+def test_half_a_row_is_taken_back_when_the_disk_is_full(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonLines(path, resumed_at=0)
+    tracker.log(1, {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+    try:
+        tracker.log(2, {"critic/loss": 0.5})
+        assert path.read_text() == '{"step": 1}\n'
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    tracker.close()
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+
+
+def test_rows_that_are_lost_at_the_end_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = JsonLines(tmp_path / "gone" / "metrics.jsonl", resumed_at=0)
+    tracker.log(1, {})
+    with caplog.at_level(logging.WARNING, logger="utils.metrics"):
+        tracker.close()
+    assert "1 rows are lost: " in caplog.messages[-1]
