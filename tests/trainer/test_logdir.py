@@ -185,7 +185,8 @@ def deleting(logdir: Path) -> Callable[[JsonLines, int, Mapping[str, float]], No
 
     def log(self: JsonLines, step: int, values: Mapping[str, float]) -> None:
         if step == 2:
-            shutil.rmtree(logdir)
+            # Renamed first: a save that is being written would fill it again.
+            shutil.rmtree(logdir.rename(logdir.with_name("deleted")))
         usual(self, step, values)
 
     return log
