@@ -95,8 +95,9 @@ def compare(sample: Sample, scores: Scores) -> dict[str, Tensor]:
 def removed_share(difference: Tensor, error: Tensor) -> Tensor:
     """Share of a difference [B, ...] that lies along the critic's error [B, ...]; [B]."""
     d, p = difference.float().flatten(1), error.float().flatten(1)
-    along = (d * p).sum(dim=1).abs() / p.norm(dim=1).clamp(min=1e-8)
-    return along / d.norm(dim=1).clamp(min=1e-8)
+    along: Tensor = (d * p).sum(dim=1).abs() / p.norm(dim=1).clamp(min=1e-8)
+    share: Tensor = along / d.norm(dim=1).clamp(min=1e-8)
+    return share
 
 
 def teacher_error(method: DistributionMatching, fake: NoisedSample, batch: Batch) -> Tensor:

@@ -137,7 +137,7 @@ def lagging(past: Past, closer: float) -> str | None:
         updates = past.now("critic_updates") or 0.0
         return f"the critic's weights moved by {moved:.1e} of their size in {updates:.0f} updates"
     lag = past.now("critic_lag")
-    if lag is not None and lag > 1.0 + 0.35 / closer:
+    if lag is not None and lag > 1.0 + 0.2 / closer:
         return f"the critic's loss is {lag:.2f} times as large on new samples as on replayed ones"
     return None
 
@@ -151,7 +151,8 @@ def diverging(past: Past, closer: float) -> str | None:
     if loss is None or excess is None:
         return "the critic's loss on the student's samples is not a finite number"
     least = past.least("critic_fresh")
-    if excess > 1.0 + 0.75 / closer and loss > (1.0 + 0.75 / closer) * least:
+    worse = excess > 1.0 + 0.75 / closer and loss > (1.0 + 0.75 / closer) * least
+    if worse or excess > 1.0 + 2.0 / closer:
         return (
             f"the critic's loss is {loss:.3g}, {loss / max(least, 1e-12):.1f} times its least and "
             f"{excess:.1f} times the teacher's on the same samples"
