@@ -29,6 +29,7 @@ from trainer.health import HealthProbe, ProbeParts
 from trainer.inputs import Inputs, check_inputs
 from trainer.logdir import METRICS, Claim, LogdirPolicy, claim_logdir
 from trainer.registry import TRAINERS
+from trainer.report import ReportPage
 from trainer.roles import GatheredRollout, Role, build_roles, parameters_of, weights_of
 from trainer.run import Run, resolve
 from trainer.validation import Validator
@@ -323,6 +324,7 @@ def _build_trackers(
                 config=asdict(config),
             )
         )
+    trackers.append(ReportPage(config, session, options.logdir, resumed_at=resumed_at))
     return trackers
 
 

@@ -290,6 +290,8 @@ class HealthProbe:
         """A small video per prompt, its seeds side by side: <folder>/<name>/<prompt>.mp4."""
         if self.parts.vae is None:
             return
+        prompts = [item.prompt for item in self.parts.items]
+        write_text(self.folder / "prompts.json", json.dumps(prompts, indent=1))
         seeds, fps = self.config.seeds, self.run.model.fps
         for number in range(len(self.parts.items)):
             clips = view[number * seeds : (number + 1) * seeds]

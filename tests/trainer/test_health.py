@@ -50,7 +50,7 @@ def test_a_probe_measures_samples_networks_and_weights(pair: tuple[Path, Path]) 
     first, last = figures(pair[0])
     of_samples = {
         "exposure", "contrast", "chroma", "sharpness", "clipped", "motion", "drift",
-        "diversity_seeds", "diversity_prompts", "distance_teacher",
+        "diversity_seeds", "diversity_prompts", "prompt_effect", "distance_teacher",
     }  # fmt: skip
     of_networks = {"score_gap", "removed", "critic_fresh", "teacher_fresh", "critic_excess"}
     since = {

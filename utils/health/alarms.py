@@ -199,6 +199,7 @@ RULES = (
             {
                 "diversity_seeds": "the difference between two seeds of a prompt",
                 "diversity_prompts": "the difference between prompts",
+                "prompt_effect": "how much more than seeds prompts change a clip",
             }
         ),
         "Go back to a checkpoint from before it. Let the critic keep up (more of its updates per "
@@ -277,7 +278,8 @@ def judge(probes: Sequence[Probe], reference: Figures, *, patience: int = 2) -> 
 
 _NAMES = [rule.name for rule in RULES]
 _CLOSENESS = (
-    "diversity_seeds", "diversity_prompts", "motion", "sharpness", "chroma", "contrast",
+    "diversity_seeds", "diversity_prompts", "prompt_effect", "motion", "sharpness", "chroma",
+    "contrast",
 )  # fmt: skip
 
 

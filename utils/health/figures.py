@@ -41,6 +41,9 @@ def measure(clips: Tensor, seeds: int, *, pixels: bool) -> dict[str, float]:
         figures["diversity_seeds"] = spread(by_prompt)
     if len(by_prompt) > 1:
         figures["diversity_prompts"] = spread(by_prompt.transpose(0, 1))
+    if seeds > 1 and len(by_prompt) > 1:  # a student that no longer reads its prompts is near 1
+        across = figures["diversity_seeds"].clamp(min=1e-3)
+        figures["prompt_effect"] = figures["diversity_prompts"] / across
     return {name: float(value) for name, value in figures.items()}
 
 

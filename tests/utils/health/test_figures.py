@@ -24,7 +24,7 @@ def test_grey_clips_have_their_brightness_and_nothing_else() -> None:
     assert all(value == pytest.approx(0.0, abs=1e-6) for value in found.values())
     assert found.keys() == {
         "contrast", "chroma", "sharpness", "clipped", "motion", "drift", "diversity_seeds",
-        "diversity_prompts",
+        "diversity_prompts", "prompt_effect",
     }  # fmt: skip
 
 
