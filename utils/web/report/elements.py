@@ -104,7 +104,7 @@ def gallery(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
     lines = []
     for caption, cells in rows.items():
         figures = "".join(
-            f"<figure>{cell}<figcaption>{name}</figcaption></figure>"
+            f"<figure><figcaption>{name}</figcaption>{cell}</figure>"
             for name, cell in zip(columns, cells, strict=True)
         )
         lines.append(

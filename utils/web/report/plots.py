@@ -64,7 +64,7 @@ def round_ticks(low: float, high: float, about: int = 5) -> list[float]:
 def log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten from low to high, with 2 and 5 between them where there are few."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    parts = (1.0, 2.0, 5.0) if last - first <= 3 else (1.0,)
+    parts = (1.0, 2.0, 5.0) if last - first <= 4 else (1.0,)
     every = max(1, (last - first) // 6)
     found = [part * 10.0**n for n in range(first, last + 1, every) for part in parts]
     return [value for value in found if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]

@@ -153,8 +153,14 @@ def passes_plot(rows: Sequence[Row]) -> str:
         groups.setdefault(who(row), []).append((float(count), 100.0 * row["both"]))
     order = sorted(groups, key=lambda name: (not name.startswith("student"), name))
     lines = [Line(name, sorted(groups[name]), dots=True) for name in order]
-    label = "clips that follow their caption and are valid, %"
-    return plot(lines, x_label="network passes per clip (logarithmic)", y_label=label, log_x=True)
+    drawn = plot(
+        lines,
+        x_label="network passes per clip (logarithmic)",
+        y_label="good clips, %",
+        log_x=True,
+        about="share of clips that follow their caption and are valid, over network passes",
+    )
+    return f'<div class="single">{drawn}</div>'
 
 
 def who(row: Row) -> str:
