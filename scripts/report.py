@@ -22,7 +22,10 @@ from utils import start
 from utils.cli import USER_ERRORS, command_parser, fail, interruptible
 from utils.config import ConfigError
 from utils.files import write_text
+from utils.media.preview import save_animation
+from utils.media.video import read_video
 from utils.records import read_json_lines, read_mapping, read_rows
+from utils.tiny_world.world import FPS
 from utils.web.report.compare import compare_page
 from utils.web.report.elements import gallery, page, section, table, text, video
 from utils.web.report.quickstart import quickstart_page
@@ -35,6 +38,7 @@ ROW_KEYS = (
     "direction", "speed", "background", "psnr_db", "psnr_db_stderr", "contrast",
     "contrast_stderr", "diversity", "adherence_stderr", "validity_stderr", "clips", "seed",
 )  # fmt: skip
+ANIMATED = 3  # captions in the moving picture
 ROWS = "rows that were measured; remove it to measure them again"  # what rows.json holds
 NEEDED = ("sampler", "adherence", "both", "clips")  # of any row
 # Frozen before the first figures of this world were quoted; shares of clips.
@@ -138,12 +142,24 @@ def methods_page(folder: Path, table_text: str) -> str:
     return page("Fewstep methods", "".join(parts))
 
 
+def write_animation(folder: Path, index: dict[str, Any], target: Path) -> None:
+    """The first clips of each sampler as one moving picture, for a README."""
+    names = list(index["samplers"])
+    rows = [
+        [read_video(made(folder / f"{name.replace(' ', '_')}-{i}.mp4")) for name in names]
+        for i in range(min(ANIMATED, len(index["captions"])))
+    ]
+    save_animation(rows, names, target, fps=FPS)
+
+
 def write_quickstart(folder: Path) -> None:
-    """Write summary.json and report.html of a finished quickstart, and print the headline."""
+    """Write the pages and pictures of a finished quickstart, and print the headline."""
     summary = summarise(folder)
-    index = read_mapping(made(folder / "evaluation" / "clips" / "index.json"), "an index of clips")
+    clips = folder / "evaluation" / "clips"
+    index = read_mapping(made(clips / "index.json"), "an index of clips")
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
     write_text(folder / "report.html", quickstart_page(folder, summary, index, TARGET_NAMES))
+    write_animation(clips, index, folder / "clips.webp")
     for name, ok in summary["targets_reached"].items():
         print(f"{name}: {'reached' if ok else 'NOT reached'}")
     print(f"student / teacher: {summary['ratio_student_teacher']:.3f}")
