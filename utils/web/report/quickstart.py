@@ -127,7 +127,7 @@ def lead(teacher: Row, few: Row, student: Row, summary: Mapping[str, Any]) -> st
         (
             "student / teacher",
             f"{summary['ratio_student_teacher']:.2f}",
-            f"for {passes(teacher)} passes the {student['steps']} of the student",
+            f"as good, with {passes(student)} passes instead of {passes(teacher)}; 1 = equally",
         ),
     ]
     return (
