@@ -81,7 +81,11 @@ def test_a_healthy_run_raises_no_alarm(seed: int, world: Path, tmp_path: Path) -
             ("critic.lr=0.5", "critic.muon_lr=5.0", "critic.max_grad_norm=1e9"),
             2,
         ),
-        ("saturation", ("loss.cfg_scale=40.0",), 8),
+        (
+            "saturation",
+            ("loss.cfg_scale=40.0", "generator.lr=2.0e-3", "generator.muon_lr=0.04"),
+            8,
+        ),
         ("collapse", ("loss.cfg_scale=-20.0",), 8),
     ],
 )
