@@ -49,6 +49,7 @@ from utils.files import write_text
 from utils.media.video import contact_sheet, save_mp4, save_png, to_unit
 from utils.plots import plot_run
 from utils.records import read_rows
+from utils.tiny_world.checker import read_attributes
 from utils.tiny_world.metrics import Exam
 from utils.tiny_world.world import FPS, Caption
 
@@ -258,7 +259,12 @@ def show(folder: Path, sheets: dict[str, Tensor], captions: Sequence[Caption]) -
     for name, sheet in sheets.items():
         for i, clip in enumerate(sheet):
             save_mp4(clip, folder / "clips" / f"{name.replace(' ', '_')}-{i}.mp4", fps=FPS)
-    names = {"captions": [str(caption) for caption in captions], "samplers": list(sheets)}
+    faults = {name: read_attributes(sheet).faults(captions) for name, sheet in sheets.items()}
+    names = {
+        "captions": [str(caption) for caption in captions],
+        "samplers": list(sheets),
+        "faults": faults,  # of each clip, none if it is as it should be
+    }
     write_text(folder / "clips" / "index.json", json.dumps(names, indent=1))
 
 

@@ -1,10 +1,8 @@
-"""Turn a finished quickstart into summary.json and report.html: clips, table and plots."""
+"""Pages that are one file: of a run's log directory, of runs side by side, of a quickstart."""
 
 from __future__ import annotations
 
 import argparse
-import base64
-import html
 import json
 import platform
 import sys
@@ -24,24 +22,25 @@ from utils import start
 from utils.cli import USER_ERRORS, command_parser, fail, interruptible
 from utils.config import ConfigError
 from utils.files import write_text
+from utils.media.preview import save_animation
+from utils.media.video import read_video
 from utils.records import read_json_lines, read_mapping, read_rows
+from utils.tiny_world.world import FPS
+from utils.web.report.compare import compare_page
+from utils.web.report.elements import gallery, page, section, table, text, video
+from utils.web.report.quickstart import quickstart_page
+from utils.web.report.records import read_run
+from utils.web.report.run import write_report
 
 ROW_KEYS = (
     "sampler", "steps", "cfg_scale", "network_evaluations", "adherence", "validity", "both",
     "both_stderr", "frechet_features", "frechet_latents", "seconds_per_clip", "colour", "shape",
     "direction", "speed", "background", "psnr_db", "psnr_db_stderr", "contrast",
-    "contrast_stderr", "diversity", "adherence_stderr", "validity_stderr", "clips",
+    "contrast_stderr", "diversity", "adherence_stderr", "validity_stderr", "clips", "seed",
 )  # fmt: skip
-TITLES = {
-    "sampler": "sampler", "steps": "steps", "cfg_scale": "CFG", "network_evaluations": "NFE",
-    "adherence": "adherence %", "validity": "valid %", "both": "both %", "both_stderr": "&plusmn;",
-    "psnr_db": "PSNR dB", "contrast": "contrast", "diversity": "diversity",
-    "frechet_features": "FD features", "frechet_latents": "FD latents",
-    "seconds_per_clip": "s / clip",
-}  # fmt: skip
+ANIMATED = 3  # captions in the moving picture
 ROWS = "rows that were measured; remove it to measure them again"  # what rows.json holds
 NEEDED = ("sampler", "adherence", "both", "clips")  # of any row
-PERCENT = ("adherence", "validity", "both", "both_stderr")
 # Frozen before the first figures of this world were quoted; shares of clips.
 TARGETS = {"teacher_adherence": 0.9, "teacher_both": 0.8, "few_step_both": 0.2, "ratio": 0.9}
 
@@ -56,7 +55,16 @@ TARGET_NAMES = {
 def parser() -> argparse.ArgumentParser:
     """The command line of report.py."""
     result = command_parser(__doc__)
-    result.add_argument("--run_folder", type=Path, required=True, help="what quickstart.sh made")
+    what = result.add_mutually_exclusive_group(required=True)
+    what.add_argument("--logdir", type=Path, help="of a run, whose report.html is rebuilt")
+    what.add_argument(
+        "--compare", type=Path, nargs="+", metavar="LOGDIR", help="log directories, side by side"
+    )
+    what.add_argument("--run_folder", type=Path, help="what quickstart.sh made")
+    result.add_argument(
+        "--output_path", type=Path, default=Path("compare.html"),
+        help="of --compare (default: %(default)s)",
+    )  # fmt: skip
     return result
 
 
@@ -113,141 +121,65 @@ def summarise(folder: Path) -> dict[str, Any]:
     }
 
 
-def inline(path: Path, kind: str) -> str:
-    """A file as a data URL, so that the report is one file."""
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as an HTML table."""
-
-    def cell(row: dict[str, Any], name: str) -> str:
-        value = row.get(name)
-        if value is None:
-            return "<td></td>"
-        if name in PERCENT:
-            return f"<td>{100.0 * value:.1f}</td>"
-        return f"<td>{value:.3g}</td>" if isinstance(value, float) else f"<td>{value}</td>"
-
-    head = "".join(f"<th>{title}</th>" for title in TITLES.values())
-    body = "".join(
-        f'<tr class="{row["sampler"]}">{"".join(cell(row, name) for name in TITLES)}</tr>'
-        for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def clips(folder: Path) -> str:
-    """The same captions by each sampler, as videos side by side."""
-    index = read_mapping(made(folder / "index.json"), "an index of clips")
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in index["samplers"])
-    lines = []
-    for i, caption in enumerate(index["captions"]):
-        files = [folder / f"{name.replace(' ', '_')}-{i}.mp4" for name in index["samplers"]]
-        cells = "".join(
-            f'<td><video autoplay loop muted playsinline src="{inline(file, "video/mp4")}">'
-            "</video></td>"
-            for file in files
-        )
-        lines.append(f"<tr><td>{html.escape(caption)}</td>{cells}</tr>")
-    return f'<table class="clips"><tr><th></th>{head}</tr>{"".join(lines)}</table>'
-
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --mark: #2a78d624; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px }
-td, th { padding: .3rem .55rem; border-bottom: 1px solid var(--line); text-align: right }
-td:first-child, th:first-child { text-align: left }
-tr.student td { background: var(--mark); font-weight: 600 }
-.clips td, .clips th { text-align: center; border: 0 } .clips td:first-child { max-width: 14rem }
-video { width: 176px; image-rendering: pixelated; border-radius: 6px }
-img { max-width: 100%; background: #fff; border-radius: 6px }
-.scroll { overflow-x: auto } .big { font-size: 1.15rem } code { font-size: 13px }
-"""
-
-
-def page(folder: Path, summary: dict[str, Any]) -> str:
-    """The whole report as one HTML file."""
-    rows = summary["rows"]
-    teacher, student = find(rows, "teacher_euler", 50), find(rows, "student", 4)
-    few = find(rows, "teacher_euler", 4)
-    reached = "".join(
-        f"<li>{TARGET_NAMES[name]} {summary['targets'][name]:.0%}: "
-        f"{'reached' if ok else 'NOT reached'}</li>"
-        for name, ok in summary["targets_reached"].items()
-    )
-    stages = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{seconds:.0f}</td></tr>"
-        for name, seconds in summary["stage_seconds"].items()
-    )
-    plots = "".join(
-        f'<h3>{role}</h3><img alt="metrics of the {role} run" src="{inline(path, "image/png")}">'
-        for role in ("teacher", "student")
-        if (path := folder / "evaluation" / f"{role}_run.png").is_file()
-    )
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>Fewstep quickstart</title><style>{STYLE}</style>
-<h1>From {teacher["network_evaluations"]} network evaluations to 4</h1>
-<p class="big">Clips that follow their caption and are valid: teacher, {teacher["steps"]} steps with
-guidance <b>{teacher["both"]:.1%}</b>; the same teacher in 4 Euler steps <b>{few["both"]:.1%}</b>;
-student, 4 steps without guidance <b>{student["both"]:.1%}</b>
-({summary["ratio_student_teacher"]:.2f} of its teacher).</p>
-<ul>{reached}</ul>
-<h2>Side by side</h2><div class="scroll">{clips(folder / "evaluation" / "clips")}</div>
-<h2>Every sampler</h2><div class="scroll">{table(rows)}</div>
-<p>NFE: network evaluations per clip. Shares are of {student["clips"]} clips, with their standard
-error. FD: Frechet distance to real clips, lower is nearer; diversity: spread of the free start
-position. Judged in closed form by utils/tiny_world/checker.py.</p>
-<h2>The runs</h2>{plots}
-<h2>Time</h2><table><tr><th>stage</th><th>seconds</th></tr>{stages}</table>
-<p>{html.escape(summary["machine"])}</p></html>
-"""
-
-
-def methods_page(folder: Path, table: str) -> str:
+def methods_page(folder: Path, table_text: str) -> str:
     """What compare_methods.py found, its table and all clips, as one HTML file."""
     index = json.loads((folder / "clips" / "index.json").read_text(encoding="utf-8"))
-    head = "".join(f"<th>{html.escape(caption)}</th>" for caption in index["captions"])
-    lines = []
+    captions = [text(caption) for caption in index["captions"]]
+    shown = {}
     for number, name in enumerate(index["methods"]):
-        files = [folder / "clips" / f"{number}-{i}.mp4" for i in range(len(index["captions"]))]
-        cells = "".join(
-            f'<td><video autoplay loop muted playsinline src="{inline(file, "video/mp4")}">'
-            "</video></td>"
-            for file in files
-        )
-        lines.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell.strip())}</td>" for cell in row) + "</tr>"
-        for line in table.splitlines()
-        if "---" not in line and (row := line.strip("|").split("|"))
-    )
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>Fewstep methods</title><style>{STYLE}</style>
-<h1>One teacher, every method</h1>
-<div class="scroll"><table>{body}</table></div>
-<h2>Side by side</h2>
-<div class="scroll"><table class="clips"><tr><th></th>{head}</tr>{"".join(lines)}</table></div>
-</html>
-"""
+        files = [folder / "clips" / f"{number}-{i}.mp4" for i in range(len(captions))]
+        shown[name] = [video(file, name) for file in files]
+    rows = [
+        [text(cell.strip()) for cell in line.strip("|").split("|")]
+        for line in table_text.splitlines()
+        if "---" not in line and line
+    ]
+    parts = [
+        "<h1>One teacher, every method</h1>",
+        section("Figures", table(rows[0], rows[1:])),
+        section("Side by side", gallery(captions, shown)),
+    ]
+    return page("Fewstep methods", "".join(parts))
+
+
+def write_animation(folder: Path, index: dict[str, Any], target: Path) -> None:
+    """The first clips of each sampler as one moving picture, for a README."""
+    names = list(index["samplers"])
+    rows = [
+        [read_video(made(folder / f"{name.replace(' ', '_')}-{i}.mp4")) for name in names]
+        for i in range(min(ANIMATED, len(index["captions"])))
+    ]
+    save_animation(rows, names, target, fps=FPS)
+
+
+def write_quickstart(folder: Path) -> None:
+    """Write the pages and pictures of a finished quickstart, and print the headline."""
+    summary = summarise(folder)
+    clips = folder / "evaluation" / "clips"
+    index = read_mapping(made(clips / "index.json"), "an index of clips")
+    write_text(folder / "summary.json", json.dumps(summary, indent=1))
+    write_text(folder / "report.html", quickstart_page(folder, summary, index, TARGET_NAMES))
+    write_animation(clips, index, folder / "clips.webp")
+    for name, ok in summary["targets_reached"].items():
+        print(f"{name}: {'reached' if ok else 'NOT reached'}")
+    print(f"student / teacher: {summary['ratio_student_teacher']:.3f}")
 
 
 @interruptible
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write both files and print the headline."""
+    """Write the page that was asked for."""
     args = parser().parse_args(arguments)
     try:
-        summary = summarise(args.run_folder)
-        write_text(args.run_folder / "summary.json", json.dumps(summary, indent=1))
-        write_text(args.run_folder / "report.html", page(args.run_folder, summary))
+        if args.run_folder is not None:
+            write_quickstart(args.run_folder)
+        elif args.logdir is not None:
+            print(write_report(args.logdir))
+        else:
+            runs = [read_run(folder) for folder in args.compare]
+            write_text(args.output_path, compare_page(runs))
+            print(args.output_path)
     except USER_ERRORS as error:
         return fail(error)
-    for name, ok in summary["targets_reached"].items():
-        print(f"{name}: {'reached' if ok else 'NOT reached'}")
-    print(f"student / teacher: {summary['ratio_student_teacher']:.3f}")
     return 0
 
 

@@ -9,7 +9,12 @@ from pathlib import Path
 
 from tests.sources import ROOT
 
-PAGES = ("README.md", "docs/methods.md", "docs/evaluation.md")  # the others have their own tests
+PAGES = (
+    "README.md",
+    "docs/methods.md",
+    "docs/evaluation.md",
+    "docs/health.md",
+)  # the others have their own tests
 
 
 def documented(page: str) -> list[list[str]]:

@@ -42,6 +42,7 @@ MINIATURE = {
     "convert_checkpoint.py": [],
     "generate_ode_pairs.py": ["--num_pairs", "8", "--steps", "4"],
     "precompute_prompts.py": [],
+    "report.py": [],
 }
 
 

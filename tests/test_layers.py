@@ -78,7 +78,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "utils.data": ("utils.media",),  # records come with pictures and clips
     "utils.media": ("utils.data.prompts",),  # names and first frames of what prompts ask for
     "utils.tiny_world": ("utils.media.frame_groups",),
-    "utils.web": (),
+    "utils.health": (),
+    "utils.web": ("utils.health",),  # pages show figures
     "model.wan": (),
     "model.encoders": ("model.folders", "utils.media.frame_groups"),
     # Adapter files have names of their own, which are Wan's whatever family a folder is of.

@@ -49,8 +49,10 @@ def test_a_run_returns_0_and_leaves_config_metrics_and_checkpoint(
 ) -> None:
     assert train.main(words(configs["diffusion"], tmp_path, "steps=2")) == 0
     found = sorted(path.name for path in tmp_path.iterdir())
-    files = ["config.yaml", "fingerprint.json", "last_save.json", "metrics.jsonl"]
-    assert found == ["checkpoints", *files]
+    assert found == [
+        "checkpoints", "config.yaml", "fingerprint.json", "history.jsonl", "last_save.json",
+        "metrics.jsonl", "report.html",
+    ]  # fmt: skip
     assert checkpoint.latest(tmp_path / "checkpoints") == step_folder(tmp_path, 2)
 
 

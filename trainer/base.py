@@ -18,6 +18,7 @@ from tqdm import tqdm
 from model.base import Method
 from model.types import Batch, LossOutput
 from trainer.batches import BatchLoader
+from trainer.health import HealthProbe
 from trainer.hooks import Hook, Moment, run_hooks
 from trainer.logdir import CHECKPOINTS, Claim
 from trainer.roles import Role, group_of, parameters_of, prefix_of
@@ -83,6 +84,7 @@ class TrainerParts:
     logdir: Path
     save: bool  # whether checkpoints are written
     claim: Claim | None = None  # of the log directory; None = nothing is read or written there
+    health: HealthProbe | None = None
 
 
 class Trainer(ABC):
@@ -257,6 +259,12 @@ class Trainer(ABC):
         if validator is not None:
             show = partial(self.unhurried, self.show_samples, validator)
             yield Hook("show", config.validation.every, lambda _: show())
+        if self.parts.health is not None:
+            yield self.parts.health.hook(self)
+
+    def progress(self) -> tuple[int, Mapping[str, int]]:
+        """Steps done, and updates by role."""
+        return self.state.step, self.state.updates
 
     def unhurried(self, task: Callable[..., None], *arguments: Any) -> None:
         """Do what is no part of a step: its time is not counted to `seconds_per_step`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,9 +25,11 @@ from trainer.base import Trainer, TrainerParts
 from trainer.bases import Base, bases
 from trainer.batches import BatchLoader
 from trainer.config import Config
+from trainer.health import HealthProbe, ProbeParts
 from trainer.inputs import Inputs, check_inputs
 from trainer.logdir import METRICS, Claim, LogdirPolicy, claim_logdir
 from trainer.registry import TRAINERS
+from trainer.report import ReportPage
 from trainer.roles import GatheredRollout, Role, build_roles, parameters_of, weights_of
 from trainer.run import Run, resolve
 from trainer.validation import Validator
@@ -105,21 +107,55 @@ def assemble(run: Run, session: Session, options: RunOptions) -> Trainer:
         takes_given=run.takes_given,
     )
     _announce(config, session, networks, roles)
+    batches = BatchLoader(run, inputs.dataset, encoder, encoders, vae)
+    wired = Wired(networks, batches, trackers, vae, _resumed_at(claim))
     trainer: Trainer = TRAINERS[config.trainer].load()(
         TrainerParts(
             run=run,
             session=session,
             method=run.method(config.loss, parts),
             roles=roles,
-            batches=BatchLoader(run, inputs.dataset, encoder, encoders, vae),
-            trackers=trackers,
+            batches=wired.batches,
+            trackers=wired.trackers,
             validator=_build_validator(run, session, options, inputs, vae),
             logdir=options.logdir,
             save=options.save,
             claim=claim,
+            health=_build_probe(run, session, options, inputs, wired),
         )
     )
     return trainer
+
+
+@dataclass(frozen=True, eq=False)
+class Wired:
+    """What several parts of a trainer are made of."""
+
+    networks: Mapping[str, nn.Module]
+    batches: BatchLoader
+    trackers: Sequence[Tracker]
+    vae: VideoVAE | None
+    resumed_at: int  # the step that the run goes on from
+
+
+def _build_probe(
+    run: Run, session: Session, options: RunOptions, inputs: Inputs, wired: Wired
+) -> HealthProbe | None:
+    if not run.config.health.every:
+        return None
+    return HealthProbe(
+        ProbeParts(
+            run=run,
+            session=session,
+            networks=wired.networks,
+            items=inputs.probed,
+            batches=wired.batches,
+            trackers=wired.trackers,
+            vae=wired.vae if options.visualize else None,
+            logdir=options.logdir,
+            resumed_at=wired.resumed_at,
+        )
+    )
 
 
 def build_networks(run: Run, session: Session) -> dict[str, nn.Module]:
@@ -222,6 +258,7 @@ def _build_vae(
     causal, held = run.config.causal, next(iter(inputs.dataset.buckets))
     wanted = (
         options.visualize and run.config.validation.every > 0,
+        options.visualize and run.config.health.every > 0,
         run.reads_images,
         causal.rollout_frames is not None,
         run.given_share > 0.0 and not run.needs.trajectories and held.latents is None,
@@ -273,7 +310,7 @@ def _build_trackers(
 ) -> list[Tracker]:
     if not session.is_main:
         return []
-    resumed_at = checkpoint.step_of(claim.resume_from) if claim.resume_from else 0
+    resumed_at = _resumed_at(claim)
     trackers: list[Tracker] = [JsonLines(options.logdir / METRICS, resumed_at=resumed_at)]
     if uses_wandb(config.logging.wandb, disabled=not options.wandb):
         folder = options.wandb_folder or options.logdir
@@ -287,7 +324,13 @@ def _build_trackers(
                 config=asdict(config),
             )
         )
+    trackers.append(ReportPage(config, session, options.logdir, resumed_at=resumed_at))
     return trackers
+
+
+def _resumed_at(claim: Claim) -> int:
+    """The step that the run goes on from."""
+    return checkpoint.step_of(claim.resume_from) if claim.resume_from else 0
 
 
 def _announce(

@@ -33,6 +33,7 @@ from utils import shipped
 from utils.config import ConfigError, Layer, chosen, load_config, nearest, read_overrides, read_yaml
 from utils.ema import EMAConfig
 from utils.errors import UserError
+from utils.health.settings import HealthConfig
 from utils.optim import OptimizerConfig
 from utils.parallel import ParallelConfig
 
@@ -87,6 +88,7 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     log_every: int = 10  # outer steps between reads of the metrics
@@ -146,7 +148,7 @@ CHANGEABLE = (
     "save_in_background", "save_failures", "timeout_s", "model_root",
     "data.path", "data.text_embeddings", "accumulation", "sharding_strategy",
     "teacher.sharded", "generator.sharded", "critic.sharded",
-    "loss.batched_guidance", "parallel", "validation", "logging",
+    "loss.batched_guidance", "parallel", "validation", "health", "logging",
     "sampling.steps", "sampling.cfg_scale", "sampling.cfg_scale_low", "sampling.timestep_shift",
     "sampling.solver",
 )  # fmt: skip
@@ -250,6 +252,7 @@ def problems(config: Config) -> Iterator[str]:
         yield f"validation.every: must be at least 0 (0 = never), got {config.validation.every}"
     kept = {"keep_every": config.keep_every, "keep_best": config.keep_best}
     yield from (f"{k}: must be at least 0 (0 = none), got {v}" for k, v in kept.items() if v < 0)
+    yield from config.health.problems()
     yield from _role_problems(config)
     if len(config.latent_shape) == 4:
         yield from _causal_problems(config)

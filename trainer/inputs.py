@@ -12,7 +12,7 @@ from model.discriminator import tapped_layers
 from model.families.base import Model
 from model.families.registry import check_model
 from trainer.bases import check_adapters
-from trainer.config import Config
+from trainer.config import Config, ValidationConfig
 from trainer.experts import check_offload
 from trainer.limits import check_memory
 from trainer.run import Run
@@ -28,6 +28,7 @@ from utils.data.dataset import (
 from utils.data.embeddings import EmbeddingReader, check_embeddings
 from utils.data.prompts import read_prompt_file
 from utils.distributed import Session
+from utils.health.settings import HealthConfig
 from utils.records import read_manifest
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Inputs:
 
     dataset: Dataset
     shown: list[RawItem]  # what validation samples
+    probed: list[RawItem]  # what health probes sample; none without probes
     embeddings: EmbeddingReader | None  # None = the text encoder is loaded
 
 
@@ -56,7 +58,9 @@ def check_inputs(run: Run, session: Session) -> Inputs:
     _check_data(run, dataset)
     if run.needs.backbone is not None:
         tapped_layers(run.models[run.needs.backbone].features, config.discriminator)
-    return Inputs(dataset, _shown(run, dataset), _open_embeddings(run, dataset))
+    shown = _fixed(run, dataset, "validation", config.validation)
+    probed = _fixed(run, dataset, "health", config.health) if config.health.every else []
+    return Inputs(dataset, shown, probed, _open_embeddings(run, dataset))
 
 
 def _refuse(problems: Iterable[str]) -> None:
@@ -283,14 +287,16 @@ def _check_trajectories(run: Run, dataset: Dataset) -> None:
         raise ConfigError(f"data.path: trajectories in {path} are {other[0]}, not {list(expected)}")
 
 
-def _shown(run: Run, dataset: Dataset) -> list[RawItem]:
-    """The records, or the prompts of a file, that validation samples."""
+def _fixed(
+    run: Run, dataset: Dataset, section: str, asked: ValidationConfig | HealthConfig
+) -> list[RawItem]:
+    """The records, or the prompts of a file, that a section of the settings samples again."""
     config, shape = run.config, run.latent_shape
-    count, file = config.validation.count, config.validation.prompts
+    count, file = asked.count, asked.prompts
     if file is not None:
         if run.always_begins:
             raise ConfigError(
-                "validation.prompts: this run's videos begin with an image, which a prompt file "
+                f"{section}.prompts: this run's videos begin with an image, which a prompt file "
                 "does not hold; set it to null to show the data's first records"
             )
         return [RawItem(prompt) for prompt in read_prompt_file(Path(file))[:count]]
@@ -302,19 +308,20 @@ def _shown(run: Run, dataset: Dataset) -> list[RawItem]:
         if shapes.video(shape, run.model.latent.spatial_stride) == shape
         for record in records[:count]
     ]
-    if config.validation.every and not fitting:
+    if asked.every and not fitting:
         raise ConfigError(
-            f"latent_shape: validation samples {list(shape)}, but no record of {config.data.path} "
+            f"latent_shape: {section} samples {list(shape)}, but no record of {config.data.path} "
             f"has that shape; choose one of the data's"
         )
     return [dataset[i] for i in sorted(fitting)[:count]]
 
 
 def needed_prompts(config: Config, dataset: Dataset) -> list[str]:
-    """All that a run encodes, with repetitions: its data's, validation's and negative prompts."""
+    """All that a run encodes, with repetitions: its data's, fixed and negative prompts."""
     prompts = [config.data.negative_prompt]
-    if config.validation.prompts is not None:
-        prompts += read_prompt_file(Path(config.validation.prompts))[: config.validation.count]
+    for asked in (config.validation, config.health):
+        if asked.prompts is not None:
+            prompts += read_prompt_file(Path(asked.prompts))[: asked.count]
     return prompts + [dataset.prompt(i) for i in range(len(dataset))]
 
 

@@ -322,7 +322,9 @@ def test_no_save_writes_no_checkpoint(configs: dict[str, Path], tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.yaml",
         "fingerprint.json",
+        "history.jsonl",
         "metrics.jsonl",
+        "report.html",
     ]
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
 

@@ -60,6 +60,34 @@ class Reading:
         target = torch.tensor([caption.indices() for caption in wanted])
         return (self.attributes == target) & self.present[:, None]
 
+    def faults(self, wanted: Sequence[Caption]) -> list[list[str]]:
+        """Per clip why it does not follow its caption or is not valid, in words; none = it does."""
+        return [self._faults(i, caption) for i, caption in enumerate(wanted)]
+
+    def _faults(self, index: int, wanted: Caption) -> list[str]:
+        if not self.present[index]:
+            return ["no shape is to be seen"]
+        read = Caption.of_indices(self.attributes[index].tolist())
+        found = [
+            f"{name}: {getattr(read, name)} instead of {getattr(wanted, name)}"
+            for name in ATTRIBUTES
+            if getattr(read, name) != getattr(wanted, name)
+        ]
+        contrast, psnr = float(self.contrast[index]), float(self.psnr[index])
+        low, high = CONTRAST_RANGE
+        if not low <= contrast <= high:
+            found.append(
+                f"the floor has {contrast:.0%} of a real floor's contrast, "
+                f"{'below' if contrast < low else 'above'} the limit of "
+                f"{low if contrast < low else high:.0%}"
+            )
+        if psnr < MIN_PSNR_DB:
+            found.append(
+                f"blurred or noisy: {psnr:.1f} dB from its clean rendering, {MIN_PSNR_DB:.0f} dB "
+                f"are asked for"
+            )
+        return found
+
     def orthogonal_start(self) -> Tensor:
         """[B] the start coordinate across the direction of motion, free in every caption."""
         horizontal = self.attributes[:, ATTRIBUTES.index("direction")] < 2

@@ -72,6 +72,12 @@ class Caption:
                 return caption
         raise UserError(f"not a caption of the tiny world: '{text}'; one is '{captions()[0]}'")
 
+    @classmethod
+    def of_indices(cls, indices: Sequence[int]) -> Caption:
+        """The caption whose attributes lie at these positions in their vocabularies."""
+        words = [names[i] for names, i in zip(_VOCABULARIES, indices, strict=True)]
+        return cls(*words)
+
     def indices(self) -> tuple[int, ...]:
         """Each attribute as its position in its vocabulary."""
         return tuple(

@@ -194,3 +194,34 @@ def test_brightness_alone_does_not_change_the_colour_that_is_read(colour: str) -
 def test_clips_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"clips must be \[B, 3, 17, 32, 32\], got"):
         read_attributes(torch.zeros(shape))
+
+
+def test_a_real_clip_has_no_faults(reading: Reading) -> None:
+    assert reading.faults(SOME) == [[]] * len(SOME)
+
+
+def test_faults_name_the_attribute_that_is_wrong_and_what_was_asked_for() -> None:
+    shown = SOME[0]
+    wrong = "circle" if shown.shape != "circle" else "bar"
+    reading = read_attributes(one(shown))
+    assert reading.faults([replace(shown, shape=wrong)]) == [
+        [f"shape: {shown.shape} instead of {wrong}"]
+    ]
+
+
+def test_faults_say_when_a_floor_is_flat_and_when_nothing_is_there() -> None:
+    clip = one(SOME[0])
+    mean = clip.mean(dim=(3, 4), keepdim=True)
+    grey = read_attributes(torch.full_like(clip, 0.5))
+    assert grey.faults(SOME[:1]) == [["no shape is to be seen"]]
+    (faults,) = read_attributes(mean + 0.5 * (clip - mean)).faults(SOME[:1])
+    assert any("of a real floor's contrast, below the limit of 85%" in fault for fault in faults)
+
+
+def test_a_clip_has_faults_exactly_if_it_does_not_pass(clips: Tensor) -> None:
+    some, wanted = clips[:12], SOME[:12]
+    noisy = some + 0.15 * torch.randn(some.shape, generator=torch.Generator().manual_seed(0))
+    for pixels in (some, noisy.clamp(0.0, 1.0), some.flip(2), 0.3 * some + 0.3):
+        reading = read_attributes(pixels)
+        passes = reading.matches(wanted).all(dim=1) & reading.valid()
+        assert [not faults for faults in reading.faults(wanted)] == passes.tolist()
