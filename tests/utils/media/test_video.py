@@ -92,7 +92,7 @@ def test_an_mp4_of_odd_size_is_written(tmp_path: Path) -> None:
 
 
 def test_a_failed_mp4_leaves_no_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="1, 2, 3 or 4 channels"):
+    with pytest.raises(AssertionError, match=r"clips are \[3, P, H, W\], got \(5, 4, 32, 32\)"):
         save_mp4(torch.zeros(5, 4, 32, 32), tmp_path / "a.mp4", fps=8)
     assert list(tmp_path.iterdir()) == []
 
