@@ -25,6 +25,7 @@ from utils.config import ConfigError
 from utils.errors import NotFoundError, UserError
 from utils.files import replaced_atomically
 from utils.hashes import content_hash
+from utils.media.images import MAX_PIXELS
 
 MIN_SIDE = 256  # smaller clips are enlarged by a whole factor, or players blur them
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
@@ -277,8 +278,8 @@ def frame_rate(path: Path) -> float | None:
 
 
 def _input(path: Path, *options: str) -> list[str]:
-    containers = ("-format_whitelist", CONTAINERS)
-    return [get_ffmpeg_exe(), *FFMPEG, *containers, *options, "-i", f"file:{path}"]
+    limits = ("-format_whitelist", CONTAINERS, "-max_pixels", str(MAX_PIXELS))
+    return [get_ffmpeg_exe(), *FFMPEG, *limits, *options, "-i", f"file:{path}"]
 
 
 def _next_frame(stream: IO[bytes]) -> Tensor | None:

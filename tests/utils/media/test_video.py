@@ -253,6 +253,15 @@ def test_a_list_that_names_another_video_is_not_followed(tmp_path: Path) -> None
         next(read_frames(tmp_path / "list.mp4"))
 
 
+def test_frames_of_too_many_pixels_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_video(tmp_path / "a.mp4", size=(32, 48))
+    monkeypatch.setattr(module, "MAX_PIXELS", 1000)
+    with pytest.raises(ValueError, match="Picture size 48x32 exceeds specified max pixel count"):
+        next(read_frames(path))
+
+
 def test_a_still_is_a_video_of_one_frame(tmp_path: Path) -> None:
     assert len(list(read_frames(make_video(tmp_path / "a.mp4", frames=1), fps=8))) == 1
 
