@@ -76,6 +76,14 @@ class Session:
         dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.channel)
         return bool(raised)
 
+    def any_of(self, *flags: bool) -> tuple[bool, ...]:
+        """`any` of several flags at once. Collective on the CPU."""
+        if self.world_size == 1:
+            return flags
+        raised = torch.tensor([int(flag) for flag in flags])
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+        return tuple(map(bool, raised.tolist()))
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.any(False)
