@@ -77,18 +77,19 @@ def test_a_damaged_record_is_replaced_told_and_counted(
     bad = drawn(5)
     harm(data, bad, part=part, value=value)
     with caplog.at_level(logging.WARNING, logger="trainer.damage"):
-        run(configs["dmd_gan"], tmp_path / "run", *at(data))
+        run(configs["diffusion"], tmp_path / "run", *at(data))
     (line,) = told(tmp_path / "run")
-    assert (line["step"], line["draw"], line["record"]) == (1, 5, bad)
+    assert (line["step"], line["draw"], line["record"]) == (2, 5, bad)
     assert line["replacement"] != bad
     assert reason.format(n=bad) in line["reason"]
     said = f"record {bad} is damaged and was replaced by record {line['replacement']}: "
     assert [said in message for message in caplog.messages] == [True]
-    assert [row.get("data/damaged") for row in rows(tmp_path / "run")] == [1.0] * 4
+    counted = [row.get("data/damaged") for row in rows(tmp_path / "run")]
+    assert counted == [None, 1.0, 1.0, 1.0]
 
 
 def test_whole_data_says_nothing(data: Path, configs: dict[str, Path], tmp_path: Path) -> None:
-    run(configs["dmd_gan"], tmp_path / "run", *at(data))
+    run(configs["diffusion"], tmp_path / "run", *at(data))
     assert not (tmp_path / "run" / "damaged.jsonl").exists()
     assert not any("data/damaged" in row for row in rows(tmp_path / "run"))
 
@@ -97,13 +98,13 @@ def test_a_resumed_run_replaces_and_counts_as_one_that_was_never_stopped(
     data: Path, configs: dict[str, Path], tmp_path: Path
 ) -> None:
     harm(data, drawn(1), drawn(9), drawn(14))
-    run(configs["dmd_gan"], tmp_path / "straight", *at(data))
+    run(configs["diffusion"], tmp_path / "straight", *at(data))
     words = at(data, "save_every=2")
-    with built(configs["dmd_gan"], tmp_path / "resumed", *words) as trainer:
+    with built(configs["diffusion"], tmp_path / "resumed", *words) as trainer:
         stop_in_step_4(trainer)
     with (tmp_path / "resumed" / "damaged.jsonl").open("a", encoding="utf-8") as lines:
         lines.write('{"step": 2, "rec')
-    run(configs["dmd_gan"], tmp_path / "resumed", *words)
+    run(configs["diffusion"], tmp_path / "resumed", *words)
     assert rows(tmp_path / "resumed") == rows(tmp_path / "straight")
     assert told(tmp_path / "resumed") == told(tmp_path / "straight")
     assert [line["record"] for line in told(tmp_path / "straight")] == [
@@ -114,7 +115,10 @@ def test_a_resumed_run_replaces_and_counts_as_one_that_was_never_stopped(
 def stop_in_step_4(trainer: Trainer) -> None:
     """As a kill would, after the fourth step was trained and before it is saved."""
 
+    log = trainer.log_metrics
+
     def stop() -> None:
+        log()
         if trainer.state.step == 4:
             raise KeyboardInterrupt
 
@@ -128,7 +132,7 @@ def test_too_many_damaged_records_stop_a_run_with_a_line(
 ) -> None:
     harm(data, drawn(1), drawn(9))
     with pytest.raises(UserError) as caught:
-        run(configs["dmd_gan"], tmp_path / "run", *at(data, "data.max_damaged=1"))
+        run(configs["diffusion"], tmp_path / "run", *at(data, "data.max_damaged=1"))
     text = str(caught.value)
     assert text.startswith(
         "step 3: 2 records of the data are damaged, more than data.max_damaged=1: "
@@ -137,8 +141,8 @@ def test_too_many_damaged_records_stop_a_run_with_a_line(
     assert text.endswith("mend the data, or raise data.max_damaged and start again")
     assert len(text.splitlines()) == 1
     del caught
-    run(configs["dmd_gan"], tmp_path / "run", *at(data, "data.max_damaged=2"))
-    run(configs["dmd_gan"], tmp_path / "straight", *at(data))
+    run(configs["diffusion"], tmp_path / "run", *at(data, "data.max_damaged=2"))
+    run(configs["diffusion"], tmp_path / "straight", *at(data))
     assert rows(tmp_path / "run") == rows(tmp_path / "straight")
 
 
@@ -154,14 +158,14 @@ def test_data_of_which_nothing_is_left_is_told(
     with pytest.raises(
         UserError, match=r"no record could be read in place of record \d+, \d+ were"
     ):
-        run(configs["dmd_gan"], tmp_path / "run", *at(data))
+        run(configs["diffusion"], tmp_path / "run", *at(data))
 
 
 def test_a_shard_that_is_cut_off_while_a_run_reads_it_is_lines_and_no_dead_process(
     data: Path, configs: dict[str, Path], tmp_path: Path
 ) -> None:
     (path,) = data.rglob("data.mdb")
-    with built(configs["dmd_gan"], tmp_path / "run", *at(data)) as trainer:
+    with built(configs["diffusion"], tmp_path / "run", *at(data)) as trainer:
         with path.open("r+b") as file:
             file.truncate(path.stat().st_size * 3 // 4)
         trainer.train()
@@ -173,8 +177,8 @@ def test_a_shard_that_is_cut_off_while_a_run_reads_it_is_lines_and_no_dead_proce
 def test_a_shard_that_is_removed_while_a_run_reads_it_is_read_on(
     data: Path, configs: dict[str, Path], tmp_path: Path
 ) -> None:
-    run(configs["dmd_gan"], tmp_path / "kept", *at(data))
-    with built(configs["dmd_gan"], tmp_path / "run", *at(data)) as trainer:
+    run(configs["diffusion"], tmp_path / "kept", *at(data))
+    with built(configs["diffusion"], tmp_path / "run", *at(data)) as trainer:
         shutil.rmtree(data)
         trainer.train()
     assert rows(tmp_path / "run") == rows(tmp_path / "kept")
@@ -191,8 +195,8 @@ def test_what_one_rank_cannot_read_changes_nothing_for_the_other(
     data: Path, configs: dict[str, Path], tmp_path: Path
 ) -> None:
     harm(data, drawn(3), drawn(10))  # of the second rank, and of the second as well
-    run_on_ranks(2, losses_on_rank, configs["dmd_gan"], tmp_path / "two", at(data))
-    run(configs["dmd_gan"], tmp_path / "one", *at(data))
+    run_on_ranks(2, losses_on_rank, configs["diffusion"], tmp_path / "two", at(data))
+    run(configs["diffusion"], tmp_path / "one", *at(data))
     assert told(tmp_path / "two") == told(tmp_path / "one")
     for two, one in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
         assert two == pytest.approx(one, rel=1e-3, abs=1e-5)
@@ -209,7 +213,7 @@ def test_every_rank_stops_in_the_same_step_where_too_much_is_damaged(
 ) -> None:
     harm(data, drawn(3), drawn(8))  # one of each rank
     words = at(data, "data.max_damaged=1")
-    first, second = run_on_ranks(2, refused_on_rank, configs["dmd_gan"], tmp_path / "run", words)
+    first, second = run_on_ranks(2, refused_on_rank, configs["diffusion"], tmp_path / "run", words)
     assert first == second
     assert first.startswith("step 3: 2 records of the data are damaged, more than ")
 
@@ -254,7 +258,7 @@ def test_damage_that_is_there_at_the_start_is_told_and_ends_nothing(
     harm(data, 0, part="prompts", value=b"\xff")
     harm(data, 63)
     shown = ("validation.every=2", "validation.count=1")
-    run(configs["dmd_gan"], tmp_path / "run", *at(data, *shown))
+    run(configs["diffusion"], tmp_path / "run", *at(data, *shown))
     said = [line for line in quiet.messages if line.startswith("data.path: ")]
     assert said[0] == "data.path: the captions of 1 records are damaged: 0; training skips them"
     assert said[1].startswith("data.path: record 0 is damaged: ")
