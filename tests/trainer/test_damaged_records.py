@@ -83,7 +83,8 @@ def test_a_damaged_record_is_replaced_told_and_counted(
     assert line["replacement"] != bad
     assert reason.format(n=bad) in line["reason"]
     said = f"record {bad} is damaged and was replaced by record {line['replacement']}: "
-    assert [said in message for message in caplog.messages] == [True]
+    lines = [record.message for record in caplog.records if record.name == "trainer.damage"]
+    assert [said in line for line in lines] == [True]
     counted = [row.get("data/damaged") for row in rows(tmp_path / "run")]
     assert counted == [None, 1.0, 1.0, 1.0]
 
@@ -167,7 +168,7 @@ def test_a_shard_that_is_cut_off_while_a_run_reads_it_is_lines_and_no_dead_proce
     (path,) = data.rglob("data.mdb")
     with built(configs["diffusion"], tmp_path / "run", *at(data)) as trainer:
         with path.open("r+b") as file:
-            file.truncate(path.stat().st_size * 3 // 4)
+            file.truncate(path.stat().st_size // 3)
         trainer.train()
     lines = told(tmp_path / "run")
     assert lines
