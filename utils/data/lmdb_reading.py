@@ -36,6 +36,10 @@ class DamagedRecordError(UserError):
     """A record that cannot be what was written."""
 
 
+class FaultError(UserError):
+    """What is wrong with some bytes; who knows the file and the key names them."""
+
+
 @dataclass(frozen=True)
 class _Meta:
     page_bytes: int
@@ -58,7 +62,7 @@ class _Page:
         low, high, flags, size = NODE.unpack_from(self.content, at)
         begin = at + NODE.size
         if begin + size > len(self.content):
-            raise ValueError(f"node {index} leaves its page")
+            raise FaultError(f"node {index} leaves its page")
         return low, high, flags, self.content[begin : begin + size], begin + size
 
     def child(self, index: int) -> int:
@@ -169,11 +173,11 @@ class LmdbReader:
         )
         last_page, transaction = END.unpack_from(content, at + 2 * TREE.size)
         if not kind & META or magic != MAGIC:
-            raise ValueError("it has no meta page")
+            raise FaultError("it has no meta page")
         if version != VERSION:
-            raise ValueError(f"of version {version}, this one reads {VERSION}")
+            raise FaultError(f"of version {version}, this one reads {VERSION}")
         if page_bytes < 256 or page_bytes > 2**16 or page_bytes & (page_bytes - 1):
-            raise ValueError(f"pages of {page_bytes} bytes")
+            raise FaultError(f"pages of {page_bytes} bytes")
         return _Meta(page_bytes, root, last_page, transaction)
 
     def _leaf(self, key: bytes) -> _Page | None:
@@ -186,14 +190,14 @@ class LmdbReader:
             if page.leaf:
                 return page
             number = page.child(page.towards(key))
-        raise ValueError(f"deeper than {DEEPEST} levels")
+        raise FaultError(f"deeper than {DEEPEST} levels")
 
     def _from(self, number: int, key: bytes, seen: set[int]) -> Iterator[tuple[bytes, _Page, int]]:
         """Keys from `key` on below a page, and where they are. seen: pages that were passed."""
         if number == EMPTY:
             return
         if number in seen or len(seen) > self._meta.last_page:
-            raise ValueError(f"page {number} is met twice")
+            raise FaultError(f"page {number} is met twice")
         seen.add(number)
         page = self._page(number)
         if page.leaf:
@@ -207,10 +211,10 @@ class LmdbReader:
         low, high, flags, _, begin = page.node(index)
         size = low | high << 16
         if flags & ~BIG:
-            raise ValueError(f"a value of kind {flags}")
+            raise FaultError(f"a value of kind {flags}")
         if not flags:
             if begin + size > len(page.content):
-                raise ValueError("a value that leaves its page")
+                raise FaultError("a value that leaves its page")
             return page.content[begin : begin + size]
         (number,) = struct.unpack_from("<Q", page.content, begin)
         header = self._page_bytes(number, HEADER.size)
@@ -218,7 +222,7 @@ class LmdbReader:
         if not HEADER.unpack_from(header)[2] & OVERFLOW or not (
             HEADER.size + size <= pages * self._meta.page_bytes
         ):
-            raise ValueError(f"page {number} does not hold its {size} bytes")
+            raise FaultError(f"page {number} does not hold its {size} bytes")
         return self._bytes(number * self._meta.page_bytes + HEADER.size, size)
 
     def _read_page(self, number: int) -> _Page:
@@ -226,24 +230,24 @@ class LmdbReader:
         _, _, kind, lower, _ = HEADER.unpack_from(content)
         count = (lower - HEADER.size) // 2
         if kind & (BRANCH | LEAF) not in (BRANCH, LEAF) or lower < HEADER.size:
-            raise ValueError(f"page {number} holds no nodes")
+            raise FaultError(f"page {number} holds no nodes")
         if lower > len(content) or (not count and kind & BRANCH):
-            raise ValueError(f"page {number} holds {count} nodes")
+            raise FaultError(f"page {number} holds {count} nodes")
         return _Page(content, bool(kind & LEAF), count)
 
     def _page_bytes(self, number: int, size: int) -> bytes:
         """The beginning of a page, which tells its own number."""
         if number > self._meta.last_page:
-            raise ValueError(f"page {number} of {self._meta.last_page + 1}")
+            raise FaultError(f"page {number} of {self._meta.last_page + 1}")
         content = self._bytes(number * self._meta.page_bytes, size)
         if HEADER.unpack_from(content)[0] != number:
-            raise ValueError(f"page {number} is another one")
+            raise FaultError(f"page {number} is another one")
         return content
 
     def _bytes(self, offset: int, size: int) -> bytes:
-        """So many bytes of the file, or ValueError where it ends before them."""
+        """So many bytes of the file, or FaultError where it ends before them."""
         content = os.pread(self._fd, size, offset)
         if len(content) < size:
             there = os.fstat(self._fd).st_size
-            raise ValueError(f"cut off, data.mdb has {there} of at least {offset + size} bytes")
+            raise FaultError(f"cut off, data.mdb has {there} of at least {offset + size} bytes")
         return content
