@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,17 +40,12 @@ from trainer.teams import Team, add_team_flags, check_team, read_team, team_mesh
 from utils.cli import USER_ERRORS, command_parser, fail, path_word, start_logging, stopped
 from utils.config import ConfigError
 from utils.data.dataset import open_dataset
-from utils.data.prompts import (
-    PromptItem,
-    merged,
-    read_image_prompts,
-    read_prompts,
-    with_extended,
-)
+from utils.data.prompts import PromptItem, merged, read_image_prompts, read_prompts, with_extended
 from utils.data.shards import shard_paths
 from utils.distributed import Session, distributed_session
 from utils.errors import UserError
 from utils.hashes import sha256_of
+from utils.media.clip_files import ClipNotes
 from utils.media.clip_names import clip_stems, default_samples
 from utils.media.given_frames import Given, Size, picture_size
 from utils.media.manifest import ClipRecord, claim_folder, finish_manifest
@@ -311,32 +306,37 @@ def records(jobs: Sequence[Job], folder: Path) -> list[ClipRecord]:
     ]
 
 
-def run(args: argparse.Namespace, plan: Plan, session: Session) -> None:
-    """Make what is missing. Batches are cut before ranks, so a clip's neighbours never change."""
+def run(args: argparse.Namespace, plan: Plan, session: Session, whole: Iterable[str]) -> None:
+    """Make what is missing. Batches are cut before ranks, so a clip's neighbours never change.
+
+    whole: names of the clips that are there, in the output folder.
+    """
     jobs, team = plan.jobs, team_meshes(plan.team, session)
+    done = {args.output_folder / name for name in whole}
+    notes = ClipNotes(args.output_folder, session.rank)
     mine = [
         batch
         for batch in list(batches(jobs, args.batch_size))[session.data_rank :: session.data_world]
-        if not all(job.file.is_file() for job in batch)
+        if not all(job.file in done for job in batch)
     ]
     with session.uneven_work():
         if mine:
             model = load_generator(plan.source, session.device, team, tiny_vae=plan.tiny_vae)
-            count = model.network_evaluations(plan.shared)
-            log.info("%d network evaluations per clip", count)
+            log.info("%d network evaluations per clip", model.network_evaluations(plan.shared))
             with Bars(sum(map(len, mine)), shown=session.is_main) as bars:
                 for batch in mine:
                     if session.leads:
-                        make(batch, model, rate(args, plan), bars.inner)
+                        make(batch, model, rate(args, plan), bars.inner, notes)
                     else:  # the leader writes what its team samples
                         model.latents([job.request for job in batch])
                     bars.outer(len(batch))
+    written = session.gather(notes.digests)
     if session.is_main:
         shown = jobs[:SHEET_CLIPS]
         clips = [read_video(job.file) for job in shown]
         sheet = contact_sheet(clips, [job.item.title for job in shown])
         save_png(sheet, args.output_folder / "contact_sheet.png")
-        finish_manifest(args.output_folder)
+        finish_manifest(args.output_folder, written)
         log.info("%d clips in %s", len(jobs), args.output_folder)
 
 
@@ -351,11 +351,17 @@ def batches(jobs: Sequence[Job], count: int) -> Iterator[list[Job]]:
     yield from open_.values()
 
 
-def make(batch: Sequence[Job], model: VideoGenerator, fps: float, on_progress: OnProgress) -> None:
-    """Sample one batch and write its files."""
+def make(
+    batch: Sequence[Job],
+    model: VideoGenerator,
+    fps: float,
+    on_progress: OnProgress,
+    notes: ClipNotes,
+) -> None:
+    """Sample one batch, write its files and note them."""
     clips = model.clips([job.request for job in batch], on_progress=on_progress)
     for job, clip in zip(batch, clips, strict=True):
-        save_mp4(clip, job.file, fps=fps)
+        notes.add(job.file, save_mp4(clip, job.file, fps=fps, parts=notes.folder))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -378,10 +384,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start_logging(main_rank=session.is_main)
         try:
             settings, clips = settings_of(args, plan), records(plan.jobs, args.output_folder)
-            claim_folder(args.output_folder, settings, plan.source.files, clips, session)
+            whole = claim_folder(args.output_folder, settings, plan.source.files, clips, session)
             if session.is_main:
                 tell_fits({p: job.size for job in plan.jobs for p in job.item.pictures}, plan.start)
-            run(args, plan, session)
+            run(args, plan, session, whole)
         except USER_ERRORS as error:  # such as damaged encoders, or a full disk
             return fail(error)
         except KeyboardInterrupt:

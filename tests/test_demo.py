@@ -40,6 +40,7 @@ from pipeline.teacher import SamplingConfig
 from tests.adapters import random_factors
 from tests.commands import main_and_stderr
 from tests.conftest import MINIATURE
+from tests.disks import largest_file
 from tests.ranks import run_on_ranks
 from trainer.config import load
 from trainer.serving import check_source, load_generator
@@ -211,6 +212,25 @@ def test_a_failure_fails_its_own_job_with_a_line_and_the_next_one_runs(tried: De
     tried.until(following, state="done")
     job = tried.job(failed)
     assert (job["state"], job["error"]) == ("failed", "RuntimeError: out of memory")
+
+
+def test_a_full_disk_fails_the_job_and_leaves_no_half_clip(tried: Demo) -> None:
+    tried.miniature.allow()
+    with largest_file(2**11):
+        job = tried.until(tried.submit("a red circle"), state="failed")
+    assert job["error"].startswith("OSError: [Errno 27] File too large: ")
+    assert (job["video"], list(tried.folder.iterdir())) == (None, [])
+    tried.until(tried.submit("a red circle"), state="done")
+
+
+def test_a_clip_that_someone_removed_is_told_as_such(tried: Demo) -> None:
+    tried.miniature.allow()
+    job = tried.until(tried.submit("a red circle"), state="done")
+    for path in tried.folder.iterdir():
+        path.unlink()
+    reply = tried.client.get(job["video"])
+    assert reply.status_code == 404
+    assert reply.get_json()["error"].endswith("was removed; submit the same again")
 
 
 def test_closing_stops_the_worker_at_its_next_step(tried: Demo) -> None:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +13,8 @@ from torch import Tensor
 
 import convert_checkpoint
 import train
-from tests.commands import ROOT, main_and_stderr, own_logging
+from tests.commands import main_and_stderr, own_logging
+from tests.disks import largest_file, on_small_disk
 from tests.folders import make_diffusers, make_official
 from tests.ranks import run_on_ranks
 from tests.runs import write_config
@@ -29,17 +26,6 @@ __all__ = ["own_logging"]
 FULL = "file too large; the file system, or `ulimit -f`, allows no larger file"
 ROOM = "no space left on device; make room, then run the same command again"
 TENSORS: dict[str, Tensor] = {"weight": torch.zeros(300, 300)}
-
-
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes: to a writer this is a disk that is full."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def errors(text: str) -> list[str]:
@@ -159,28 +145,14 @@ def test_what_is_no_fault_of_the_disk_stays_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_a_device_without_space_is_told_as_such(suffix: str, tmp_path: Path) -> None:
-    if shutil.which("unshare") is None or not _may_mount():
-        pytest.skip("needs the right to mount a small file system")
     code = (
         "import sys, torch; from pathlib import Path; from utils.errors import words\n"
         "from utils.weights import write_weights\n"
-        "try: write_weights({'w': torch.zeros(10**6)}, Path(sys.argv[1]), {})\n"
+        f"path = Path(sys.argv[1]) / 'file{suffix}'\n"
+        "try: write_weights({'w': torch.zeros(10**6)}, path, {})\n"
         "except OSError as error: print(words(error))"
     )
-    target = tmp_path / f"file{suffix}"
-    mount = f"mount -t tmpfs -o size=1m tmpfs {tmp_path} && exec {sys.executable} -c"
-    done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", f'{mount} "$0" "$1"', code, str(target)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == f"{target}: {ROOM}\n"
-
-
-def _may_mount() -> bool:
-    return subprocess.run(["unshare", "-m", "true"], check=False).returncode == 0
+    assert on_small_disk(code, tmp_path, "1m") == f"{tmp_path}/file{suffix}: {ROOM}\n"
 
 
 # ---- places that cannot be written

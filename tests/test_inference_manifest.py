@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ import pytest
 import inference
 from scripts.make_tiny_world import IMAGE_NAME, NAME
 from tests.commands import no_weights, own_logging, refusal
+from tests.disks import ended_process, largest_file
 from tests.ranks import run_on_ranks
 from tests.runs import write_config
-from utils.media import manifest
+from utils.media import manifest, video
 
 __all__ = ["no_weights", "own_logging"]
 
@@ -59,6 +62,10 @@ def read(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
 
 
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.mp4"))
 
@@ -80,6 +87,7 @@ def test_the_manifest_tells_each_clip_from_all_that_made_it(world: World) -> Non
             "width": 32,
             "images": [],
             "images_sha256": [],
+            "sha256": sha256(world.clips / f"{prompt}-0.mp4"),
         }
         for prompt in PROMPTS
     ]
@@ -228,6 +236,170 @@ def test_every_rank_is_told_what_is_wrong_with_the_folder(tmp_path: Path) -> Non
     told = run_on_ranks(2, claim_nothing, tmp_path)
     assert told[0] == told[1]
     assert "absent.pt" in told[0]
+
+
+# ---- clips that are not what was written
+
+
+def copied(world: World, folder: Path) -> Path:
+    """The finished clips of a call, for a test that harms them."""
+    return Path(shutil.copytree(world.clips, folder / "clips"))
+
+
+def older(clips: Path) -> None:
+    """Let a manifest be as versions wrote it that hashed no clips."""
+    made = read(clips)
+    made["clips"] = [{k: v for k, v in clip.items() if k != "sha256"} for clip in made["clips"]]
+    write(clips / "manifest.json", made)
+
+
+def made_again(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What calls said of the clips that they made again."""
+    ending = "; it is made again"
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith(ending)]
+    return [line.partition("clip_files: ")[2].removesuffix(ending) for line in lines]
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_whole_clips_are_not_made_again_whether_or_not_their_hashes_are_known(
+    world: World, tmp_path: Path
+) -> None:
+    clips = copied(world, tmp_path)
+    older(clips)
+    for _ in range(2):
+        assert inference.main(world.words(clips)) == 0
+        assert read(clips) == read(world.clips)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_clip_that_was_cut_off_is_made_again_and_told(
+    known: bool, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = copied(world, tmp_path)
+    if not known:
+        older(clips)
+    torn = clips / f"{PROMPTS[1]}-0.mp4"
+    torn.write_bytes(torn.read_bytes()[:500])
+    assert inference.main(world.words(clips)) == 0
+    (line,) = made_again(capsys)
+    assert line.startswith(f"{torn}: has changed since" if known else f"{torn}: not readable as")
+    assert read(clips) == read(world.clips)
+    assert sha256(torn) == sha256(world.clips / torn.name)
+
+
+def test_a_clip_with_one_bit_flipped_is_made_again_and_told(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = copied(world, tmp_path)
+    changed = clips / f"{PROMPTS[2]}-0.mp4"
+    flipped(changed)
+    was, is_ = (sha256(folder / changed.name)[:12] for folder in (world.clips, clips))
+    assert inference.main(world.words(clips)) == 0
+    assert made_again(capsys) == [
+        f"{changed}: has changed since it was written (its SHA-256 was {was}..., is {is_}...)"
+    ]
+    assert sha256(changed) == sha256(world.clips / changed.name)
+
+
+def test_every_rank_makes_again_what_the_main_one_found_damaged(
+    world: World, tmp_path: Path
+) -> None:
+    clips = copied(world, tmp_path)
+    for prompt in PROMPTS:
+        flipped(clips / f"{prompt}-0.mp4")
+    assert run_on_ranks(2, inference.main, world.words(clips)) == [0, 0]
+    assert read(clips) == read(world.clips)
+    assert [sha256(clips / name) for name in names(clips)] == [
+        sha256(world.clips / name) for name in names(clips)
+    ]
+
+
+def stopped_after(count: int, line: list[str], ending: BaseException) -> int:
+    """The status of a call that is stopped after it wrote `count` clips."""
+    save, calls = inference.save_mp4, [0]
+
+    def some(*arguments: Any, **words: Any) -> str:
+        if calls[0] == count:
+            raise ending
+        calls[0] += 1
+        return save(*arguments, **words)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "save_mp4", some)
+        return inference.main(line)
+
+
+def test_the_hashes_of_clips_outlive_a_call_that_was_stopped(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = tmp_path / "clips"
+    assert stopped_after(2, world.words(clips), KeyboardInterrupt()) == 130
+    flipped(clips / f"{PROMPTS[0]}-0.mp4")
+    with (clips / "written.0.jsonl").open("ab") as notes:
+        notes.write(b'{"file": "torn')
+    assert inference.main(world.words(clips)) == 0
+    (line,) = made_again(capsys)
+    assert line.startswith(f"{clips / f'{PROMPTS[0]}-0.mp4'}: has changed since")
+    assert read(clips) == read(world.clips)
+    assert not list(clips.glob("written.*"))
+
+
+def test_a_disk_that_fills_up_ends_a_call_with_a_line_and_the_next_one_goes_on(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips, save, calls = tmp_path / "clips", inference.save_mp4, [0]
+
+    def filling(*arguments: Any, **words: Any) -> str:
+        calls[0] += 1
+        with largest_file(2**10) if calls[0] == 2 else contextlib.nullcontext():
+            return save(*arguments, **words)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "save_mp4", filling)
+        assert inference.main(world.words(clips)) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert line.startswith(f"error: {clips / f'{PROMPTS[1]}-0.mp4'}: file too large; ")
+    assert names(clips) == [f"{PROMPTS[0]}-0.mp4"]
+    assert not list(clips.glob(".*"))
+    assert inference.main(world.words(clips)) == 0
+    assert read(clips) == read(world.clips)
+
+
+def test_what_a_kill_left_half_written_is_gone_after_the_next_call(
+    world: World, tmp_path: Path
+) -> None:
+    out, gone = tmp_path / "out", ended_process()
+    (out / "videos").mkdir(parents=True)
+    parts = [
+        out / "videos" / f".{PROMPTS[0]}-0.mp4.{gone}.part.mp4",
+        out / f".other prompt-0.mp4.{gone}.part.mp4",
+        out / f".manifest.json.{gone}.part.json",
+    ]
+    for path in parts:
+        path.touch()
+    assert inference.main(world.words(out, "--vbench", "--num_samples", "1")) == 0
+    assert not any(path.exists() for path in parts)
+    assert len(list((out / "videos").iterdir())) == len(PROMPTS)
+
+
+def test_no_half_clip_lies_beside_those_that_vbench_judges(world: World, tmp_path: Path) -> None:
+    out, seen = tmp_path / "out", []
+
+    def look(path: Path, *_: object, **__: object) -> None:
+        seen.append(path)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(video, "check_clip", look)
+        assert inference.main(world.words(out, "--vbench", "--num_samples", "1")) == 130
+    assert [path.parent for path in seen] == [out]
+    assert list((out / "videos").iterdir()) == []
 
 
 # ---- VBench

@@ -74,9 +74,9 @@ def watched() -> Iterator[Made]:
         made.latents.append(sample(self, *args, **words))
         return made.latents[-1]
 
-    def saved(clip: Tensor, path: Path, **words: Any) -> None:
+    def saved(clip: Tensor, path: Path, **words: Any) -> str:
         made.written.append(path.name)
-        save(clip, path, **words)
+        return save(clip, path, **words)
 
     def exchanged(self: Ulysses, x: Tensor) -> Tensor:
         made.exchanges += 1
@@ -100,9 +100,9 @@ def make_with(all_ranks: Session, lines: Sequence[Sequence[str]]) -> list[Made]:
         settings = inference.settings_of(args, plan)
         clips = inference.records(plan.jobs, args.output_folder)
         weights = plan.source.files
-        claim_folder(args.output_folder, settings, weights, clips, session)
+        whole = claim_folder(args.output_folder, settings, weights, clips, session)
         with watched() as made:
-            inference.run(args, plan, session)
+            inference.run(args, plan, session, whole)
         found.append(made)
     return found
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from model.base import Method
 from model.types import Batch, LossOutput
 from trainer.batches import BatchLoader
+from trainer.damage import DamageLog
 from trainer.health import HealthProbe
 from trainer.hooks import Hook, Moment, run_hooks
 from trainer.logdir import CHECKPOINTS, Claim
@@ -99,6 +100,7 @@ class Trainer(ABC):
         self.ema = EMA(parameters_of(parts.roles, "generator"), self.config.ema)
         self.state = TrainState(updates=dict.fromkeys(parts.roles, 0))
         self.metrics = Metrics(parts.session)
+        self.damage = DamageLog(parts.session, parts.logdir, self.config.data.max_damaged)
         self.saver: Saver | None = None
         if parts.claim is not None:
             self.saver = Saver(self.config, parts.claim, parts.session)
@@ -135,6 +137,7 @@ class Trainer(ABC):
 
     def _train(self) -> None:
         self.resume()
+        self.damage.resume(self.state.step)
         if self.state.step >= self.config.steps:
             log.info(
                 "nothing is left to do: %d steps are done, and steps=%d asks for no more; "
@@ -273,7 +276,10 @@ class Trainer(ABC):
 
     def after_step(self) -> None:
         """Log, save and show samples, each at its own interval; stop if a signal asked for it."""
-        stopping = self.session.any(self._stop.made)
+        skipped = self.parts.batches.take_skipped()
+        stopping, damaged = self.session.any_of(self._stop.made, bool(skipped))
+        if damaged:
+            self.damage.share(self.state.step, skipped)
         moment = Moment(self.state.step, self.state.step == self.config.steps, stopping)
         run_hooks(self.hooks(), moment)
         if self.saver is not None and (stopping or moment.last):
@@ -288,6 +294,7 @@ class Trainer(ABC):
         for name, role in self.roles.items():
             if self.state.updates[name]:
                 values[f"{name}/lr"] = role.lr
+        values |= self.damage.values()
         if self.session.is_main:
             for tracker in self.parts.trackers:
                 tracker.log(self.state.step, values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,13 +14,37 @@ from model.encoders.idle import Encoders
 from model.encoders.vae import VideoVAE
 from model.types import Batch, Keyframes
 from trainer.run import Run
-from utils.data.dataset import DataOrder, Dataset, Part, RawItem
+from utils.data.dataset import DataOrder, Dataset, Part, RawItem, check_finite
+from utils.data.lmdb_reading import DamagedRecordError
 from utils.media.images import to_signed
 from utils.seeding import generator
 
+TRIES = 16  # other records for one that is damaged; if all are, no more than that can be said
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A record that could not be read when it was drawn, and which took its place."""
+
+    draw: int  # of the run's data order
+    record: int
+    replacement: int
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """What some draws gave."""
+
+    items: list[RawItem]
+    skipped: list[Skipped]
+
 
 class BatchLoader:
-    """Reads records, and encodes what the networks are conditioned on."""
+    """Reads records, and encodes what the networks are conditioned on.
+
+    A record that is damaged is replaced by another, which depends on the seed and the draw alone.
+    """
 
     def __init__(
         self,
@@ -43,14 +68,16 @@ class BatchLoader:
         self.order = DataOrder(list(dataset.buckets.values()), config.batch_size, config.seed)
         self.parts = read_parts(run, dataset)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="data")
-        self._ahead: dict[tuple[int, ...], Future[list[RawItem]]] = {}
+        self._ahead: dict[tuple[int, ...], Future[_Read]] = {}
+        self.skipped: list[Skipped] = []  # in batches that were handed out, and not told yet
 
     def __call__(self, draws: int, indices: Sequence[int]) -> Batch:
         """The samples at `indices` of the global batch that begins at draw number `draws`."""
         wanted = tuple(draws + i for i in indices)
         ahead = self._ahead.pop(wanted, None)
-        items = self._read(wanted) if ahead is None else ahead.result()
-        return self.batch(items, given=self.begins(draws))
+        read = self._read(wanted) if ahead is None else ahead.result()
+        self.skipped += read.skipped
+        return self.batch(read.items, given=self.begins(draws))
 
     def begins(self, draws: int) -> bool:
         """Whether the global batch that begins at draw number `draws` begins with given frames.
@@ -69,13 +96,38 @@ class BatchLoader:
         wanted = tuple(draws + i for i in indices)
         self._ahead = {wanted: self._reader.submit(self._read, wanted)}
 
+    def take_skipped(self) -> list[Skipped]:
+        """What was skipped in batches since this was last asked."""
+        taken, self.skipped = self.skipped, []
+        return taken
+
     def close(self) -> None:
         """Stop reading ahead."""
         self._reader.shutdown(cancel_futures=True)
         self._ahead = {}  # a record in memory would keep its LMDB open
 
-    def _read(self, draws: Sequence[int]) -> list[RawItem]:
-        return [self.dataset.read(self.order[draw], self.parts) for draw in draws]
+    def _read(self, draws: Sequence[int]) -> _Read:
+        skipped: list[Skipped] = []
+        return _Read([self._read_one(draw, skipped) for draw in draws], skipped)
+
+    def _read_one(self, draw: int, skipped: list[Skipped]) -> RawItem:
+        """The record of a draw, or another in its place, which is added to `skipped`."""
+        record, faults = self.order[draw], dict[int, str]()
+        for attempt in range(TRIES):
+            if record not in faults:
+                try:
+                    item = self.dataset.read(record, self.parts)
+                    check_finite(item, f"{self.run.config.data.path}: record {record}")
+                except DamagedRecordError as error:
+                    faults[record] = str(error)
+                else:
+                    skipped += [Skipped(draw, bad, record, why) for bad, why in faults.items()]
+                    return item
+            record = self.order.replacement(draw, attempt)
+        raise DamagedRecordError(
+            f"no record could be read in place of record {self.order[draw]}, {len(faults)} were "
+            f"tried: {next(iter(faults.values()))}; mend the data, then run the same command again"
+        )
 
     def batch(self, items: Sequence[RawItem], *, given: bool) -> Batch:
         """Records of one shape, encoded; `given`: they begin with their first latent frames."""

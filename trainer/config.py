@@ -146,7 +146,7 @@ class Config:
 CHANGEABLE = (
     "steps", "log_every", "save_every", "keep_checkpoints", "keep_every", "keep_best",
     "save_in_background", "save_failures", "timeout_s", "model_root",
-    "data.path", "data.text_embeddings", "accumulation", "sharding_strategy",
+    "data.path", "data.text_embeddings", "data.max_damaged", "accumulation", "sharding_strategy",
     "teacher.sharded", "generator.sharded", "critic.sharded",
     "loss.batched_guidance", "parallel", "validation", "health", "logging",
     "sampling.steps", "sampling.cfg_scale", "sampling.cfg_scale_low", "sampling.timestep_shift",

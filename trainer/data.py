@@ -22,6 +22,9 @@ class DataConfig:
     # image): of models that make clips with and without an image (TI2V), and of causal rollouts.
     # None = 1 with causal.given_first_frame, else 0. All samples of a batch begin alike.
     image_share: float | None = None
+    max_damaged: int = (
+        100  # records that cannot be read before a run stops; others take their place
+    )
 
     def problems(self, layout: CausalLayout | None, frames: int) -> Iterator[str]:
         """What is impossible about these settings for videos of `frames` latent frames.
@@ -29,6 +32,8 @@ class DataConfig:
         layout: how they fall into blocks; None = they are made whole.
         """
         share = self.image_share
+        if self.max_damaged < 0:
+            yield f"data.max_damaged: must be at least 0, got {self.max_damaged}"
         if share is None:
             return
         if not 0.0 <= share <= 1.0:

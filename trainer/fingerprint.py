@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -18,11 +19,16 @@ from torch import Tensor
 from trainer.bases import adapter_files
 from trainer.inputs import Inputs
 from trainer.run import Run
-from utils.data.dataset import Dataset, RawItem
+from utils.data.dataset import Dataset, captions
+from utils.data.lmdb_reading import DamagedRecordError
 from utils.weights import Weights
+
+log = logging.getLogger(__name__)
 
 SAMPLED_RECORDS = 16  # whose tensors are hashed
 ROWS = 2  # of each weight
+SHOWN = 8  # damaged records that are named
+DAMAGED = b"\0damaged\0"  # in the place of what cannot be read
 
 
 @dataclass(frozen=True)
@@ -61,11 +67,10 @@ class Fingerprint:
 def fingerprint(run: Run, inputs: Inputs) -> Fingerprint:
     """That of a run's data, and of the weights that its roles begin with."""
     data = inputs.dataset
-    captions = (data.prompt(i).encode() + b"\0" for i in range(len(data)))
     return Fingerprint(
         records=len(data),
-        captions=_digest(captions),
-        tensors=_digest(chain.from_iterable(map(_tensors, _sampled(data)))),
+        captions=_digest(_captions(data)),
+        tensors=_digest(_tensors(data)),
         weights={role: _begins(run, role) for role in run.models},
     )
 
@@ -78,16 +83,35 @@ def _begins(run: Run, role: str) -> str:
     return _digest(chain(_rows(run.weights(role)), (_bytes(t) for pair in adapters for t in pair)))
 
 
-def _sampled(data: Dataset) -> Iterator[RawItem]:
+def _captions(data: Dataset) -> Iterator[bytes]:
+    """Every caption; one that is damaged is told, and is another than it was."""
+    damaged = []
+    for index, caption in enumerate(captions(data)):
+        if caption is None:
+            damaged.append(index)
+        yield DAMAGED if caption is None else caption.encode() + b"\0"
+    if damaged:
+        more = ", ..." if len(damaged) > SHOWN else ""
+        log.warning(
+            "data.path: the captions of %d records are damaged: %s%s; training skips them",
+            len(damaged), ", ".join(map(str, damaged[:SHOWN])), more,
+        )  # fmt: skip
+
+
+def _tensors(data: Dataset) -> Iterator[bytes]:
+    """The tensors of some records; what is damaged is told."""
     count = min(SAMPLED_RECORDS, len(data))
     for i in range(count):
-        yield data[i * (len(data) - 1) // max(1, count - 1)]
-
-
-def _tensors(item: RawItem) -> Iterator[bytes]:
-    for tensor in (item.latents, item.trajectory, item.image):
-        if tensor is not None:
-            yield _bytes(tensor)
+        index = i * (len(data) - 1) // max(1, count - 1)
+        try:
+            item = data[index]
+        except DamagedRecordError as error:
+            log.warning("data.path: record %d is damaged: %s; training skips it", index, error)
+            yield DAMAGED
+            continue
+        for tensor in (item.latents, item.trajectory, item.image):
+            if tensor is not None:
+                yield _bytes(tensor)
 
 
 def _rows(weights: Weights) -> Iterator[bytes]:

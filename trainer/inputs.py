@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from utils.data.dataset import (
     RawItem,
     RecordShapes,
     TrajectoryManifest,
+    captions,
     open_dataset,
 )
 from utils.data.embeddings import EmbeddingReader, check_embeddings
+from utils.data.lmdb_reading import DamagedRecordError
 from utils.data.prompts import read_prompt_file
 from utils.distributed import Session
 from utils.health.settings import HealthConfig
@@ -301,19 +305,27 @@ def _fixed(
             )
         return [RawItem(prompt) for prompt in read_prompt_file(Path(file))[:count]]
     if not run.begins_with_given:
-        return [RawItem(dataset.prompt(i)) for i in range(min(count, len(dataset)))]
+        whole = (caption for caption in captions(dataset) if caption is not None)
+        return [RawItem(caption) for caption in islice(whole, count)]
     fitting = [
         record
         for shapes, records in dataset.buckets.items()
         if shapes.video(shape, run.model.latent.spatial_stride) == shape
-        for record in records[:count]
+        for record in records
     ]
     if asked.every and not fitting:
         raise ConfigError(
             f"latent_shape: {section} samples {list(shape)}, but no record of {config.data.path} "
             f"has that shape; choose one of the data's"
         )
-    return [dataset[i] for i in sorted(fitting)[:count]]
+    return list(islice(_whole(dataset, sorted(fitting)), count))
+
+
+def _whole(dataset: Dataset, records: Iterable[int]) -> Iterator[RawItem]:
+    """Those of some records that can be read."""
+    for record in records:
+        with contextlib.suppress(DamagedRecordError):
+            yield dataset[record]
 
 
 def needed_prompts(config: Config, dataset: Dataset) -> list[str]:
@@ -322,7 +334,7 @@ def needed_prompts(config: Config, dataset: Dataset) -> list[str]:
     for asked in (config.validation, config.health):
         if asked.prompts is not None:
             prompts += read_prompt_file(Path(asked.prompts))[: asked.count]
-    return prompts + [dataset.prompt(i) for i in range(len(dataset))]
+    return prompts + [caption for caption in captions(dataset) if caption is not None]
 
 
 def _open_embeddings(run: Run, dataset: Dataset) -> EmbeddingReader | None:

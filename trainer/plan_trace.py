@@ -142,6 +142,10 @@ class Spokesman(Session):
         """See Session."""
         return flag
 
+    def any_of(self, *flags: bool) -> tuple[bool, ...]:
+        """See Session."""
+        return flags
+
     def from_main(self, value: str) -> str:
         """See Session."""
         return value

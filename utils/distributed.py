@@ -70,11 +70,15 @@ class Session:
 
     def any(self, flag: bool) -> bool:
         """Whether any rank raised `flag`. Collective on the CPU: no device is waited for."""
+        return self.any_of(flag)[0]
+
+    def any_of(self, *flags: bool) -> tuple[bool, ...]:
+        """`any` of several flags at once. Collective on the CPU."""
         if self.world_size == 1:
-            return flag
-        raised = torch.tensor(int(flag))
+            return flags
+        raised = torch.tensor([int(flag) for flag in flags])
         dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.channel)
-        return bool(raised)
+        return tuple(map(bool, raised.tolist()))
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -11,13 +11,24 @@ from pathlib import Path
 
 _PROBE_BYTES = 2**20
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust writes it, in the messages of safetensors
+_PART = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.part(\.[^.]*)?")  # what is half written
 
 
 @contextlib.contextmanager
-def replaced_atomically(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write; on success it takes the place of `path`, durably."""
+def replaced_atomically(path: Path, parts: Path | None = None) -> Iterator[Path]:
+    """Give a temporary path to write; on success it takes the place of `path`, durably.
+
+    What a killed process left half written of the same file is removed. parts: a folder for the
+    temporary path, if it is on the same file system; None = beside `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
+    folder = path.parent
+    if parts is not None and parts.stat().st_dev == folder.stat().st_dev:
+        folder = parts
+    for old, name in _abandoned(folder).items():
+        if name == path.name:
+            old.unlink(missing_ok=True)
+    part = folder / f".{path.name}.{os.getpid()}.part{path.suffix}"
     try:
         with writing(part, told_as=path):
             yield part
@@ -30,9 +41,35 @@ def replaced_atomically(path: Path) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left half written in a folder and its sub-folders."""
-    for path in folder.rglob(".*.part*"):
-        if re.fullmatch(r"\..+\.\d+\.part(\.[^.]*)?", path.name) and path.is_file():
-            path.unlink(missing_ok=True)
+    for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        for part in _abandoned(inner):
+            part.unlink(missing_ok=True)
+
+
+def _abandoned(folder: Path) -> dict[Path, str]:
+    """Half written files of a folder whose writers are gone, and what each was to be called."""
+    if not folder.is_dir():
+        return {}
+    with os.scandir(folder) as entries:
+        found = [(Path(entry.path), _PART.fullmatch(entry.name)) for entry in entries]
+    return {
+        path: match["name"]
+        for path, match in found
+        if match and path.is_file() and not _writes(int(match["process"]))
+    }
+
+
+def _writes(process: int) -> bool:
+    """Whether another process of this machine has that number, which may still be writing."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -22,12 +22,12 @@ def content_hash(path: Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def sha256_of(files: Mapping[str, Path]) -> dict[str, str]:
+def sha256_of(files: Mapping[str, Path], what: str = "weights") -> dict[str, str]:
     """The SHA-256 of each file in hexadecimal, under the same names; large ones with a bar."""
     total = sum(path.stat().st_size for path in files.values())
     digests = {}
     with tqdm(
-        total=total, desc="hashing weights", unit="B", unit_scale=True, disable=total < SLOW_BYTES
+        total=total, desc=f"hashing {what}", unit="B", unit_scale=True, disable=total < SLOW_BYTES
     ) as bar:
         for name, path in files.items():
             digest = hashlib.sha256()

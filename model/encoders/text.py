@@ -85,7 +85,10 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer  # slow to import
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder))
+        # A folder may ask for code of its own to be run; it is not, nor is anybody asked whether.
+        return AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
     except Exception as error:  # damaged files raise many types, some of them bare Exception
         reason = " ".join(str(error).split())
         raise WeightsError(f"{folder}: not a readable tokenizer: {reason}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol, get_args
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from utils import shipped
 from utils.claims import REPORT, SETTINGS
+from utils.data.lmdb_reading import DamagedRecordError
 from utils.data.prompts import read_prompt_folder, read_prompts
 from utils.data.shards import ShardReader, shard_paths
 from utils.errors import NotFoundError, UserError
@@ -162,6 +163,23 @@ class TrajectoryManifest:
     images: bool = False  # whether all states begin with an image as their first latent frame
 
 
+def captions(dataset: Dataset) -> Iterator[str | None]:
+    """The caption of every record, in order; None = it cannot be read."""
+    for index in range(len(dataset)):
+        try:
+            yield dataset.prompt(index)
+        except DamagedRecordError:
+            yield None
+
+
+def check_finite(item: RawItem, what: str) -> None:
+    """Raise DamagedRecordError if a record holds NaN or infinity. what: names it."""
+    for name in ("latents", "trajectory"):
+        values = getattr(item, name)
+        if values is not None and not bool(values.isfinite().all()):
+            raise DamagedRecordError(f"{what}: its {name} hold values that are not finite")
+
+
 def open_dataset(path: Path) -> Dataset:
     """Open what lies at `path`: prompts (see read_prompts), or a folder of LMDB shards.
 
@@ -201,6 +219,7 @@ class DataOrder:
     def __init__(self, buckets: Sequence[Sequence[int]], batch_size: int, seed: int) -> None:
         self._buckets = buckets
         self._batch_size = batch_size
+        self._seed = seed
         self._batches = [max(1, round(len(records) / batch_size)) for records in buckets]
         self._permutation = functools.lru_cache(maxsize=2 * len(buckets))(
             lambda size, epoch: torch.randperm(
@@ -212,10 +231,24 @@ class DataOrder:
             lambda epoch: _shuffled_slots(batches, generator(seed, "buckets", epoch))
         )
 
-    def __getitem__(self, draw: int) -> int:
+    def replacement(self, draw: int, attempt: int) -> int:
+        """Another record for a draw whose own cannot be read: of its bucket, keyed as all is.
+
+        attempt: which one, from 0 on, as they may be damaged too.
+        """
+        bucket, _, _, _ = self._slot(draw)
+        records = self._buckets[bucket]
+        rng = generator(self._seed, "replacement", draw, attempt)
+        return records[int(torch.randint(len(records), (), generator=rng))]
+
+    def _slot(self, draw: int) -> tuple[int, int, int, int]:
+        """The bucket of a draw, its batches in this epoch before, the epoch, place in the batch."""
         batch, place = divmod(draw, self._batch_size)
         epoch, slot = divmod(batch, sum(self._batches))
-        bucket, earlier = self._slots(epoch)[slot]
+        return *self._slots(epoch)[slot], epoch, place
+
+    def __getitem__(self, draw: int) -> int:
+        bucket, earlier, epoch, place = self._slot(draw)
         records = self._buckets[bucket]
         read = (epoch * self._batches[bucket] + earlier) * self._batch_size + place
         return records[self._permutation(len(records), read // len(records))[read % len(records)]]

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import lmdb
 import numpy as np
 import torch
 from torch import Tensor
 
 from utils.config import ConfigError
-from utils.data.lmdb_files import begun, open_to_read, open_to_write, put
+from utils.data.lmdb_files import begun, open_to_write, put
+from utils.data.lmdb_reading import DamagedRecordError, LmdbReader
 from utils.data.shards import shard_paths
 from utils.errors import NotFoundError, UserError
 from utils.records import DamagedError, read_manifest
@@ -67,7 +67,7 @@ class EmbeddingReader:
         self.text_len = manifest.text_len
         self.text_dim = manifest.text_dim
         self.dtype: torch.dtype = getattr(torch, manifest.dtype)
-        self._envs = {path.name: open_to_read(path) for path in shard_paths(folder) if begun(path)}
+        self._files = {path.name: LmdbReader(path) for path in shard_paths(folder) if begun(path)}
 
     def __enter__(self) -> EmbeddingReader:
         return self
@@ -76,9 +76,9 @@ class EmbeddingReader:
         self.close()
 
     def close(self) -> None:
-        """Let go of the files: LMDB takes none twice in a process."""
-        for env in self._envs.values():
-            env.close()
+        """Let go of the files."""
+        for file in self._files.values():
+            file.close()
 
     def __call__(self, prompts: list[str]) -> Tensor:
         """[B, L, D], as the text encoder gives them one by one: same bits, zeros past the end.
@@ -92,54 +92,52 @@ class EmbeddingReader:
 
     def missing(self, prompts: Sequence[str]) -> list[str]:
         """Those that are not stored, each once, in their order. Reads no states."""
-        absent = set()
+        absent: set[str] = set()
         for name, some in by_shard(prompts).items():
-            if name not in self._envs:
-                absent.update(some)
-                continue
-            with self._envs[name].begin(buffers=True) as transaction:
-                absent.update(p for p in some if self._states(transaction, p) is None)
+            file = self._files.get(name)
+            absent.update(p for p in some if file is None or not self._holds(file, p))
         return [prompt for prompt in dict.fromkeys(prompts) if prompt in absent]
 
     def prompts(self) -> Iterator[str]:
         """All that are stored, in no order that means anything."""
-        for env in self._envs.values():
-            with env.begin() as transaction, transaction.cursor() as cursor:
-                cursor.set_range(PROMPT)
-                for key, value in cursor:
-                    if not key.startswith(PROMPT):
-                        break
-                    yield value.decode()
+        for file in self._files.values():
+            for _, value in file.items(PROMPT):
+                yield value.decode()
 
     def _read(self, prompt: str, into: np.ndarray) -> None:
         """Copy a prompt's states to the beginning of some bytes."""
-        name = _shard(_hash(prompt))
-        if name in self._envs:
-            with self._envs[name].begin(buffers=True) as transaction:
-                stored = self._states(transaction, prompt)
-                if stored is not None:
-                    into[: len(stored)] = np.frombuffer(stored, np.uint8)
-                    return
-        raise UserError(
-            f"{self.folder}: holds no states of the prompt {_shown(prompt)}; add it with "
-            f"{_command(self.folder)} (--prompt_path takes prompts beside the run's own)"
-        )
+        file, key = self._files.get(_shard(_hash(prompt))), STATES + _hash(prompt)
+        if file is None or not self._holds(file, prompt):
+            raise UserError(
+                f"{self.folder}: holds no states of the prompt {_shown(prompt)}; add it with "
+                f"{_command(self.folder)} (--prompt_path takes prompts beside the run's own)"
+            )
+        try:
+            found = file.get(key) or b""
+        except DamagedRecordError as error:
+            raise self._damaged(prompt, error) from error
+        if len(found) > len(into):
+            raise self._damaged(prompt, f"{len(found)} bytes, at most {len(into)} are expected")
+        into[: len(found)] = np.frombuffer(found, np.uint8)
 
-    def _states(self, transaction: lmdb.Transaction, prompt: str) -> bytes | memoryview | None:
-        """Where a prompt's states lie, not read yet; None = not stored."""
+    def _holds(self, file: LmdbReader, prompt: str) -> bool:
+        """Whether a prompt's states are there; they are not read yet."""
         digest = _hash(prompt)
         try:
-            stored, states = transaction.get(PROMPT + digest), transaction.get(STATES + digest)
-        except lmdb.Error as error:
-            raise UserError(
-                f"{self.folder}: damaged where {_shown(prompt)} is stored: {error}; make it anew"
-            ) from error
-        if stored is not None and bytes(stored) != prompt.encode():
+            there, found = file.get(PROMPT + digest), file.has(STATES + digest)
+        except DamagedRecordError as error:
+            raise self._damaged(prompt, error) from error
+        if there is not None and there != prompt.encode():
             raise UserError(
                 f"{self.folder}: holds another prompt under the hash of {_shown(prompt)}: "
-                f"{_shown(bytes(stored).decode())}; reword one of them"
+                f"{_shown(there.decode(errors='replace'))}; reword one of them"
             )
-        return states
+        return found
+
+    def _damaged(self, prompt: str, why: object) -> DamagedRecordError:
+        return DamagedRecordError(
+            f"{self.folder}: damaged where {_shown(prompt)} is stored: {why}; make it anew"
+        )
 
 
 class EmbeddingWriter:

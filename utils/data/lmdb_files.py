@@ -1,14 +1,14 @@
-"""LMDB files, whatever they hold: read only if they are whole, and written in one step."""
+"""LMDB files, whatever they hold: written in one step, and only if what is there is whole."""
 
 from __future__ import annotations
 
-import gc
 import resource
 from collections.abc import Mapping
 from pathlib import Path
 
 import lmdb
 
+from utils.data.lmdb_reading import LmdbReader
 from utils.errors import UserError
 
 GROWTH = 2  # a full map is reopened this many times larger
@@ -36,33 +36,6 @@ def allow_open(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def open_to_read(path: Path) -> lmdb.Environment:
-    """The LMDB in a folder. Raises ValueError that names the folder if it is none, or cut off."""
-    try:
-        env = _open_to_read(path)
-    except lmdb.Error:
-        # LMDB opens a folder once in a process; who had it before may be dropped already, in a
-        # circle of references that waits for its collection.
-        gc.collect()
-        try:
-            env = _open_to_read(path)
-        except lmdb.Error as error:
-            raise UserError(f"{path}: not readable as LMDB: {error}") from error
-    # LMDB maps the file into memory: reading past the end of a cut one kills the process.
-    size, whole = (path / "data.mdb").stat().st_size, _used_bytes(env)
-    if size < whole:
-        raise UserError(f"{path}: cut off, data.mdb has {size} of {whole} bytes; copy it again")
-    return env
-
-
-def _open_to_read(path: Path) -> lmdb.Environment:
-    return lmdb.open(str(path), readonly=True, lock=False, readahead=False, subdir=True)
-
-
-def _used_bytes(env: lmdb.Environment) -> int:
-    return (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-
-
 def open_to_write(path: Path) -> lmdb.Environment:
     """The LMDB in a folder, made if there is none, for one process at a time.
 
@@ -70,11 +43,18 @@ def open_to_write(path: Path) -> lmdb.Environment:
     """
     path.mkdir(parents=True, exist_ok=True)
     if begun(path):
-        open_to_read(path).close()
+        LmdbReader(path).close()
     try:
         return lmdb.open(str(path), map_size=FIRST_MAP_BYTES, subdir=True, lock=False)
     except lmdb.Error as error:
         raise _unwritten(str(path), error) from error
+
+
+def stored(env: lmdb.Environment, key: str) -> bytes | None:
+    """What is under a key of an LMDB that is written to."""
+    with env.begin() as transaction:
+        value = transaction.get(key.encode())
+    return None if value is None else bytes(value)
 
 
 def put(env: lmdb.Environment, records: Mapping[bytes, bytes]) -> None:

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
-import lmdb
 import numpy as np
 import torch
 from torch import Tensor
 
-from utils.data.lmdb_files import allow_open, open_to_read, open_to_write, put
+from utils.data.lmdb_files import allow_open, open_to_write, put, stored
+from utils.data.lmdb_reading import DamagedRecordError, LmdbReader
 from utils.errors import NotFoundError, UserError
 
 PICTURES_TRIED = 16  # records of another system's shard that may tell the pictures' size
@@ -31,7 +31,7 @@ class ShardWriter:
 
     def __init__(self, path: Path) -> None:
         self._env = open_to_write(path)
-        self._rows = _rows(self._env)
+        self._rows = (*self._shape("prompts"), 0)[0]
 
     @property
     def rows(self) -> int:
@@ -88,17 +88,16 @@ class ShardWriter:
             )
 
     def _row_shape(self, name: str) -> tuple[int, ...]:
-        return _shape(self._env, name)[1:]
+        return self._shape(name)[1:]
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return _shape(Path(self._env.path()), name, stored(self._env, f"{name}_shape"))
 
     def _tensor_records(self, name: str, stored: Tensor) -> dict[bytes, bytes]:
         shape = " ".join(map(str, (self._rows + len(stored), *stored.shape[1:])))
         values = stored.contiguous().cpu().numpy()
         rows = {f"{name}_{self._rows + i}_data".encode(): r.tobytes() for i, r in enumerate(values)}
         return {f"{name}_shape".encode(): shape.encode(), **rows}
-
-
-class DamagedRecordError(UserError):
-    """A record that cannot be what was written."""
 
 
 class Shard:
@@ -110,8 +109,8 @@ class Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = path.name
-        self._env = open_to_read(path)
-        self.rows = _rows(self._env)
+        self._file = LmdbReader(path)
+        self.rows = (*self._shape("prompts"), 0)[0]
         self.latent_shape = self._row_shape("latents", "F C H W", 4)  # [C, F, H, W]
         self.trajectory_shape = self._row_shape("trajectories", "S F C H W", 5)  # [S, C, F, H, W]
         self.image_shape = self._image_shape()  # (H, W)
@@ -173,13 +172,16 @@ class Shard:
 
     def _get(self, row: int, name: str) -> tuple[str, bytes]:
         key = f"{name}_{row}_data"
-        value = _value(self._env, key)
+        value = self._file.get(key.encode())
         if value is None:
             raise DamagedRecordError(f"{self.path}: record {row} has no '{key}'")
         return key, value
 
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return _shape(self.path, name, self._file.get(f"{name}_shape".encode()))
+
     def _row_shape(self, name: str, letters: str, dims: int) -> tuple[int, ...] | None:
-        shape = _shape(self._env, name)[1:]
+        shape = self._shape(name)[1:]
         if not shape:
             return None
         if len(shape) != dims:
@@ -189,7 +191,7 @@ class Shard:
         return _frames_first(shape)
 
     def _image_shape(self) -> tuple[int, int] | None:
-        shape = _shape(self._env, "img")
+        shape = self._shape("img")
         if not shape:
             return None
         if len(shape) == 4 and shape[3] == 3:
@@ -300,26 +302,12 @@ def _frames_first(shape: Sequence[int]) -> tuple[int, ...]:
     return (*rest, second, first, height, width)
 
 
-def _shape(env: lmdb.Environment, name: str) -> tuple[int, ...]:
-    key = f"{name}_shape"
-    value = _value(env, key) or b""
+def _shape(shard: Path, name: str, value: bytes | None) -> tuple[int, ...]:
+    """What a shard holds under `<name>_shape`; empty if it has no such key."""
     try:
-        return tuple(int(word) for word in value.split())
+        return tuple(int(word) for word in (value or b"").split())
     except ValueError as error:
+        assert value is not None
         raise UserError(
-            f"{env.path()}: '{key}' must hold whole numbers, got {value[:40]!r}"
+            f"{shard}: '{name}_shape' must hold whole numbers, got {value[:40]!r}"
         ) from error
-
-
-def _value(env: lmdb.Environment, key: str) -> bytes | None:
-    try:
-        with env.begin() as transaction:
-            value = transaction.get(key.encode())
-    except lmdb.Error as error:
-        raise UserError(f"{env.path()}: '{key}' is not readable: {error}") from error
-    return None if value is None else bytes(value)
-
-
-def _rows(env: lmdb.Environment) -> int:
-    shape = _shape(env, "prompts")
-    return shape[0] if shape else 0

@@ -12,38 +12,58 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from utils.errors import NotFoundError, UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# Whatever a suffix says, the bytes must be of one of these: Pillow would run a program for others
+# (PostScript), and parsers that nobody uses are where faults are found.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+MAX_PIXELS = 2**26  # 8192 x 8192, for which reading takes up to 1.5 GB of memory
 Scale = Literal["bicubic", "lanczos"]
-# What Pillow raises for files that are torn, of another kind, or far too large.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# What Pillow raises for files that are torn or damaged.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError)
 
 
 def read_image(path: Path) -> Tensor:
     """One picture as uint8 [3, H, W], turned as its EXIF data tell.
 
     Grey and palette become RGB, transparency is laid over white, an animation gives its first
-    picture. Raises FileNotFoundError, or ValueError with the file's name if it cannot be read.
+    picture. Raises FileNotFoundError, or ValueError with the file's name if it cannot be read, is
+    of none of FORMATS or has more than MAX_PIXELS, which is seen before anything is decoded.
     """
     if not path.is_file():
         raise NotFoundError(f"{path}: no such image")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UserError(_too_large(path, f"{image.height} x {image.width}"))
             pixels = np.array(_rgb(ImageOps.exif_transpose(image)))
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UserError(_too_large(path, "too many")) from error
+    except UnidentifiedImageError as error:
+        raise UserError(
+            f"{path}: not readable as an image: its content is none of {', '.join(FORMATS)}"
+        ) from error
     except UNREADABLE as error:
         reason = str(error).partition("\n")[0].replace(f" {str(path)!r}", "")
         raise UserError(f"{path}: not readable as an image: {reason}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
+def _too_large(path: Path, size: str) -> str:
+    return f"{path}: has {size} pixels; at most {MAX_PIXELS} are read, scale it down"
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut at 255
-        grey = np.asarray(image).astype(np.float64) * (255.0 / 65535.0)
-        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        grey = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        grey += 128  # 257 steps to one of 8 bits: no value lies half way between two
+        return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         opaque = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(opaque, image.convert("RGBA")).convert("RGB")

@@ -6,7 +6,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from utils.config import ConfigError
 from utils.distributed import Session
 from utils.files import write_text
 from utils.hashes import sha256_of
+from utils.media.clip_files import absent, forget_notes, noted, whole_clips
+from utils.media.video import Extent
 from utils.records import MANIFEST, DamagedError, from_json, read_mapping
 from utils.weights import INDEX_SUFFIX
 
@@ -44,6 +46,7 @@ class ClipRecord:
     width: int
     images: list[str]  # files that it begins and ends with, as they were given
     images_sha256: list[str]
+    sha256: str | None = field(default=None, compare=False)  # of the file; None = not written yet
 
 
 # Where safetensors files are whose folder stands for them: adapters, and the experts of a pair.
@@ -121,25 +124,42 @@ def claim_folder(
     weights: Sequence[Path],
     clips: Sequence[ClipRecord],
     session: Session,
-) -> None:
+) -> frozenset[str]:
     """Write settings.json and the manifest of clips to be made, on the main rank. Collective.
 
-    settings: what all clips share, fit for JSON. weights: the network's, see `weight_files`, then
-    those of each adapter on it. Raises ConfigError, on all ranks, if the folder holds clips of
-    other settings, weights, prompts or images, or if ranks found different weights.
+    Returns, on every rank, the names of those that are there and whole: the others, among them
+    damaged ones, are to be made. settings: what all clips share, fit for JSON, `frames` among it.
+    weights: the network's, see `weight_files`, then those of each adapter on it. Raises
+    ConfigError, on all ranks, if the folder holds clips of other settings, weights, prompts or
+    images, or if ranks found different weights.
     """
     found = sorted(set(session.gather(", ".join(map(str, weights)))))
     if len(found) > 1:
         raise ConfigError(f"a run goes on saving: ranks found {found}; begin again")
     claim = Claim(folder, settings, holds="clips", older=OLDER)
-    session.on_main(lambda: _begin(claim, weights, clips, session.device))
+    whole: set[str] = set()
+    session.on_main(lambda: whole.update(_begin(claim, weights, clips, session.device)))
+    return frozenset(json.loads(session.from_main(json.dumps(sorted(whole)))))
 
 
-def finish_manifest(folder: Path) -> None:
-    """Note in the manifest that all its clips are there, if they are."""
+def finish_manifest(folder: Path, written: Iterable[Mapping[str, str]]) -> None:
+    """Note in the manifest the clips that were made, and that all are there, if they are.
+
+    written: of each rank the SHA-256 of its clips, by file, see `ClipNotes`.
+    """
     manifest = _read(folder)
-    complete = all((folder / clip.file).is_file() for clip in manifest["clips"])
-    _write(folder, {**manifest, "complete": complete})
+    clips = manifest["clips"]
+    for digests in written:
+        clips = _with_digests(clips, digests)
+    complete = not absent(folder, (clip.file for clip in clips))
+    _write(folder, {**manifest, "complete": complete, "clips": clips})
+    forget_notes(folder)
+
+
+def _with_digests(
+    clips: Sequence[ClipRecord], digests: Mapping[str, str] | Mapping[str, str | None]
+) -> list[ClipRecord]:
+    return [replace(clip, sha256=digests.get(clip.file, clip.sha256)) for clip in clips]
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -156,10 +176,12 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _begin(
     claim: Claim, weights: Sequence[Path], clips: Sequence[ClipRecord], device: torch.device
-) -> None:
+) -> set[str]:
+    """What `claim_folder` does on the main rank; returns the clips that are there and whole."""
     claim.check()
     folder, before = claim.folder, _read(claim.folder)
-    every = _continued(folder, before.get("clips", ()), clips)
+    earlier = _with_digests(before.get("clips", ()), noted(folder))
+    every = _continued(folder, earlier, clips)
     digests = sha256_of(weight_files(weights[0]) | adapter_files(weights[1:]))
     if before.get("weights_sha256", digests) != digests:
         told = " or ".join(map(str, weights))
@@ -168,11 +190,18 @@ def _begin(
             f"use another folder"
         )
     made_by, here = before.get("made_by", []), environment(device)
-    if here not in made_by and not all((folder / clip.file).is_file() for clip in clips):
+    known = {clip.file: clip.sha256 for clip in earlier if clip.sha256 is not None}
+    frames = int(str(claim.settings.get("frames", 1)))
+    extents = {clip.file: Extent(frames, clip.height, clip.width) for clip in clips}
+    whole = whole_clips(folder, extents, known)
+    if here not in made_by and len(whole) < len(clips):
         made_by = [*made_by, here]
     claim.begin()
     shared = {"complete": False, **claim.settings, "weights_sha256": digests}
+    every = _with_digests(every, known | dict.fromkeys(extents) | whole)
     _write(folder, {**shared, "made_by": made_by, "clips": every})
+    forget_notes(folder)
+    return set(whole)
 
 
 def _write(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -204,5 +233,5 @@ def _continued(
 def _difference(old: ClipRecord | None, new: ClipRecord) -> str:
     if old is None:
         return f"{MANIFEST} does not know it"
-    was, is_ = asdict(old), asdict(new)
+    was, is_ = asdict(replace(old, sha256=None)), asdict(replace(new, sha256=None))
     return "; ".join(f"{k} was {was[k]!r:.80}, is {is_[k]!r:.80}" for k in was if was[k] != is_[k])

@@ -1,18 +1,20 @@
-"""Clips on disk and on paper: mp4 through imageio, frames from any video, contact sheets as PNG.
+"""Clips on disk and on paper: mp4 through ffmpeg, frames from any video, contact sheets as PNG.
 
 Clips here are [3, P, H, W] in [0, 1]; frames that are read are uint8 [3, H, W].
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import tempfile
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import IO
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 from imageio_ffmpeg import get_ffmpeg_exe
@@ -22,6 +24,8 @@ from torch import Tensor
 from utils.config import ConfigError
 from utils.errors import NotFoundError, UserError
 from utils.files import replaced_atomically
+from utils.hashes import content_hash
+from utils.media.images import MAX_PIXELS
 
 MIN_SIDE = 256  # smaller clips are enlarged by a whole factor, or players blur them
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
@@ -56,19 +60,111 @@ def enlarge(frames: np.ndarray, min_side: int = MIN_SIDE) -> np.ndarray:
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def save_mp4(clip: Tensor, path: Path, *, fps: float) -> None:
-    """Write one H.264 mp4 that any browser plays; the file appears whole or not at all."""
-    with replaced_atomically(path) as part:
-        iio.imwrite(
-            part,
-            enlarge(to_bytes(clip)),
-            fps=fps,
-            codec="libx264",
-            pixelformat="yuv420p",
-            macro_block_size=2,
-            ffmpeg_log_level="error",
-            output_params=["-crf", "16"],
+@dataclass(frozen=True)
+class Extent:
+    """How much a video holds."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.frames} frames of {self.height} x {self.width}"
+
+
+class BrokenClipError(UserError):
+    """A clip that is not what was written."""
+
+
+def written_extent(frames: int, height: int, width: int) -> Extent:
+    """What `save_mp4` makes of a clip: small ones are enlarged, sides become even."""
+    factor = -(-MIN_SIDE // min(height, width))
+    height, width = height * factor, width * factor
+    return Extent(frames, height + height % 2, width + width % 2)
+
+
+def save_mp4(clip: Tensor, path: Path, *, fps: float, parts: Path | None = None) -> str:
+    """Write one H.264 mp4 that any browser plays; returns the file's SHA-256.
+
+    The file appears when ffmpeg has ended well and what it wrote reads back whole, or not at all:
+    raises OSError if the disk takes no more, UserError if something else is wrong. parts: see
+    `replaced_atomically`.
+    """
+    assert clip.ndim == 4 and len(clip) == 3, f"clips are [3, P, H, W], got {tuple(clip.shape)}"
+    frames = enlarge(to_bytes(clip))
+    with replaced_atomically(path, parts) as part:
+        _encode(frames, part, path, fps)
+        check_clip(part, written_extent(*clip.shape[1:]), told_as=path)
+        return content_hash(part)
+
+
+def _encode(frames: np.ndarray, part: Path, path: Path, fps: float) -> None:
+    """Let ffmpeg write uint8 [P, H, W, 3] to `part`; raises UserError, of `path`, if it fails."""
+    height, width = frames.shape[1:3]
+    even = written_extent(len(frames), height, width)
+    words = [get_ffmpeg_exe(), "-y", "-hide_banner", "-v", "error", "-f", "rawvideo"]
+    words += ["-s", f"{width}x{height}", "-pix_fmt", "rgb24"]
+    words += ["-r", str(Fraction(fps).limit_denominator()), "-i", "-", "-an"]
+    words += ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "16"]
+    if (even.height, even.width) != (height, width):
+        words += ["-vf", f"scale={even.width}:{even.height}"]
+    words += ["-f", "mp4", f"file:{part}"]
+    with (
+        tempfile.TemporaryFile() as messages,
+        # A group of its own: Ctrl-C is this process's to answer.
+        subprocess.Popen(words, stdin=subprocess.PIPE, stderr=messages, process_group=0) as encoder,
+    ):
+        assert encoder.stdin is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it died, and its status tells
+                for frame in frames:
+                    encoder.stdin.write(frame.data)
+            with contextlib.suppress(BrokenPipeError):
+                encoder.stdin.close()
+            status = encoder.wait()
+        finally:
+            encoder.kill()
+            with contextlib.suppress(BrokenPipeError):
+                encoder.stdin.close()
+        messages.seek(0)
+        said = messages.read().decode(errors="replace").strip().splitlines()
+    if status:
+        reason = _plain(said[0]) if said else "without a word"
+        raise BrokenClipError(
+            f"{path}: could not be written: ffmpeg ended with status {status}: {reason}"
         )
+
+
+def check_clip(path: Path, expected: Extent, *, told_as: Path | None = None) -> None:
+    """Raise UserError unless a video can be read to its end and holds what is expected.
+
+    told_as: another name for the file in that error.
+    """
+    told = path if told_as is None else told_as
+    try:
+        found = video_extent(path)
+    except UserError as error:
+        raise BrokenClipError(str(error).replace(str(path), str(told))) from error
+    if found != expected:
+        raise BrokenClipError(f"{told}: holds {found}, expected {expected}")
+
+
+def video_extent(path: Path) -> Extent:
+    """How much a video holds, decoded to its end. Raises what `read_frames` raises."""
+    if not path.is_file():
+        raise NotFoundError(f"{path}: no such video")
+    words = [*_input(path, "-xerror", "-v", "error"), "-map", "0:V:0"]
+    words += ["-fps_mode", "passthrough", "-f", "framecrc", "-"]
+    done = subprocess.run(words, capture_output=True, check=False)
+    lines = done.stdout.decode(errors="replace").splitlines()
+    frames = sum(not line.startswith("#") for line in lines)
+    sizes = [size for line in lines if (size := re.match(r"#dimensions 0: (\d+)x(\d+)$", line))]
+    fault = _fault(path, done.stderr.decode(errors="replace"))
+    if fault is None and done.returncode:
+        fault = f"not readable as a video: ffmpeg ended with status {done.returncode}"
+    if fault is not None or not frames or not sizes:
+        raise UserError(f"{path}: {fault or 'holds no frame'} ({frames} frames could be read)")
+    return Extent(frames, height=int(sizes[0][2]), width=int(sizes[0][1]))
 
 
 def contact_sheet(
@@ -111,9 +207,14 @@ def _strip(clip: Tensor, frames: int, side: int, gap: int) -> Image.Image:
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Write one PNG; the file appears whole or not at all."""
+    """Write one PNG; the file appears whole, read back as it is, or not at all."""
     with replaced_atomically(path) as part:
         image.save(part, format="PNG")
+        try:
+            with Image.open(part, formats=["PNG"]) as written:
+                written.load()
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"{path}: does not read back: {type(error).__name__}") from error
 
 
 def read_frames(
@@ -177,8 +278,8 @@ def frame_rate(path: Path) -> float | None:
 
 
 def _input(path: Path, *options: str) -> list[str]:
-    containers = ("-format_whitelist", CONTAINERS)
-    return [get_ffmpeg_exe(), *FFMPEG, *containers, *options, "-i", f"file:{path}"]
+    limits = ("-format_whitelist", CONTAINERS, "-max_pixels", str(MAX_PIXELS))
+    return [get_ffmpeg_exe(), *FFMPEG, *limits, *options, "-i", f"file:{path}"]
 
 
 def _next_frame(stream: IO[bytes]) -> Tensor | None:
@@ -199,5 +300,10 @@ def _fault(path: Path, messages: str) -> str | None:
         return "an empty file"
     if "matches no streams" in messages:
         return "holds no video"
-    first = re.sub(r"^(\[[^\]]*\] *)+", "", messages.strip().partition("\n")[0])
+    first = _plain(messages.strip().partition("\n")[0])
     return f"not readable as a video: {first}" if first else None
+
+
+def _plain(line: str) -> str:
+    """What ffmpeg says, without which part of it speaks."""
+    return re.sub(r"^(\[[^\]]*\] *)+", "", line)

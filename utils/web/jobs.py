@@ -112,10 +112,12 @@ class JobQueue(Generic[P]):
 
     def result(self, job_id: str) -> Path:
         """Where the result of a job lies. Raises NotFound, or Conflict if the job is not done."""
-        job = self.find(job_id)
+        job, path = self.find(job_id), self._path(job_id)
         if job.state != "done":
             raise Conflict(f"job {job_id} has no result: it is {job.state}")
-        return self._path(job_id)
+        if not path.is_file():
+            raise NotFound(f"the result of job {job_id} was removed; submit the same again")
+        return path
 
     def _path(self, job_id: str) -> Path:
         return self._folder / f"{job_id}.mp4"

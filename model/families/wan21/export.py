@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from model.encoders.clip import MEAN, STD, read_image_encoder
 from model.encoders.clip import to_official as official_clip
+from model.encoders.text import load_tokenizer
 from model.encoders.umt5 import TIED, open_umt5
 from model.encoders.umt5 import to_official as official_umt5
 from model.encoders.vae import open_vae
@@ -256,7 +257,7 @@ def _index(source: ModelFolder, target: Path) -> dict[str, Any]:
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(target / "tokenizer"))
+    tokenizer = load_tokenizer(target / "tokenizer")
     name = type(tokenizer).__name__
     # The same class in transformers 5; in 4 the plain name is the slow one's.
     fast = f"{name}Fast" if hasattr(transformers, f"{name}Fast") else name

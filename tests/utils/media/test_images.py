@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import resource
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageFile
 from torch import Tensor
 
-from utils.media.images import describe_fit, fit, read_image
+from utils.media import images
+from utils.media.images import FORMATS, IMAGE_SUFFIXES, describe_fit, fit, read_image
 
 
 def saved(path: Path, image: Image.Image, **options: object) -> Path:
@@ -93,13 +97,98 @@ def test_a_torn_picture_names_its_file(tmp_path: Path, kind: str, left: float) -
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_picture_too_large_to_be_one_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_sixteen_bits_of_grey_are_rounded_to_eight(tmp_path: Path) -> None:
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    grey = read_image(saved(tmp_path / "a.png", Image.fromarray(levels)))[0].numpy()
+    assert np.array_equal(grey, (levels.astype(np.float64) * (255.0 / 65535.0)).round())
+
+
+# ---- what nobody should open
+
+
+POSTSCRIPT = """%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 10 10
+%%EndComments
+(ran) (w) file closefile
+showpage
+%%EOF
+"""
+
+
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+def test_postscript_is_refused_under_every_name_and_no_program_is_run_for_it(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = saved(tmp_path / "a.png", Image.new("L", (100, 100)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match="not readable as an image: Image size"):
+    path = tmp_path / f"a{suffix}"
+    path.write_text(POSTSCRIPT, encoding="ascii")
+    assert Image.open(path).format == "EPS"  # what Pillow would make of it
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("ran"))
+    with pytest.raises(ValueError) as caught:
         read_image(path)
+    assert str(caught.value) == (
+        f"{path}: not readable as an image: its content is none of PNG, JPEG, WEBP, BMP, GIF, TIFF"
+    )
+
+
+@pytest.mark.parametrize("kind", ["PPM", "ICO", "PCX", "TGA", "PDF", "JPEG2000", "SGI", "DDS"])
+def test_formats_that_are_not_listed_are_refused_whatever_their_name(
+    kind: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (16, 16)).save(path, format=kind)
+    with pytest.raises(ValueError, match="its content is none of PNG, JPEG, "):
+        read_image(path)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_listed_format_is_read_under_the_name_of_another(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (16, 12), "white").save(path, format=kind)
+    assert colour(read_image(path)) == [255, 255, 255]
+
+
+def test_pictures_of_telephones_with_a_second_one_inside_are_read(tmp_path: Path) -> None:
+    first, second = (Image.new("RGB", (16, 16), c) for c in ("white", "black"))
+    path = saved(tmp_path / "a.jpg", first, format="MPO", save_all=True, append_images=[second])
+    assert colour(read_image(path)) == [255, 255, 255]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (32, 33)).save(path, format=kind)
+    monkeypatch.setattr(images, "MAX_PIXELS", 32 * 33)
+    assert read_image(path).shape == (3, 33, 32)
+    monkeypatch.setattr(images, "MAX_PIXELS", 32 * 33 - 1)
+    for name in ("load", "convert"):
+        monkeypatch.setattr(ImageFile.ImageFile, name, lambda *_, **__: pytest.fail("decoded"))
+    with pytest.raises(ValueError) as caught:
+        read_image(path)
+    assert str(caught.value) == (
+        f"{path}: has 33 x 32 pixels; at most 1055 are read, scale it down"
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "said"), [((8193, 8192), "8192 x 8193"), ((30000, 30000), "too many")]
+)
+def test_a_small_file_that_claims_many_pixels_costs_no_memory(
+    size: tuple[int, int], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.png"
+    body = b"IHDR" + struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
+    header = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    data = b"IDAT" + zlib.compress(bytes(1000))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + header
+        + struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+    )  # fmt: skip
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=f"has {said} pixels; at most 67108864 are read"):
+        read_image(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
 
 
 # ---- sizes

@@ -92,7 +92,7 @@ def test_an_mp4_of_odd_size_is_written(tmp_path: Path) -> None:
 
 
 def test_a_failed_mp4_leaves_no_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="1, 2, 3 or 4 channels"):
+    with pytest.raises(AssertionError, match=r"clips are \[3, P, H, W\], got \(5, 4, 32, 32\)"):
         save_mp4(torch.zeros(5, 4, 32, 32), tmp_path / "a.mp4", fps=8)
     assert list(tmp_path.iterdir()) == []
 
@@ -251,6 +251,15 @@ def test_a_list_that_names_another_video_is_not_followed(tmp_path: Path) -> None
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")
     with pytest.raises(ValueError, match=r"list\.mp4: not readable as a video: "):
         next(read_frames(tmp_path / "list.mp4"))
+
+
+def test_frames_of_too_many_pixels_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_video(tmp_path / "a.mp4", size=(32, 48))
+    monkeypatch.setattr(module, "MAX_PIXELS", 1000)
+    with pytest.raises(ValueError, match="Picture size 48x32 exceeds specified max pixel count"):
+        next(read_frames(path))
 
 
 def test_a_still_is_a_video_of_one_frame(tmp_path: Path) -> None:
