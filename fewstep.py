@@ -25,6 +25,7 @@ COMMANDS = {
     "fewstep-compare-adapters": "scripts.compare_adapters",
     "fewstep-benchmark": "scripts.benchmark",
     "fewstep-benchmark-rollout": "scripts.benchmark_rollout",
+    "fewstep-benchmark-saving": "scripts.benchmark_saving",
     "fewstep-benchmark-threads": "scripts.benchmark_threads",
 }
 

@@ -62,8 +62,7 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--run_folder", type=Path, help="what quickstart.sh made")
     result.add_argument(
-        "--output_path", type=Path, default=Path("compare.html"),
-        help="of --compare (default: %(default)s)",
+        "--output_path", type=Path, default=None, help="of --compare (default: compare.html)"
     )  # fmt: skip
     return result
 
@@ -176,8 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(write_report(args.logdir))
         else:
             runs = [read_run(folder) for folder in args.compare]
-            write_text(args.output_path, compare_page(runs))
-            print(args.output_path)
+            path = args.output_path or Path("compare.html")
+            write_text(path, compare_page(runs))
+            print(path)
     except USER_ERRORS as error:
         return fail(error)
     return 0

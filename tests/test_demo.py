@@ -341,9 +341,8 @@ def test_a_full_queue_refuses_more(tried: Demo, monkeypatch: pytest.MonkeyPatch)
 def test_the_page_fetches_nothing_from_outside(tried: Demo) -> None:
     page = tried.client.get("/").text
     names = re.findall(r'(?:href|src)="(static/[^"]+)"', page)
-    assert {Path(name).name for name in names} == {path.name for path in PAGE.glob("*.*")} - {
-        "index.html"
-    }
+    own = [path.name for path in PAGE.glob("*.*") if path.stem not in ("index", "report")]
+    assert sorted(Path(name).name for name in names) == sorted(own)
     for name in names:
         text = tried.client.get(f"/{name}").text
         assert not re.search(r"(?<!xmlns=\")https?://|url\(|@import", text), name

@@ -382,7 +382,7 @@ def test_frames_to_begin_with_that_latent_frames_cannot_hold_are_refused(
     ("name", "content", "message"),
     [
         ("first.png", None, "no such image"),
-        ("first.png", b"not an image", "not readable as an image: cannot identify image file"),
+        ("first.png", b"not an image", "not readable as an image: its content is none of PNG"),
         ("first.mp4", None, "no such video"),
         ("first.mp4", b"", "an empty file (0 frames could be read)"),
         ("first.mp4", b"not a video", "not readable as a video: "),

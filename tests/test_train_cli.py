@@ -490,6 +490,7 @@ def test_a_damaged_record_ends_a_run_with_a_line(
     line = words(configs["diffusion"], tmp_path / "run", f"data.path={shards}")
     assert train.main(line) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"error: {shards}/a: 'latents_0_data' has 5 bytes, expected 2560 for 5 x 16 x 4 x 4 of "
-        f"float16"
+        f"error: no record could be read in place of record 0, 1 were tried: {shards}/a: "
+        f"'latents_0_data' has 5 bytes, expected 2560 for 5 x 16 x 4 x 4 of float16; "
+        f"mend the data, then run the same command again"
     )

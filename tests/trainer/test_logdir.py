@@ -140,7 +140,7 @@ def test_what_torn_saves_left_is_removed_before_anything_is_written(
     logdir = cut_after(done, tmp_path / "run", 2)
     torn = logdir / "checkpoints" / "step_000003.tmp"
     shutil.copytree(step_folder(done, 3), torn)
-    (logdir / ".config.yaml.17.part.yaml").write_text("x")
+    (logdir / ".config.yaml.5000017.part.yaml").write_text("x")
     seen: list[list[str]] = []
     sign = FolderLock.sign
 

@@ -243,7 +243,7 @@ def test_what_torn_saves_have_left_is_removed(tmp_path: Path) -> None:
     shutil.copytree(path, tmp_path / "step_000001.old")
     shutil.copytree(path, tmp_path / "step_000002.tmp")
     (tmp_path / "step_000003.tmp").write_text("a file")
-    (tmp_path / ".latest.17.part").write_text("x")
+    (tmp_path / ".latest.5000017.part").write_text("x")
     checkpoint.tidy(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000001"]
 

@@ -83,7 +83,7 @@ def test_every_rank_finds_the_main_ranks_claim_or_is_told_why_not(tmp_path: Path
 def test_what_a_killed_call_left_half_written_is_removed_and_nothing_else(tmp_path: Path) -> None:
     claim(tmp_path, {})
     for name in (
-        ".a.pt.12.part.pt", "a.pt", ".hidden", ".my.part.pt", "sub/.b.json.7.part.json",
+        ".a.pt.5000012.part.pt", "a.pt", ".hidden", ".my.part.pt", "sub/.b.json.5000007.part.json",
         "sub/part.pt", "sub/.b.7.part/c.pt",
     ):  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
