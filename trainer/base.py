@@ -6,22 +6,24 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import record_function
 from tqdm import tqdm
 
 from model.base import Method
-from model.types import Batch, LossOutput
 from trainer.batches import BatchLoader
 from trainer.damage import DamageLog
 from trainer.health import HealthProbe
+from trainer.faults import Faults, LimitReachedError, Skipped, samples_of, weights_words
 from trainer.hooks import Hook, Moment, run_hooks
 from trainer.logdir import CHECKPOINTS, Claim
+from trainer.phases import Phase, TrainState
 from trainer.roles import Role, group_of, parameters_of, prefix_of
 from trainer.run import Run
 from trainer.saving import Saver
@@ -31,9 +33,10 @@ from utils import checkpoint
 from utils.distributed import Session
 from utils.ema import EMA
 from utils.errors import UserError
-from utils.metrics import Metrics, Tracker, not_finite
+from utils.finite import all_finite, marked, not_finite_in
+from utils.metrics import Metrics, Tracker
 from utils.parallel import keep_gathered
-from utils.seeding import StepRNG, step_rng
+from utils.seeding import step_rng
 
 log = logging.getLogger(__name__)
 
@@ -46,29 +49,6 @@ class Interrupted(KeyboardInterrupt):
 
 class RunFailedError(UserError):
     """The run cannot go on, and says why."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One loss within an outer step, and one update of each role that it moves."""
-
-    name: str  # of its randomness and its metrics
-    loss: Callable[[Batch, StepRNG], LossOutput]
-    roles: tuple[str, ...]  # whose weights it moves; of two experts, those that it reaches
-    hands_on: bool = False  # whether the phase after it is given the same samples of the data
-
-
-@dataclass
-class TrainState:
-    """All that a resumed run needs beside weights, averages and optimizer states."""
-
-    step: int = 0  # outer steps done
-    draws: int = 0  # samples taken from the data order so far, over all ranks
-    updates: dict[str, int] = field(default_factory=dict)  # optimizer updates per role
-
-    def updates_of(self, group: str) -> int:
-        """Those of a role, or of both of its experts together."""
-        return sum(count for name, count in self.updates.items() if group_of(name) == group)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,11 +81,13 @@ class Trainer(ABC):
         self.state = TrainState(updates=dict.fromkeys(parts.roles, 0))
         self.metrics = Metrics(parts.session)
         self.damage = DamageLog(parts.session, parts.logdir, self.config.data.max_damaged)
+        self.faults = Faults(self.config.faults, parts.logdir, parts.session)
         self.saver: Saver | None = None
         if parts.claim is not None:
             self.saver = Saver(self.config, parts.claim, parts.session)
         self._bar: tqdm[Any] = tqdm(disable=True)
         self._stop = StopRequest()
+        self._late = False  # whether a save was put off
 
     @abstractmethod
     def phases(self, step: int) -> Iterable[Phase]:
@@ -154,12 +136,34 @@ class Trainer(ABC):
         )
         with self._bar, self._stop.listening():
             while self.state.step < self.config.steps:
-                for phase in self.phases(self.state.step):
-                    self.optimise(phase)
-                self.state.step += 1
-                self.metrics.count_step()
-                self._bar.update()
-                self.after_step()
+                try:
+                    for phase in self.phases(self.state.step):
+                        self.optimise(phase)
+                    self.state.step += 1
+                    self.metrics.count_step()
+                    self._bar.update()
+                    self.after_step()
+                except LimitReachedError as limit:
+                    self.recover(limit)
+
+    def recover(self, limit: LimitReachedError) -> None:
+        """Go back to the newest checkpoint, and past the samples since, or raise. Collective."""
+        good = None if self.saver is None else self.saver.newest()
+        if good is None or not self.faults.may_roll_back(checkpoint.step_of(good)):
+            raise RunFailedError(self.faults.advice(str(limit), good)) from limit
+        step, draws = self.state.step, self.state.draws
+        self.load(good)
+        self.state.draws = max(draws, self.state.draws)
+        self.metrics.clear()
+        self._late = False
+        self.faults.rolled_back(step, self.state.step, self.state.draws)
+        if self.session.is_main:
+            log.warning(
+                "%s; rolled back to step %d, and on with other samples", limit, self.state.step
+            )
+            for tracker in self.parts.trackers:
+                tracker.rewind(self.state.step)
+        self._bar.n = self.state.step
 
     def optimise(self, phase: Phase) -> None:
         """One phase: micro-batches, then for each of its roles clipping, step, averaging.
@@ -167,11 +171,50 @@ class Trainer(ABC):
         The labels are what a profiler (scripts/benchmark.py) shows.
         """
         with self.only_trainable(phase.roles):
-            self.accumulate(phase)
+            losses = self.accumulate(phase)
+        moved = self.moved(phase)
+        norms = {name: self.clip(name) for name in moved}
+        if not all_finite(norms.values(), self.session.device):  # on all ranks, or on none
+            self.skip(phase, losses, norms)
+            return
+        self.faults.made(phase.name)
         self.state.draws = self.draws_after(phase)
-        for name in self.moved(phase):
+        for values in losses:
+            self.metrics.add(phase.name, values)
+        for name in moved:
+            self.metrics.add(name, {"grad_norm": norms[name]})
             self.apply_gradients(name)
             self.method.after_update(name)
+
+    def skip(
+        self, phase: Phase, losses: Sequence[Mapping[str, Tensor]], norms: Mapping[str, Tensor]
+    ) -> None:
+        """Make no update: a loss or gradient is not finite. Collective.
+
+        Raises LimitReachedError where that has happened too often.
+        """
+        for name in norms:
+            self.roles[name].clear_gradients()
+        first, self.state.draws = self.state.draws, self.draws_after(phase)
+        parts = [self.micro_batch(part) for part in range(self.config.accumulation)]
+        good = [bool(torch.isfinite(values["loss"])) for values in losses]
+        share = self.parts.batches.share(
+            [first + i for part in parts for i in part],
+            [not fine for part, fine in zip(parts, good, strict=True) for _ in part],
+        )
+        skipped = Skipped(
+            step=self.state.step + 1,
+            phase=phase.name,
+            norms={name: f"{float(norm):.4g}" for name, norm in norms.items()},
+            draws=(first, first + self.config.batch_size),
+            samples=samples_of(self.session.gather(share)),
+        )
+        self.faults.skip(skipped, self.unfit())
+
+    def unfit(self) -> list[str]:
+        """What of the state is not finite on any rank, by name. Collective."""
+        found = self.session.gather(not_finite_in(self.state_dict()))
+        return sorted({name for names in found for name in names})
 
     def moved(self, phase: Phase) -> list[str]:
         """The roles that have gradients of a phase: of two experts those that a loss reached."""
@@ -182,9 +225,10 @@ class Trainer(ABC):
         """The role of this name, or the roles of its experts."""
         return [name for name in self.roles if group_of(name) == group]
 
-    def accumulate(self, phase: Phase) -> None:
-        """The gradients of one global batch."""
+    def accumulate(self, phase: Phase) -> list[dict[str, Tensor]]:
+        """The gradients of one global batch; returns what each micro-batch reports."""
         micro = self.config.accumulation
+        reports = []
         for part in range(micro):
             indices = self.micro_batch(part)
             with record_function("data"):
@@ -203,8 +247,9 @@ class Trainer(ABC):
             with record_function(f"{phase.name} loss"):
                 output = phase.loss(batch, rng)
             with record_function(f"{phase.name} backward"):
-                torch.autograd.backward(output.loss / micro)
-            self.metrics.add(phase.name, {"loss": output.loss.detach(), **output.metrics})
+                torch.autograd.backward(output.loss / micro, marked(output.loss))
+            reports.append({"loss": output.loss.detach(), **output.metrics})
+        return reports
 
     def draws_after(self, phase: Phase) -> int:
         """How many samples of the data are taken when `phase` is over."""
@@ -229,15 +274,17 @@ class Trainer(ABC):
             for role in others:
                 role.requires_grad_(True)
 
-    def apply_gradients(self, name: str) -> None:
-        """Clip, step the role's optimizers, clear gradients, move the average."""
-        role, group = self.roles[name], group_of(name)
+    def clip(self, name: str) -> Tensor:
+        """Clip a role's gradients; returns their norm before that, the same on all ranks."""
         with record_function("clip"):
-            norm = role.clip()
+            return self.roles[name].clip()
+
+    def apply_gradients(self, name: str) -> None:
+        """Step the role's optimizers, clear gradients, move the average."""
+        role, group = self.roles[name], group_of(name)
         with record_function("optimizer"):
             role.step(self.state.updates_of(group), self.total_updates(group))
         self.state.updates[name] += 1
-        self.metrics.add(name, {"grad_norm": norm})
         if group == "generator":
             with record_function("average"):
                 self.ema.update(step=self.state.step, prefix=prefix_of(name))
@@ -253,10 +300,8 @@ class Trainer(ABC):
         config, validator = self.config, self.parts.validator
         saving: tuple[Hook, ...] = ()
         if self.parts.save:
-            save = Hook(
-                "save", config.save_every, lambda _: self.unhurried(self.save), when_stopping=True
-            )
-            saving = (save,)
+            every = 1 if self._late else config.save_every
+            saving = (Hook("save", every, self.save_if_fit, when_stopping=True),)
         yield Hook("log", config.log_every, lambda _: self.log_metrics(), before=saving)
         yield from saving
         if validator is not None:
@@ -268,6 +313,15 @@ class Trainer(ABC):
     def progress(self) -> tuple[int, Mapping[str, int]]:
         """Steps done, and updates by role."""
         return self.state.step, self.state.updates
+
+    def save_if_fit(self, moment: Moment) -> None:
+        """Save, but while updates are being skipped: what they begin with may be the fault.
+
+        Then the save is made up for as soon as an update has been made, or where the run ends.
+        """
+        self._late = self.faults.doubtful and not (moment.last or moment.stopping)
+        if not self._late:
+            self.unhurried(self.save)
 
     def unhurried(self, task: Callable[..., None], *arguments: Any) -> None:
         """Do what is no part of a step: its time is not counted to `seconds_per_step`."""
@@ -289,8 +343,8 @@ class Trainer(ABC):
             raise Interrupted(f"stopped after step {moment.step}; {outlook}")
 
     def log_metrics(self) -> None:
-        """Read the metrics, the loop's one host sync, and write them. Raises on NaN."""
-        values = self.metrics.read()
+        """Read the metrics and write them."""
+        values = self.metrics.read() | self.faults.counted()
         for name, role in self.roles.items():
             if self.state.updates[name]:
                 values[f"{name}/lr"] = role.lr
@@ -300,15 +354,6 @@ class Trainer(ABC):
                 tracker.log(self.state.step, values)
             losses = {k: f"{v:.4g}" for k, v in values.items() if k.endswith("/loss")}
             self._bar.set_postfix(losses, refresh=False)
-        bad = not_finite(values)
-        if bad:
-            if self.saver is not None:
-                self.saver.settle()
-            good = checkpoint.latest(self.checkpoints)
-            raise RunFailedError(
-                f"step {self.state.step}: {', '.join(bad)} not finite; the last good checkpoint is "
-                f"{good or 'none'}. Lower the learning rate or max_grad_norm and start again."
-            )
 
     def show_samples(self, validator: Validator) -> None:
         """Write pictures of samples made with the averaged weights."""
@@ -336,7 +381,11 @@ class Trainer(ABC):
     def save(self) -> None:
         """Begin to write a checkpoint of this step. Collective."""
         assert self.saver is not None, "a run without a log directory saves nothing"
-        self.saver.save(self.state.step, self.state_dict())
+        state = self.state_dict()
+        unfit = self.unfit()
+        if unfit:
+            raise LimitReachedError(f"step {self.state.step}: {weights_words(unfit)}")
+        self.saver.save(self.state.step, state)
 
     def resume(self) -> None:
         """Continue from the checkpoint that the log directory was claimed with, if there is one."""

@@ -13,7 +13,8 @@ import pytest
 
 import train
 from tests.ranks import BEAT_S, lone_ranks
-from trainer.base import Phase, Trainer
+from trainer.base import Trainer
+from trainer.phases import Phase
 from utils import checkpoint, watch
 
 DEADLY_STEP = 2
