@@ -55,7 +55,10 @@ class LoggingConfig:
     """Where numbers go beside <logdir>/metrics.jsonl."""
 
     wandb: bool | None = None  # None = if you are logged in there
+    # None = WANDB_MODE, else online; a run that cannot reach W&B goes on offline.
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
     project: str = "fewstep"
+    tensorboard: bool = False  # event files in <logdir>/tensorboard
 
 
 @dataclass(frozen=True)

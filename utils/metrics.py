@@ -11,13 +11,12 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import urlparse
 
 import torch
 from torch import Tensor
 
-from utils.config import ConfigError
 from utils.distributed import Session
 from utils.errors import words
 from utils.files import append_text, write_text
@@ -103,54 +102,20 @@ class JsonLines:
             log.warning("%s: %d rows are lost: %s", self.path, lost, words(error) or error)
 
 
-class WandB:
-    """Weights & Biases. `identity` is the same for all parts of a run that is resumed."""
-
-    def __init__(
-        self, *, project: str, folder: Path, name: str, identity: str, config: Mapping[str, Any]
-    ) -> None:
-        import wandb  # slow to import
-
-        self._wandb = wandb
-        try:
-            self._run = wandb.init(
-                project=project,
-                dir=str(folder),
-                name=name,
-                id=identity,
-                resume="allow",
-                config=dict(config),
-            )
-        except wandb.errors.Error as error:
-            raise ConfigError(
-                f"wandb: {error}; run `wandb login` once, or pass --disable-wandb"
-            ) from error
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Send one row."""
-        self._run.log(dict(values), step=step)
-
-    def picture(self, step: int, name: str, path: Path) -> None:
-        """Send one image file."""
-        self._run.log({name: self._wandb.Image(str(path))}, step=step)
-
-    def close(self) -> None:
-        """Finish the upload."""
-        self._run.finish()
-
-
-def uses_wandb(asked: bool | None, *, disabled: bool) -> bool:
+def uses_wandb(asked: bool | None, *, disabled: bool, mode: str | None = None) -> bool:
     """Whether a run goes to Weights & Biases; one log line says so, why, and how to change it.
 
     asked: logging.wandb; None = if its user is logged in there. disabled: --disable-wandb.
+    mode: logging.wandb_mode; None = not set, and WANDB_MODE counts.
     """
-    mode = os.environ.get("WANDB_MODE", "")
+    set_, mode = mode is not None, mode or os.environ.get("WANDB_MODE", "")
     if disabled:
         chosen, why = False, "--disable-wandb"
     elif asked is not None:
         chosen, why = asked, f"logging.wandb={str(asked).lower()}"
     elif mode:
-        chosen, why = mode != "disabled", f"WANDB_MODE={mode}"
+        name = "logging.wandb_mode" if set_ else "WANDB_MODE"
+        chosen, why = mode != "disabled", f"{name}={mode}"
     elif os.environ.get("WANDB_API_KEY"):
         chosen, why = True, "WANDB_API_KEY is set"
     else:
