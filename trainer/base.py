@@ -14,41 +14,41 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.profiler import record_function
-from tqdm import tqdm
 
 from model.base import Method
 from trainer.batches import BatchLoader
 from trainer.damage import DamageLog
+from trainer.faults import (
+    Faults,
+    LimitReachedError,
+    RunFailedError,
+    Skipped,
+    samples_of,
+    weights_words,
+)
 from trainer.health import HealthProbe
-from trainer.faults import Faults, LimitReachedError, Skipped, samples_of, weights_words
 from trainer.hooks import Hook, Moment, run_hooks
 from trainer.logdir import CHECKPOINTS, Claim
 from trainer.phases import Phase, TrainState
 from trainer.roles import Role, group_of, parameters_of, prefix_of
 from trainer.run import Run
 from trainer.saving import Saver
-from trainer.stopping import StopRequest
+from trainer.stopping import Interrupted, StopRequest
 from trainer.validation import Validator
 from utils import checkpoint
 from utils.distributed import Session
 from utils.ema import EMA
-from utils.errors import UserError
 from utils.finite import all_finite, marked, not_finite_in
 from utils.metrics import Metrics, Tracker
 from utils.parallel import keep_gathered
+from utils.progress import Progress
 from utils.seeding import step_rng
+from utils.stragglers import Clock, tell_stragglers
+from utils.watchdog import limited
 
 log = logging.getLogger(__name__)
 
 AGAIN = "run the same command again to continue"
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to stop, and it did, after a whole step."""
-
-
-class RunFailedError(UserError):
-    """The run cannot go on, and says why."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +81,12 @@ class Trainer(ABC):
         self.state = TrainState(updates=dict.fromkeys(parts.roles, 0))
         self.metrics = Metrics(parts.session)
         self.damage = DamageLog(parts.session, parts.logdir, self.config.data.max_damaged)
+        self.clock = Clock()
         self.faults = Faults(self.config.faults, parts.logdir, parts.session)
         self.saver: Saver | None = None
         if parts.claim is not None:
             self.saver = Saver(self.config, parts.claim, parts.session)
-        self._bar: tqdm[Any] = tqdm(disable=True)
+        self._progress = Progress("", done=0, total=0, shown=False)
         self._stop = StopRequest()
         self._late = False  # whether a save was put off
 
@@ -127,22 +128,23 @@ class Trainer(ABC):
                 self.state.step,
                 self.config.steps,
             )
-        self._bar = tqdm(
-            total=self.config.steps,
-            initial=self.state.step,
-            desc=self.parts.logdir.name,
-            disable=not self.session.is_main,
-            mininterval=1.0,
-        )
-        with self._bar, self._stop.listening():
+        done, total = self.state.step, self.config.steps
+        name, main = self.parts.logdir.name, self.session.is_main
+        self._progress = Progress(name, done=done, total=total, shown=main)
+        limit_s = self.config.faults.step_timeout_s
+        watched = limited(limit_s, self.parts.logdir, self.session)
+        with self._progress, self._stop.listening(), watched as section:
             while self.state.step < self.config.steps:
+                step = self.state.step + 1
                 try:
-                    for phase in self.phases(self.state.step):
-                        self.optimise(phase)
-                    self.state.step += 1
+                    with section(f"step {step}"):
+                        for phase in self.phases(self.state.step):
+                            self.optimise(phase)
+                    self.state.step = step
                     self.metrics.count_step()
-                    self._bar.update()
-                    self.after_step()
+                    self._progress.step()
+                    with section(f"what follows step {step}"):
+                        self.after_step()
                 except LimitReachedError as limit:
                     self.recover(limit)
 
@@ -163,7 +165,7 @@ class Trainer(ABC):
             )
             for tracker in self.parts.trackers:
                 tracker.rewind(self.state.step)
-        self._bar.n = self.state.step
+        self._progress.rewind(self.state.step)
 
     def optimise(self, phase: Phase) -> None:
         """One phase: micro-batches, then for each of its roles clipping, step, averaging.
@@ -174,7 +176,9 @@ class Trainer(ABC):
             losses = self.accumulate(phase)
         moved = self.moved(phase)
         norms = {name: self.clip(name) for name in moved}
-        if not all_finite(norms.values(), self.session.device):  # on all ranks, or on none
+        with self.clock.measured("wait"):
+            finite = all_finite(norms.values(), self.session.device)  # on all ranks, or on none
+        if not finite:
             self.skip(phase, losses, norms)
             return
         self.faults.made(phase.name)
@@ -197,11 +201,7 @@ class Trainer(ABC):
             self.roles[name].clear_gradients()
         first, self.state.draws = self.state.draws, self.draws_after(phase)
         parts = [self.micro_batch(part) for part in range(self.config.accumulation)]
-        good = [bool(torch.isfinite(values["loss"])) for values in losses]
-        share = self.parts.batches.share(
-            [first + i for part in parts for i in part],
-            [not fine for part, fine in zip(parts, good, strict=True) for _ in part],
-        )
+        share = self.parts.batches.share(first, parts, [values["loss"] for values in losses])
         skipped = Skipped(
             step=self.state.step + 1,
             phase=phase.name,
@@ -232,7 +232,8 @@ class Trainer(ABC):
         for part in range(micro):
             indices = self.micro_batch(part)
             with record_function("data"):
-                batch = self.parts.batches(self.state.draws, indices)
+                with self.clock.measured("data"):
+                    batch = self.parts.batches(self.state.draws, indices)
                 rng = step_rng(
                     self.config.seed,
                     phase.name,
@@ -331,7 +332,8 @@ class Trainer(ABC):
     def after_step(self) -> None:
         """Log, save and show samples, each at its own interval; stop if a signal asked for it."""
         skipped = self.parts.batches.take_skipped()
-        stopping, damaged = self.session.any_of(self._stop.made, bool(skipped))
+        with self.clock.measured("wait"):
+            stopping, damaged = self.session.any_of(self._stop.made, bool(skipped))
         if damaged:
             self.damage.share(self.state.step, skipped)
         moment = Moment(self.state.step, self.state.step == self.config.steps, stopping)
@@ -344,7 +346,10 @@ class Trainer(ABC):
 
     def log_metrics(self) -> None:
         """Read the metrics and write them."""
+        steps = self.metrics.steps
         values = self.metrics.read() | self.faults.counted()
+        times = self.clock.read(values["seconds_per_step"], steps)
+        tell_stragglers(self.session, times, self.config.faults.straggler_ratio)
         for name, role in self.roles.items():
             if self.state.updates[name]:
                 values[f"{name}/lr"] = role.lr
@@ -352,8 +357,7 @@ class Trainer(ABC):
         if self.session.is_main:
             for tracker in self.parts.trackers:
                 tracker.log(self.state.step, values)
-            losses = {k: f"{v:.4g}" for k, v in values.items() if k.endswith("/loss")}
-            self._bar.set_postfix(losses, refresh=False)
+        self._progress.tell(values)
 
     def show_samples(self, validator: Validator) -> None:
         """Write pictures of samples made with the averaged weights."""

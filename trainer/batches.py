@@ -104,10 +104,16 @@ class BatchLoader:
         taken, self.skipped = self.skipped, []
         return taken
 
-    def share(self, draws: Sequence[int], suspect: Sequence[bool]) -> Share:
-        """This rank's samples of a phase, named; suspect: whether their losses were not finite."""
-        records = [self.order[draw] for draw in draws]
-        return Share(draws, records, [self._caption(record) for record in records], suspect)
+    def share(self, draws: int, parts: Sequence[Sequence[int]], losses: Sequence[Tensor]) -> Share:
+        """This rank's samples of a phase, named, whose losses may not have been finite.
+
+        draws: where the global batch begins; parts: positions in it, by micro-batch, as losses.
+        """
+        finite = [bool(torch.isfinite(loss)) for loss in losses]
+        wanted = [draws + i for part in parts for i in part]
+        records = [self.order[draw] for draw in wanted]
+        suspect = [not fine for part, fine in zip(parts, finite, strict=True) for _ in part]
+        return Share(wanted, records, [self._caption(record) for record in records], suspect)
 
     def _caption(self, record: int) -> str:
         try:

@@ -47,6 +47,10 @@ class FaultsConfig:
             yield f"faults.straggler_ratio: must be greater than 1, got {self.straggler_ratio}"
 
 
+class RunFailedError(UserError):
+    """The run cannot go on, and says why."""
+
+
 class LimitReachedError(UserError):
     """Skipping updates leads nowhere; the message says why."""
 

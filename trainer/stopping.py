@@ -15,6 +15,10 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ECHO_S = 2.0  # a second Ctrl-C within this time is the first one, passed on
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to stop, and it did, after a whole step."""
+
+
 class StopRequest:
     """Whether a signal has asked this rank to stop."""
 

@@ -153,6 +153,11 @@ class Metrics:
             self._sums[key] = value if key not in self._sums else self._sums[key] + value
             self._counts[key] = self._counts.get(key, 0) + 1
 
+    @property
+    def steps(self) -> int:
+        """Those counted since the last read."""
+        return self._steps
+
     def clear(self) -> None:
         """Forget what was added since the last read: those steps will be done again."""
         self._sums, self._counts, self._steps = {}, {}, 0

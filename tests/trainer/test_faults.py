@@ -24,13 +24,14 @@ from tests.runs import (
     step_folder,
     unequal,
 )
-from trainer.base import RunFailedError, Trainer
+from trainer.base import Trainer
 from trainer.config import load
 from trainer.faults import (
     FAULTS,
     Faults,
     FaultsConfig,
     LimitReachedError,
+    RunFailedError,
     Share,
     Skipped,
     samples_of,

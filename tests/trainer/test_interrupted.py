@@ -21,7 +21,8 @@ import torch
 import train
 from tests.ranks import RankFailedError, run_on_ranks
 from tests.runs import assert_same_end, built, cut_after, read_state, run, step_folder, unequal
-from trainer.base import RunFailedError, Trainer
+from trainer.base import Trainer
+from trainer.faults import RunFailedError
 from trainer.phases import Phase
 from utils import checkpoint
 from utils.config import ConfigError
