@@ -333,7 +333,8 @@ class Trainer(ABC):
         """Log, save and show samples, each at its own interval; stop if a signal asked for it."""
         skipped = self.parts.batches.take_skipped()
         with self.clock.measured("wait"):
-            stopping, damaged = self.session.any_of(self._stop.made, bool(skipped))
+            number, damaged = self.session.most_of(self._stop.number, len(skipped))
+        stopping = bool(number)
         if damaged:
             self.damage.share(self.state.step, skipped)
         moment = Moment(self.state.step, self.state.step == self.config.steps, stopping)
@@ -342,7 +343,7 @@ class Trainer(ABC):
             self.saver.settle(last=True)
         if stopping and not moment.last:
             outlook = AGAIN if self.parts.save else "nothing is saved (--no_save)"
-            raise Interrupted(f"stopped after step {moment.step}; {outlook}")
+            raise Interrupted(f"stopped after step {moment.step}; {outlook}", number)
 
     def log_metrics(self) -> None:
         """Read the metrics and write them."""

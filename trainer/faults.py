@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from utils.distributed import Session
 from utils.errors import UserError, words
+from utils.files import append_text
 
 log = logging.getLogger(__name__)
 
@@ -184,8 +185,7 @@ class Faults:
         if not self.session.is_main:
             return
         try:
-            with (self.logdir / FAULTS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_text(self.logdir / FAULTS, json.dumps(row) + "\n")
         except OSError as error:  # the line in the log has told it
             log.warning("%s: not written: %s", FAULTS, words(error) or error)
 

@@ -21,6 +21,7 @@ import torch
 import train
 from tests.ranks import RankFailedError, run_on_ranks
 from tests.runs import assert_same_end, built, cut_after, read_state, run, step_folder, unequal
+from trainer import stopping
 from trainer.base import Trainer
 from trainer.faults import RunFailedError
 from trainer.phases import Phase
@@ -193,15 +194,17 @@ def test_a_run_killed_within_a_save_resumes_and_ends_as_the_unkilled_run(
 INTERRUPTIBLE = ("steps=30",)
 
 
-def main_with_signal(arguments: list[str], logdir: Path, sender: int, delay_s: float) -> int:
-    """train.main(arguments) on this rank; rank `sender` sends itself Ctrl-C in mid-run."""
+def main_with_signal(
+    arguments: list[str], logdir: Path, sender: int, delay_s: float, number: int = signal.SIGINT
+) -> int:
+    """train.main(arguments) on this rank; rank `sender` sends itself a signal in mid-run."""
 
     def interrupt() -> None:
         deadline = time.monotonic() + 60.0
         while not (logdir / "metrics.jsonl").is_file() and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(delay_s)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     if int(os.environ["RANK"]) == sender:
         threading.Thread(target=interrupt, daemon=True).start()
@@ -239,6 +242,44 @@ def test_ctrl_c_on_one_of_two_ranks_stops_both_after_the_same_step(
     words = command(configs["diffusion"], logdir, ["steps=400"])
     assert run_on_ranks(2, main_with_signal, words, logdir, 1, 0.1) == [130, 130]
     assert checkpoint.latest(logdir / "checkpoints") is not None
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_cluster_s_signal_to_one_rank_is_the_exit_status_of_both_which_have_saved(
+    number: int, status: int, configs: dict[str, Path], tmp_path: Path
+) -> None:
+    logdir = tmp_path / "run"
+    words = command(configs["diffusion"], logdir, ["steps=400"])
+    found = run_on_ranks(2, main_with_signal, words, logdir, 1, 0.0, number)
+    assert found == [status, status]
+    assert checkpoint.latest(logdir / "checkpoints") is not None
+
+
+def test_three_ctrl_c_lose_no_more_than_the_step_and_leave_nothing_locked(
+    straight: Path, configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stopping, "ECHO_S", 0.0)
+    with built(configs["diffusion"], tmp_path / "run", *SAVE_ALL) as trainer:
+        phases, close = trainer.phases, trainer.parts.batches.close
+
+        def impatient(at: int) -> Iterable[Phase]:
+            for _ in range(2 * (at == 2)):  # the second does not wait for the step
+                signal.raise_signal(signal.SIGINT)
+            return phases(at)
+
+        def closing() -> None:
+            close()
+            signal.raise_signal(signal.SIGINT)
+
+        trainer.phases = impatient  # type: ignore[method-assign]
+        monkeypatch.setattr(trainer.parts.batches, "close", closing)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            trainer.train()
+    del trainer, caught, phases, close
+    gc.collect()
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints") == step_folder(tmp_path / "run", 2)
+    run(configs["diffusion"], tmp_path / "run", *SAVE_LAST)
+    assert_same_end(tmp_path / "run", straight, 5)
 
 
 # ---- damaged and poisoned
