@@ -255,11 +255,10 @@ def test_a_cluster_s_signal_to_one_rank_is_the_exit_status_of_both_which_have_sa
     assert checkpoint.latest(logdir / "checkpoints") is not None
 
 
-def test_three_ctrl_c_lose_no_more_than_the_step_and_leave_nothing_locked(
-    straight: Path, configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def stop_three_times(path: Path, logdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C twice before the third step, and once more while the run ends."""
     monkeypatch.setattr(stopping, "ECHO_S", 0.0)
-    with built(configs["diffusion"], tmp_path / "run", *SAVE_ALL) as trainer:
+    with built(path, logdir, *SAVE_ALL) as trainer:
         phases, close = trainer.phases, trainer.parts.batches.close
 
         def impatient(at: int) -> Iterable[Phase]:
@@ -273,13 +272,20 @@ def test_three_ctrl_c_lose_no_more_than_the_step_and_leave_nothing_locked(
 
         trainer.phases = impatient  # type: ignore[method-assign]
         monkeypatch.setattr(trainer.parts.batches, "close", closing)
-        with pytest.raises(KeyboardInterrupt) as caught:
+        with pytest.raises(KeyboardInterrupt):
             trainer.train()
-    del trainer, caught, phases, close
+    monkeypatch.undo()
+
+
+def test_three_ctrl_c_lose_no_more_than_the_step_and_leave_nothing_locked(
+    straight: Path, configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logdir = tmp_path / "run"
+    stop_three_times(configs["diffusion"], logdir, monkeypatch)
     gc.collect()
-    assert checkpoint.latest(tmp_path / "run" / "checkpoints") == step_folder(tmp_path / "run", 2)
-    run(configs["diffusion"], tmp_path / "run", *SAVE_LAST)
-    assert_same_end(tmp_path / "run", straight, 5)
+    assert checkpoint.latest(logdir / "checkpoints") == step_folder(logdir, 2)
+    run(configs["diffusion"], logdir, *SAVE_LAST)
+    assert_same_end(logdir, straight, 5)
 
 
 # ---- damaged and poisoned
