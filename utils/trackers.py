@@ -175,6 +175,7 @@ class WandB:
                 _line(error),
                 folder / "wandb" / "offline-run-*",
             )
+            wandb.teardown()  # its process still has the run's identity in use
             self._run = begin("offline")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
