@@ -176,9 +176,7 @@ class Trainer(ABC):
             losses = self.accumulate(phase)
         moved = self.moved(phase)
         norms = {name: self.clip(name) for name in moved}
-        with self.clock.measured("wait"):
-            finite = all_finite(norms.values(), self.session.device)  # on all ranks, or on none
-        if not finite:
+        if not self.finite(norms):
             self.skip(phase, losses, norms)
             return
         self.faults.made(phase.name)
@@ -189,6 +187,11 @@ class Trainer(ABC):
             self.metrics.add(name, {"grad_norm": norms[name]})
             self.apply_gradients(name)
             self.method.after_update(name)
+
+    def finite(self, norms: Mapping[str, Tensor]) -> bool:
+        """Whether a phase's gradients and losses are, on all ranks: its one wait for the device."""
+        with self.clock.measured("wait"):
+            return all_finite(norms.values(), self.session.device)
 
     def skip(
         self, phase: Phase, losses: Sequence[Mapping[str, Tensor]], norms: Mapping[str, Tensor]
