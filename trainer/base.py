@@ -6,7 +6,6 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,31 +14,27 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from model.base import Method
-from trainer.batches import BatchLoader
 from trainer.damage import DamageLog
 from trainer.faults import (
     Faults,
     LimitReachedError,
     RunFailedError,
-    Skipped,
+    SkippedUpdate,
     samples_of,
     weights_words,
 )
-from trainer.health import HealthProbe
 from trainer.hooks import Hook, Moment, run_hooks
-from trainer.logdir import CHECKPOINTS, Claim
+from trainer.logdir import CHECKPOINTS
+from trainer.parts import TrainerParts
 from trainer.phases import Phase, TrainState
-from trainer.roles import Role, group_of, parameters_of, prefix_of
-from trainer.run import Run
+from trainer.roles import group_of, parameters_of, prefix_of
 from trainer.saving import Saver
 from trainer.stopping import Interrupted, StopRequest
 from trainer.validation import Validator
 from utils import checkpoint
-from utils.distributed import Session
 from utils.ema import EMA
 from utils.finite import all_finite, marked, not_finite_in
-from utils.metrics import Metrics, Tracker
+from utils.metrics import Metrics
 from utils.parallel import keep_gathered
 from utils.progress import Progress
 from utils.seeding import step_rng
@@ -49,23 +44,6 @@ from utils.watchdog import limited
 log = logging.getLogger(__name__)
 
 AGAIN = "run the same command again to continue"
-
-
-@dataclass(frozen=True, eq=False)
-class TrainerParts:
-    """What the composition root hands to a trainer."""
-
-    run: Run
-    session: Session
-    method: Method
-    roles: Mapping[str, Role]
-    batches: BatchLoader
-    trackers: Sequence[Tracker]
-    validator: Validator | None
-    logdir: Path
-    save: bool  # whether checkpoints are written
-    claim: Claim | None = None  # of the log directory; None = nothing is read or written there
-    health: HealthProbe | None = None
 
 
 class Trainer(ABC):
@@ -205,7 +183,7 @@ class Trainer(ABC):
         first, self.state.draws = self.state.draws, self.draws_after(phase)
         parts = [self.micro_batch(part) for part in range(self.config.accumulation)]
         share = self.parts.batches.share(first, parts, [values["loss"] for values in losses])
-        skipped = Skipped(
+        skipped = SkippedUpdate(
             step=self.state.step + 1,
             phase=phase.name,
             norms={name: f"{float(norm):.4g}" for name, norm in norms.items()},

@@ -22,13 +22,14 @@ from model.types import Rollout, Side
 from model.wan.attention import use_kernel
 from pipeline.reuse import ReusedRollout
 from trainer.agreement import check_same_run
-from trainer.base import Trainer, TrainerParts
+from trainer.base import Trainer
 from trainer.bases import Base, bases
 from trainer.batches import BatchLoader
 from trainer.config import Config
 from trainer.health import HealthProbe, ProbeParts
 from trainer.inputs import Inputs, check_inputs
 from trainer.logdir import METRICS, Claim, LogdirPolicy, claim_logdir
+from trainer.parts import TrainerParts
 from trainer.registry import TRAINERS
 from trainer.report import ReportPage
 from trainer.roles import GatheredRollout, Role, build_roles, parameters_of, weights_of

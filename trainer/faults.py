@@ -67,7 +67,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Skipped:
+class SkippedUpdate:
     """An update that was not made, as it is written to faults.jsonl."""
 
     step: int  # the outer step, from 1 on
@@ -106,11 +106,11 @@ class Faults:
     session: Session
     skipped: dict[str, list[int]] = field(default_factory=dict)  # recent steps, by phase
     fresh: int = 0  # skipped since they were last counted
-    last: Skipped | None = None
+    last: SkippedUpdate | None = None
     _failing: set[str] = field(default_factory=set)  # phases whose newest update was skipped
     _returns: tuple[int, int] = (-1, 0)  # the step rolled back to last, and how often
 
-    def skip(self, skipped: Skipped, unfit: Sequence[str]) -> None:
+    def skip(self, skipped: SkippedUpdate, unfit: Sequence[str]) -> None:
         """Record an update that is not made. Raises LimitReachedError if that is one too many.
 
         unfit: names of weights that are not finite themselves.

@@ -33,7 +33,7 @@ from trainer.faults import (
     LimitReachedError,
     RunFailedError,
     Share,
-    Skipped,
+    SkippedUpdate,
     samples_of,
 )
 from trainer.phases import Phase
@@ -274,8 +274,8 @@ def test_skipped_updates_far_apart_are_no_limit(tmp_path: Path) -> None:
             kept.skip(skipped(200), [])
 
 
-def skipped(step: int) -> Skipped:
-    return Skipped(step, "generator", {"generator": "nan"}, (0, 4), [])
+def skipped(step: int) -> SkippedUpdate:
+    return SkippedUpdate(step, "generator", {"generator": "nan"}, (0, 4), [])
 
 
 # ---- parts
