@@ -117,12 +117,12 @@ class Apart:
             log.warning("%s failed, and training goes on: %s", self.name, _line(error))
 
     def _switch_off(self, error: Exception) -> None:
-        self._off.set()
         log.warning(
             "%s is switched off for this start: %s; metrics.jsonl has all figures",
             self.name,
             _line(error),
         )
+        self._off.set()  # after the line: who closes waits no more
 
 
 def _line(error: Exception) -> str:
