@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.ranks import run_on_ranks
 from tests.runs import rows, run
 from utils import trackers
 from utils.errors import NotFoundError
@@ -206,12 +208,15 @@ def test_without_a_network_a_run_starts_at_once_and_its_steps_lie_on_the_disk(
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
-@pytest.mark.slow
-def test_a_wandb_process_that_dies_ends_no_run(tmp_path: Path) -> None:
-    apart = Apart("Weights & Biases", lambda: wandb_run(tmp_path, "offline"), closed_within_s=20.0)
+def track_until_it_dies(folder: Path) -> list[str]:
+    """Names of files that an offline run leaves whose process is killed; in a process of its own,
+    since the library says goodbye to its own process when Python ends."""
+    os.environ.pop("WANDB_SERVICE", None)  # another test's
+    make = partial(wandb_run, folder, "offline")
+    apart = Apart("Weights & Biases", make, closed_within_s=20.0)
     apart.log(1, {"loss": 1.0})
     until = time.monotonic() + 60.0
-    while not list(tmp_path.glob("wandb/offline-run-*/*.wandb")) and time.monotonic() < until:
+    while not list(folder.glob("wandb/offline-run-*/*.wandb")) and time.monotonic() < until:
         time.sleep(0.1)
     listed = subprocess.run(
         ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())],
@@ -224,6 +229,13 @@ def test_a_wandb_process_that_dies_ends_no_run(tmp_path: Path) -> None:
     for step in range(2, 30):
         apart.log(step, {"loss": 1.0})
     apart.close()
+    return [path.name for path in folder.glob("wandb/offline-run-*/*.wandb")]
+
+
+@pytest.mark.slow
+def test_a_wandb_process_that_dies_ends_no_run(tmp_path: Path) -> None:
+    (found,) = run_on_ranks(1, track_until_it_dies, tmp_path)
+    assert found == ["run-abc.wandb"]
 
 
 # ---- TensorBoard
