@@ -66,6 +66,7 @@ setup(
     extras_require={
         "report": ["matplotlib"],
         "flash": ["flash-attn"],
+        "tensorboard": ["tensorboard"],
         "test": [
             "accelerate",  # diffusers' pipelines want it
             "matplotlib",

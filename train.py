@@ -17,6 +17,7 @@ from trainer.base import AGAIN
 from trainer.build import RunOptions, build_trainer
 from trainer.config import Config, load
 from trainer.plan_command import add_plan_flags, need_unless_planning, plan_training
+from trainer.stopping import Interrupted
 from utils.cli import USER_ERRORS, command_parser, fail, start_logging
 from utils.distributed import distributed_session
 
@@ -48,7 +49,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one training; returns the exit status. 130 = interrupted, and resumable."""
+    """Run one training; returns the exit status.
+
+    130, 138, 143 = stopped by Ctrl-C, SIGUSR1, SIGTERM, and resumable.
+    """
     words = parser()
     args = words.parse_intermixed_args(arguments)
     need_unless_planning(words, args, ("logdir",))
@@ -72,9 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         return run(config, options)
-    except KeyboardInterrupt as stop:
-        log.warning("%s", str(stop) or f"interrupted; {AGAIN}")
-        return 130
+    except Interrupted as stop:
+        log.warning("%s", stop)
+        return stop.status
+    except KeyboardInterrupt:
+        log.warning("interrupted; %s", AGAIN)
+        return start.INTERRUPTED
 
 
 def run(config: Config, options: RunOptions) -> int:

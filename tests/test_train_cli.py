@@ -377,11 +377,14 @@ def test_a_missing_flag_is_named_by_the_parser(
 def test_a_diverging_run_returns_2_and_names_what_is_not_finite(
     configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = words(configs["diffusion"], tmp_path, "generator.lr=1e30", "save_every=1")
+    line = words(configs["diffusion"], tmp_path, "generator.lr=1e30", "faults.max_skipped=2")
     assert train.main(line) == 2
     (message,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-    assert "generator/loss" in message
-    assert "not finite; the last good checkpoint is" in message
+    assert message.startswith(
+        "error: step 3: 2 generator updates of the last 100 steps had a loss or gradient that is "
+        "not finite (faults.max_skipped=2); there is no checkpoint yet. Samples of the last one: "
+    )
+    assert "such as generator.lr=1e-6, on the same command line" in message
 
 
 # ---- stopped before the first step

@@ -6,86 +6,44 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import record_function
-from tqdm import tqdm
 
-from model.base import Method
-from model.types import Batch, LossOutput
-from trainer.batches import BatchLoader
 from trainer.damage import DamageLog
-from trainer.health import HealthProbe
+from trainer.faults import (
+    Faults,
+    LimitReachedError,
+    RunFailedError,
+    SkippedUpdate,
+    samples_of,
+    weights_words,
+)
 from trainer.hooks import Hook, Moment, run_hooks
-from trainer.logdir import CHECKPOINTS, Claim
-from trainer.roles import Role, group_of, parameters_of, prefix_of
-from trainer.run import Run
+from trainer.logdir import CHECKPOINTS
+from trainer.parts import TrainerParts
+from trainer.phases import Phase, TrainState
+from trainer.roles import group_of, parameters_of, prefix_of
 from trainer.saving import Saver
-from trainer.stopping import StopRequest
+from trainer.stopping import Interrupted, StopRequest
 from trainer.validation import Validator
 from utils import checkpoint
-from utils.distributed import Session
 from utils.ema import EMA
-from utils.errors import UserError
-from utils.metrics import Metrics, Tracker, not_finite
+from utils.finite import all_finite, marked, not_finite_in
+from utils.metrics import Metrics
 from utils.parallel import keep_gathered
-from utils.seeding import StepRNG, step_rng
+from utils.progress import Progress
+from utils.seeding import step_rng
+from utils.stragglers import Clock, tell_stragglers
+from utils.watchdog import limited
 
 log = logging.getLogger(__name__)
 
 AGAIN = "run the same command again to continue"
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to stop, and it did, after a whole step."""
-
-
-class RunFailedError(UserError):
-    """The run cannot go on, and says why."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One loss within an outer step, and one update of each role that it moves."""
-
-    name: str  # of its randomness and its metrics
-    loss: Callable[[Batch, StepRNG], LossOutput]
-    roles: tuple[str, ...]  # whose weights it moves; of two experts, those that it reaches
-    hands_on: bool = False  # whether the phase after it is given the same samples of the data
-
-
-@dataclass
-class TrainState:
-    """All that a resumed run needs beside weights, averages and optimizer states."""
-
-    step: int = 0  # outer steps done
-    draws: int = 0  # samples taken from the data order so far, over all ranks
-    updates: dict[str, int] = field(default_factory=dict)  # optimizer updates per role
-
-    def updates_of(self, group: str) -> int:
-        """Those of a role, or of both of its experts together."""
-        return sum(count for name, count in self.updates.items() if group_of(name) == group)
-
-
-@dataclass(frozen=True, eq=False)
-class TrainerParts:
-    """What the composition root hands to a trainer."""
-
-    run: Run
-    session: Session
-    method: Method
-    roles: Mapping[str, Role]
-    batches: BatchLoader
-    trackers: Sequence[Tracker]
-    validator: Validator | None
-    logdir: Path
-    save: bool  # whether checkpoints are written
-    claim: Claim | None = None  # of the log directory; None = nothing is read or written there
-    health: HealthProbe | None = None
 
 
 class Trainer(ABC):
@@ -101,11 +59,14 @@ class Trainer(ABC):
         self.state = TrainState(updates=dict.fromkeys(parts.roles, 0))
         self.metrics = Metrics(parts.session)
         self.damage = DamageLog(parts.session, parts.logdir, self.config.data.max_damaged)
+        self.clock = Clock()
+        self.faults = Faults(self.config.faults, parts.logdir, parts.session)
         self.saver: Saver | None = None
         if parts.claim is not None:
             self.saver = Saver(self.config, parts.claim, parts.session)
-        self._bar: tqdm[Any] = tqdm(disable=True)
+        self._progress = Progress("", done=0, total=0, shown=False)
         self._stop = StopRequest()
+        self._late = False  # whether a save was put off
 
     @abstractmethod
     def phases(self, step: int) -> Iterable[Phase]:
@@ -145,21 +106,44 @@ class Trainer(ABC):
                 self.state.step,
                 self.config.steps,
             )
-        self._bar = tqdm(
-            total=self.config.steps,
-            initial=self.state.step,
-            desc=self.parts.logdir.name,
-            disable=not self.session.is_main,
-            mininterval=1.0,
-        )
-        with self._bar, self._stop.listening():
+        done, total = self.state.step, self.config.steps
+        name, main = self.parts.logdir.name, self.session.is_main
+        self._progress = Progress(name, done=done, total=total, shown=main)
+        limit_s = self.config.faults.step_timeout_s
+        watched = limited(limit_s, self.parts.logdir, self.session)
+        with self._progress, self._stop.listening(), watched as section:
             while self.state.step < self.config.steps:
-                for phase in self.phases(self.state.step):
-                    self.optimise(phase)
-                self.state.step += 1
-                self.metrics.count_step()
-                self._bar.update()
-                self.after_step()
+                step = self.state.step + 1
+                try:
+                    with section(f"step {step}"):
+                        for phase in self.phases(self.state.step):
+                            self.optimise(phase)
+                    self.state.step = step
+                    self.metrics.count_step()
+                    self._progress.step()
+                    with section(f"what follows step {step}"):
+                        self.after_step()
+                except LimitReachedError as limit:
+                    self.recover(limit)
+
+    def recover(self, limit: LimitReachedError) -> None:
+        """Go back to the newest checkpoint, and past the samples since, or raise. Collective."""
+        good = None if self.saver is None else self.saver.newest()
+        if good is None or not self.faults.may_roll_back(checkpoint.step_of(good)):
+            raise RunFailedError(self.faults.advice(str(limit), good)) from limit
+        step, draws = self.state.step, self.state.draws
+        self.load(good)
+        self.state.draws = max(draws, self.state.draws)
+        self.metrics.clear()
+        self._late = False
+        self.faults.rolled_back(step, self.state.step, self.state.draws)
+        if self.session.is_main:
+            log.warning(
+                "%s; rolled back to step %d, and on with other samples", limit, self.state.step
+            )
+            for tracker in self.parts.trackers:
+                tracker.rewind(self.state.step)
+        self._progress.rewind(self.state.step)
 
     def optimise(self, phase: Phase) -> None:
         """One phase: micro-batches, then for each of its roles clipping, step, averaging.
@@ -167,11 +151,51 @@ class Trainer(ABC):
         The labels are what a profiler (scripts/benchmark.py) shows.
         """
         with self.only_trainable(phase.roles):
-            self.accumulate(phase)
+            losses = self.accumulate(phase)
+        moved = self.moved(phase)
+        norms = {name: self.clip(name) for name in moved}
+        if not self.finite(norms):
+            self.skip(phase, losses, norms)
+            return
+        self.faults.made(phase.name)
         self.state.draws = self.draws_after(phase)
-        for name in self.moved(phase):
+        for values in losses:
+            self.metrics.add(phase.name, values)
+        for name in moved:
+            self.metrics.add(name, {"grad_norm": norms[name]})
             self.apply_gradients(name)
             self.method.after_update(name)
+
+    def finite(self, norms: Mapping[str, Tensor]) -> bool:
+        """Whether a phase's gradients and losses are, on all ranks: its one wait for the device."""
+        with self.clock.measured("wait"):
+            return all_finite(norms.values(), self.session.device)
+
+    def skip(
+        self, phase: Phase, losses: Sequence[Mapping[str, Tensor]], norms: Mapping[str, Tensor]
+    ) -> None:
+        """Make no update: a loss or gradient is not finite. Collective.
+
+        Raises LimitReachedError where that has happened too often.
+        """
+        for name in norms:
+            self.roles[name].clear_gradients()
+        first, self.state.draws = self.state.draws, self.draws_after(phase)
+        parts = [self.micro_batch(part) for part in range(self.config.accumulation)]
+        share = self.parts.batches.share(first, parts, [values["loss"] for values in losses])
+        skipped = SkippedUpdate(
+            step=self.state.step + 1,
+            phase=phase.name,
+            norms={name: f"{float(norm):.4g}" for name, norm in norms.items()},
+            draws=(first, first + self.config.batch_size),
+            samples=samples_of(self.session.gather(share)),
+        )
+        self.faults.skip(skipped, self.unfit())
+
+    def unfit(self) -> list[str]:
+        """What of the state is not finite on any rank, by name. Collective."""
+        found = self.session.gather(not_finite_in(self.state_dict()))
+        return sorted({name for names in found for name in names})
 
     def moved(self, phase: Phase) -> list[str]:
         """The roles that have gradients of a phase: of two experts those that a loss reached."""
@@ -182,13 +206,15 @@ class Trainer(ABC):
         """The role of this name, or the roles of its experts."""
         return [name for name in self.roles if group_of(name) == group]
 
-    def accumulate(self, phase: Phase) -> None:
-        """The gradients of one global batch."""
+    def accumulate(self, phase: Phase) -> list[dict[str, Tensor]]:
+        """The gradients of one global batch; returns what each micro-batch reports."""
         micro = self.config.accumulation
+        reports = []
         for part in range(micro):
             indices = self.micro_batch(part)
             with record_function("data"):
-                batch = self.parts.batches(self.state.draws, indices)
+                with self.clock.measured("data"):
+                    batch = self.parts.batches(self.state.draws, indices)
                 rng = step_rng(
                     self.config.seed,
                     phase.name,
@@ -203,8 +229,9 @@ class Trainer(ABC):
             with record_function(f"{phase.name} loss"):
                 output = phase.loss(batch, rng)
             with record_function(f"{phase.name} backward"):
-                torch.autograd.backward(output.loss / micro)
-            self.metrics.add(phase.name, {"loss": output.loss.detach(), **output.metrics})
+                torch.autograd.backward(output.loss / micro, marked(output.loss))
+            reports.append({"loss": output.loss.detach(), **output.metrics})
+        return reports
 
     def draws_after(self, phase: Phase) -> int:
         """How many samples of the data are taken when `phase` is over."""
@@ -229,15 +256,17 @@ class Trainer(ABC):
             for role in others:
                 role.requires_grad_(True)
 
-    def apply_gradients(self, name: str) -> None:
-        """Clip, step the role's optimizers, clear gradients, move the average."""
-        role, group = self.roles[name], group_of(name)
+    def clip(self, name: str) -> Tensor:
+        """Clip a role's gradients; returns their norm before that, the same on all ranks."""
         with record_function("clip"):
-            norm = role.clip()
+            return self.roles[name].clip()
+
+    def apply_gradients(self, name: str) -> None:
+        """Step the role's optimizers, clear gradients, move the average."""
+        role, group = self.roles[name], group_of(name)
         with record_function("optimizer"):
             role.step(self.state.updates_of(group), self.total_updates(group))
         self.state.updates[name] += 1
-        self.metrics.add(name, {"grad_norm": norm})
         if group == "generator":
             with record_function("average"):
                 self.ema.update(step=self.state.step, prefix=prefix_of(name))
@@ -253,10 +282,8 @@ class Trainer(ABC):
         config, validator = self.config, self.parts.validator
         saving: tuple[Hook, ...] = ()
         if self.parts.save:
-            save = Hook(
-                "save", config.save_every, lambda _: self.unhurried(self.save), when_stopping=True
-            )
-            saving = (save,)
+            every = 1 if self._late else config.save_every
+            saving = (Hook("save", every, self.save_if_fit, when_stopping=True),)
         yield Hook("log", config.log_every, lambda _: self.log_metrics(), before=saving)
         yield from saving
         if validator is not None:
@@ -269,6 +296,15 @@ class Trainer(ABC):
         """Steps done, and updates by role."""
         return self.state.step, self.state.updates
 
+    def save_if_fit(self, moment: Moment) -> None:
+        """Save, but while updates are being skipped: what they begin with may be the fault.
+
+        Then the save is made up for as soon as an update has been made, or where the run ends.
+        """
+        self._late = self.faults.doubtful and not (moment.last or moment.stopping)
+        if not self._late:
+            self.unhurried(self.save)
+
     def unhurried(self, task: Callable[..., None], *arguments: Any) -> None:
         """Do what is no part of a step: its time is not counted to `seconds_per_step`."""
         with self.metrics.paused():
@@ -277,7 +313,9 @@ class Trainer(ABC):
     def after_step(self) -> None:
         """Log, save and show samples, each at its own interval; stop if a signal asked for it."""
         skipped = self.parts.batches.take_skipped()
-        stopping, damaged = self.session.any_of(self._stop.made, bool(skipped))
+        with self.clock.measured("wait"):
+            number, damaged = self.session.most_of(self._stop.number, len(skipped))
+        stopping = bool(number)
         if damaged:
             self.damage.share(self.state.step, skipped)
         moment = Moment(self.state.step, self.state.step == self.config.steps, stopping)
@@ -286,11 +324,14 @@ class Trainer(ABC):
             self.saver.settle(last=True)
         if stopping and not moment.last:
             outlook = AGAIN if self.parts.save else "nothing is saved (--no_save)"
-            raise Interrupted(f"stopped after step {moment.step}; {outlook}")
+            raise Interrupted(f"stopped after step {moment.step}; {outlook}", number)
 
     def log_metrics(self) -> None:
-        """Read the metrics, the loop's one host sync, and write them. Raises on NaN."""
-        values = self.metrics.read()
+        """Read the metrics and write them."""
+        steps = self.metrics.steps
+        values = self.metrics.read() | self.faults.counted()
+        times = self.clock.read(values["seconds_per_step"], steps)
+        tell_stragglers(self.session, times, self.config.faults.straggler_ratio)
         for name, role in self.roles.items():
             if self.state.updates[name]:
                 values[f"{name}/lr"] = role.lr
@@ -298,17 +339,7 @@ class Trainer(ABC):
         if self.session.is_main:
             for tracker in self.parts.trackers:
                 tracker.log(self.state.step, values)
-            losses = {k: f"{v:.4g}" for k, v in values.items() if k.endswith("/loss")}
-            self._bar.set_postfix(losses, refresh=False)
-        bad = not_finite(values)
-        if bad:
-            if self.saver is not None:
-                self.saver.settle()
-            good = checkpoint.latest(self.checkpoints)
-            raise RunFailedError(
-                f"step {self.state.step}: {', '.join(bad)} not finite; the last good checkpoint is "
-                f"{good or 'none'}. Lower the learning rate or max_grad_norm and start again."
-            )
+        self._progress.tell(values)
 
     def show_samples(self, validator: Validator) -> None:
         """Write pictures of samples made with the averaged weights."""
@@ -336,7 +367,11 @@ class Trainer(ABC):
     def save(self) -> None:
         """Begin to write a checkpoint of this step. Collective."""
         assert self.saver is not None, "a run without a log directory saves nothing"
-        self.saver.save(self.state.step, self.state_dict())
+        state = self.state_dict()
+        unfit = self.unfit()
+        if unfit:
+            raise LimitReachedError(f"step {self.state.step}: {weights_words(unfit)}")
+        self.saver.save(self.state.step, state)
 
     def resume(self) -> None:
         """Continue from the checkpoint that the log directory was claimed with, if there is one."""

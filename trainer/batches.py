@@ -13,12 +13,15 @@ from model.conditioning import ConditioningEncoder, first_latents
 from model.encoders.idle import Encoders
 from model.encoders.vae import VideoVAE
 from model.types import Batch, Keyframes
+from trainer.faults import Share
 from trainer.run import Run
 from utils.data.dataset import DataOrder, Dataset, Part, RawItem, check_finite
 from utils.data.lmdb_reading import DamagedRecordError
+from utils.errors import UserError
 from utils.media.images import to_signed
 from utils.seeding import generator
 
+CAPTION = 80  # characters of a prompt that name a sample
 TRIES = 16  # other records for one that is damaged; if all are, no more than that can be said
 
 
@@ -100,6 +103,23 @@ class BatchLoader:
         """What was skipped in batches since this was last asked."""
         taken, self.skipped = self.skipped, []
         return taken
+
+    def share(self, draws: int, parts: Sequence[Sequence[int]], losses: Sequence[Tensor]) -> Share:
+        """This rank's samples of a phase, named, whose losses may not have been finite.
+
+        draws: where the global batch begins; parts: positions in it, by micro-batch, as losses.
+        """
+        finite = [bool(torch.isfinite(loss)) for loss in losses]
+        wanted = [draws + i for part in parts for i in part]
+        records = [self.order[draw] for draw in wanted]
+        suspect = [not fine for part, fine in zip(parts, finite, strict=True) for _ in part]
+        return Share(wanted, records, [self._caption(record) for record in records], suspect)
+
+    def _caption(self, record: int) -> str:
+        try:
+            return self.dataset.prompt(record)[:CAPTION]
+        except (OSError, UserError):  # it may be damaged, which is why it is named
+            return ""
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,13 +22,14 @@ from model.types import Rollout, Side
 from model.wan.attention import use_kernel
 from pipeline.reuse import ReusedRollout
 from trainer.agreement import check_same_run
-from trainer.base import Trainer, TrainerParts
+from trainer.base import Trainer
 from trainer.bases import Base, bases
 from trainer.batches import BatchLoader
 from trainer.config import Config
 from trainer.health import HealthProbe, ProbeParts
 from trainer.inputs import Inputs, check_inputs
 from trainer.logdir import METRICS, Claim, LogdirPolicy, claim_logdir
+from trainer.parts import TrainerParts
 from trainer.registry import TRAINERS
 from trainer.report import ReportPage
 from trainer.roles import GatheredRollout, Role, build_roles, parameters_of, weights_of
@@ -39,9 +41,10 @@ from utils.context_parallel import context_mesh
 from utils.data.embeddings import EmbeddingReader
 from utils.distributed import Session
 from utils.float8 import store_float8
-from utils.metrics import JsonLines, Tracker, WandB, uses_wandb
+from utils.metrics import JsonLines, Tracker, uses_wandb
 from utils.parallel import ParallelConfig, build_mesh
 from utils.seeding import derive_seed
+from utils.trackers import Apart, TensorBoard, WandB, check_tensorboard
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +92,8 @@ def assemble(run: Run, session: Session, options: RunOptions) -> Trainer:
     """The same of a configuration that is resolved and that all ranks have."""
     config = run.config
     session = replace(session, group=config.parallel.context)
+    if config.logging.tensorboard:
+        check_tensorboard()
     inputs = check_inputs(run, session)
     claim = claim_logdir(run, inputs, session, options.logdir, options.policy)
     trackers = _build_trackers(config, session, options, claim)
@@ -312,18 +317,21 @@ def _build_trackers(
         return []
     resumed_at = _resumed_at(claim)
     trackers: list[Tracker] = [JsonLines(options.logdir / METRICS, resumed_at=resumed_at)]
-    if uses_wandb(config.logging.wandb, disabled=not options.wandb):
-        folder = options.wandb_folder or options.logdir
-        folder.mkdir(parents=True, exist_ok=True)
-        trackers.append(
-            WandB(
-                project=config.logging.project,
-                folder=folder,
-                name=f"{options.config_name}-{options.logdir.resolve().name}",
-                identity=f"{derive_seed(str(options.logdir.resolve())):016x}",
-                config=asdict(config),
-            )
+    words = config.logging
+    if words.tensorboard:
+        folder = options.logdir / "tensorboard"
+        trackers.append(Apart("TensorBoard", partial(TensorBoard, folder, resumed_at=resumed_at)))
+    if uses_wandb(words.wandb, disabled=not options.wandb, mode=words.wandb_mode):
+        make = partial(
+            WandB,
+            project=words.project,
+            folder=options.wandb_folder or options.logdir,
+            name=f"{options.config_name}-{options.logdir.resolve().name}",
+            identity=f"{derive_seed(str(options.logdir.resolve())):016x}",
+            config=asdict(config),
+            mode=words.wandb_mode,
         )
+        trackers.append(Apart("Weights & Biases", make))
     trackers.append(ReportPage(config, session, options.logdir, resumed_at=resumed_at))
     return trackers
 

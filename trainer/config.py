@@ -21,6 +21,7 @@ from model.wan.kernels import AUTO, KERNELS
 from pipeline.causal import ROLLOUT_KEYS, CausalConfig
 from pipeline.teacher import SamplingConfig
 from trainer.data import DataConfig
+from trainer.faults import FaultsConfig
 from trainer.networks import (
     NetworkConfig,
     TrainedNetworkConfig,
@@ -54,7 +55,10 @@ class LoggingConfig:
     """Where numbers go beside <logdir>/metrics.jsonl."""
 
     wandb: bool | None = None  # None = if you are logged in there
+    # None = WANDB_MODE, else online; a run that cannot reach W&B goes on offline.
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
     project: str = "fewstep"
+    tensorboard: bool = False  # event files in <logdir>/tensorboard
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
 
     log_every: int = 10  # outer steps between reads of the metrics
     save_every: int = 200  # outer steps between checkpoints; the last step is always saved
@@ -142,13 +147,16 @@ class Config:
         return teacher if role == "teacher" else self.critic.model or teacher
 
 
-# A run may be continued with other values of these; every other key is part of what it is.
+# A run may be continued with other values of these; every other key is part of what it is. Rates
+# and clipping are what a run that diverges is mended with.
 CHANGEABLE = (
     "steps", "log_every", "save_every", "keep_checkpoints", "keep_every", "keep_best",
     "save_in_background", "save_failures", "timeout_s", "model_root",
     "data.path", "data.text_embeddings", "data.max_damaged", "accumulation", "sharding_strategy",
     "teacher.sharded", "generator.sharded", "critic.sharded",
-    "loss.batched_guidance", "parallel", "validation", "health", "logging",
+    "loss.batched_guidance", "parallel", "validation", "health", "logging", "faults",
+    "generator.lr", "critic.lr", "discriminator.lr", "generator.max_grad_norm",
+    "critic.max_grad_norm", "discriminator.max_grad_norm",
     "sampling.steps", "sampling.cfg_scale", "sampling.cfg_scale_low", "sampling.timestep_shift",
     "sampling.solver",
 )  # fmt: skip
@@ -265,6 +273,7 @@ def problems(config: Config) -> Iterator[str]:
     if not 0.0 <= config.ema.decay < 1.0:
         yield f"ema.decay: must lie in [0, 1), got {config.ema.decay}"
     yield from config.parallel.problems()
+    yield from config.faults.problems()
     yield from _attention_problems(config.parallel.attention)
     yield from config.loss.problems()
     causal = config.generator_type == "causal"

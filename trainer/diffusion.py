@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trainer.base import Phase, Trainer
+from trainer.base import Trainer
+from trainer.phases import Phase
 
 
 class DiffusionTrainer(Trainer):

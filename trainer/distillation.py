@@ -7,7 +7,9 @@ from typing import Protocol, cast
 
 from model.base import AlternatingConfig
 from model.types import Batch, LossOutput
-from trainer.base import Phase, Trainer, TrainerParts
+from trainer.base import Trainer
+from trainer.parts import TrainerParts
+from trainer.phases import Phase
 from trainer.roles import group_of
 from utils.seeding import StepRNG
 

@@ -56,6 +56,11 @@ class ReportPage:
         self._step = step
         self._rebuild()
 
+    def rewind(self, step: int) -> None:
+        """Show the figures up to `step`: later ones will come again."""
+        self._step = step
+        self._rebuild()
+
     def close(self) -> None:
         """Note how the run ended, and rebuild the page."""
         error = sys.exc_info()[1]

@@ -67,6 +67,11 @@ class Role:
         set_lr_factor(self.optimizers, self.config, lr_factor(self.config, update, total))
         for optimizer in self.optimizers:
             optimizer.step()
+        self.clear_gradients()
+
+    def clear_gradients(self) -> None:
+        """Forget what backward passes have left, after an update or instead of one."""
+        for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     @property

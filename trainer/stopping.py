@@ -15,11 +15,19 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ECHO_S = 2.0  # a second Ctrl-C within this time is the first one, passed on
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to stop, and it did, after a whole step."""
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.status = 128 + number  # the exit status, by which those who start runs know it
+
+
 class StopRequest:
-    """Whether a signal has asked this rank to stop."""
+    """Which signal has asked this rank to stop, if one has."""
 
     def __init__(self) -> None:
-        self.made = False
+        self.number = 0  # of the signal; 0 = none has come
         self._first = 0.0
 
     @contextmanager
@@ -39,8 +47,8 @@ class StopRequest:
     def _request(self, signum: int, frame: FrameType | None) -> None:
         del frame
         now = time.monotonic()
-        if not self.made:
-            self.made, self._first = True, now
+        if not self.number:
+            self.number, self._first = signum, now
             log.warning("%s: stopping after this step", signal.Signals(signum).name)
         elif signum == signal.SIGINT and now - self._first > ECHO_S:
             raise KeyboardInterrupt

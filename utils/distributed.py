@@ -70,15 +70,15 @@ class Session:
 
     def any(self, flag: bool) -> bool:
         """Whether any rank raised `flag`. Collective on the CPU: no device is waited for."""
-        return self.any_of(flag)[0]
+        return bool(self.most_of(int(flag))[0])
 
-    def any_of(self, *flags: bool) -> tuple[bool, ...]:
-        """`any` of several flags at once. Collective on the CPU."""
+    def most_of(self, *numbers: int) -> tuple[int, ...]:
+        """The largest of any rank, of each number. Collective on the CPU, as `any`."""
         if self.world_size == 1:
-            return flags
-        raised = torch.tensor([int(flag) for flag in flags])
-        dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.channel)
-        return tuple(map(bool, raised.tolist()))
+            return numbers
+        largest = torch.tensor(numbers)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.channel)
+        return tuple(largest.tolist())
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -9,15 +9,14 @@ import math
 import netrc
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import urlparse
 
 import torch
 from torch import Tensor
 
-from utils.config import ConfigError
 from utils.distributed import Session
 from utils.errors import words
 from utils.files import append_text, write_text
@@ -34,6 +33,9 @@ class Tracker(Protocol):
     def picture(self, step: int, name: str, path: Path) -> None:
         """Record an image file."""
 
+    def rewind(self, step: int) -> None:
+        """The run goes on from `step` once more: later rows will come again."""
+
     def close(self) -> None:
         """Send what is left."""
 
@@ -49,15 +51,20 @@ class JsonLines:
         self._waiting: list[str] = []
         self._told = False
         if path.is_file():
-            rows = list(read_metrics(path))
-            kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= resumed_at)
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            if len(rows) < len(lines):
-                log.warning(
-                    "%s: %d lines are no metrics, and are removed", path, len(lines) - len(rows)
-                )
-            if kept != "".join(f"{line}\n" for line in lines):
-                write_text(path, kept)
+            self._keep(resumed_at)
+
+    def _keep(self, step: int) -> None:
+        """Remove the rows of later steps, and lines that are no metrics."""
+        path = self.path
+        rows = list(read_metrics(path))
+        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if len(rows) < len(lines):
+            log.warning(
+                "%s: %d lines are no metrics, and are removed", path, len(lines) - len(rows)
+            )
+        if kept != "".join(f"{line}\n" for line in lines):
+            write_text(path, kept)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line."""
@@ -76,6 +83,14 @@ class JsonLines:
     def picture(self, step: int, name: str, path: Path) -> None:
         """Pictures lie in the log directory already."""
 
+    def rewind(self, step: int) -> None:
+        """Remove the rows of later steps."""
+        self._waiting = [line for line in self._waiting if json.loads(line)["step"] <= step]
+        try:
+            self._keep(step)
+        except OSError as error:
+            log.warning("%s: rows after step %d stay: %s", self.path, step, words(error) or error)
+
     def close(self) -> None:
         """Try once more to write what waits."""
         if not self._waiting:
@@ -87,54 +102,20 @@ class JsonLines:
             log.warning("%s: %d rows are lost: %s", self.path, lost, words(error) or error)
 
 
-class WandB:
-    """Weights & Biases. `identity` is the same for all parts of a run that is resumed."""
-
-    def __init__(
-        self, *, project: str, folder: Path, name: str, identity: str, config: Mapping[str, Any]
-    ) -> None:
-        import wandb  # slow to import
-
-        self._wandb = wandb
-        try:
-            self._run = wandb.init(
-                project=project,
-                dir=str(folder),
-                name=name,
-                id=identity,
-                resume="allow",
-                config=dict(config),
-            )
-        except wandb.errors.Error as error:
-            raise ConfigError(
-                f"wandb: {error}; run `wandb login` once, or pass --disable-wandb"
-            ) from error
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Send one row."""
-        self._run.log(dict(values), step=step)
-
-    def picture(self, step: int, name: str, path: Path) -> None:
-        """Send one image file."""
-        self._run.log({name: self._wandb.Image(str(path))}, step=step)
-
-    def close(self) -> None:
-        """Finish the upload."""
-        self._run.finish()
-
-
-def uses_wandb(asked: bool | None, *, disabled: bool) -> bool:
+def uses_wandb(asked: bool | None, *, disabled: bool, mode: str | None = None) -> bool:
     """Whether a run goes to Weights & Biases; one log line says so, why, and how to change it.
 
     asked: logging.wandb; None = if its user is logged in there. disabled: --disable-wandb.
+    mode: logging.wandb_mode; None = not set, and WANDB_MODE counts.
     """
-    mode = os.environ.get("WANDB_MODE", "")
+    set_, mode = mode is not None, mode or os.environ.get("WANDB_MODE", "")
     if disabled:
         chosen, why = False, "--disable-wandb"
     elif asked is not None:
         chosen, why = asked, f"logging.wandb={str(asked).lower()}"
     elif mode:
-        chosen, why = mode != "disabled", f"WANDB_MODE={mode}"
+        name = "logging.wandb_mode" if set_ else "WANDB_MODE"
+        chosen, why = mode != "disabled", f"{name}={mode}"
     elif os.environ.get("WANDB_API_KEY"):
         chosen, why = True, "WANDB_API_KEY is set"
     else:
@@ -172,6 +153,16 @@ class Metrics:
             self._sums[key] = value if key not in self._sums else self._sums[key] + value
             self._counts[key] = self._counts.get(key, 0) + 1
 
+    @property
+    def steps(self) -> int:
+        """Those counted since the last read."""
+        return self._steps
+
+    def clear(self) -> None:
+        """Forget what was added since the last read: those steps will be done again."""
+        self._sums, self._counts, self._steps = {}, {}, 0
+        self._since = time.perf_counter()
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Leave the time of the body out of the seconds per step: saving, sampling."""
@@ -191,7 +182,7 @@ class Metrics:
         if self._sums:
             keys = sorted(self._sums)
             means = torch.stack([self._sums[key].float() / self._counts[key] for key in keys])
-            result = dict(zip(keys, self._session.mean(means).tolist(), strict=True))
+            result = self._fit(zip(keys, self._session.mean(means).tolist(), strict=True))
         now = time.perf_counter()
         result["seconds_per_step"] = (now - self._since) / max(1, self._steps)
         if self._session.device.type == "cuda":
@@ -199,10 +190,13 @@ class Metrics:
         self._sums, self._counts, self._steps, self._since = {}, {}, 0, now
         return result
 
-
-def not_finite(values: Mapping[str, float]) -> list[str]:
-    """The names of values that are NaN or infinite."""
-    return [name for name, value in values.items() if not math.isfinite(value)]
+    def _fit(self, values: Iterable[tuple[str, float]]) -> dict[str, float]:
+        """Those that are finite: losses and gradients are, and JSON knows no others."""
+        result = dict(values)
+        bad = [name for name, value in result.items() if not math.isfinite(value)]
+        if bad and self._session.is_main:
+            log.warning("%s not finite, and left out", ", ".join(bad))
+        return {name: value for name, value in result.items() if name not in bad}
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, float]]:

@@ -12,9 +12,10 @@ from model.dmd import DMD, DMDConfig
 from model.types import Batch
 from model.wan.config import WanConfig
 from scripts.benchmarking import plain
-from trainer.base import Phase, Trainer
+from trainer.base import Trainer
 from trainer.config import Config, sigmas
 from trainer.networks import TrainedNetworkConfig
+from trainer.phases import Phase
 from trainer.run import Run
 from utils.seeding import step_rng
 

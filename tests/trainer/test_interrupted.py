@@ -21,7 +21,10 @@ import torch
 import train
 from tests.ranks import RankFailedError, run_on_ranks
 from tests.runs import assert_same_end, built, cut_after, read_state, run, step_folder, unequal
-from trainer.base import Phase, RunFailedError, Trainer
+from trainer import stopping
+from trainer.base import Trainer
+from trainer.faults import RunFailedError
+from trainer.phases import Phase
 from utils import checkpoint
 from utils.config import ConfigError
 
@@ -191,15 +194,17 @@ def test_a_run_killed_within_a_save_resumes_and_ends_as_the_unkilled_run(
 INTERRUPTIBLE = ("steps=30",)
 
 
-def main_with_signal(arguments: list[str], logdir: Path, sender: int, delay_s: float) -> int:
-    """train.main(arguments) on this rank; rank `sender` sends itself Ctrl-C in mid-run."""
+def main_with_signal(
+    arguments: list[str], logdir: Path, sender: int, delay_s: float, number: int = signal.SIGINT
+) -> int:
+    """train.main(arguments) on this rank; rank `sender` sends itself a signal in mid-run."""
 
     def interrupt() -> None:
         deadline = time.monotonic() + 60.0
         while not (logdir / "metrics.jsonl").is_file() and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(delay_s)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     if int(os.environ["RANK"]) == sender:
         threading.Thread(target=interrupt, daemon=True).start()
@@ -237,6 +242,50 @@ def test_ctrl_c_on_one_of_two_ranks_stops_both_after_the_same_step(
     words = command(configs["diffusion"], logdir, ["steps=400"])
     assert run_on_ranks(2, main_with_signal, words, logdir, 1, 0.1) == [130, 130]
     assert checkpoint.latest(logdir / "checkpoints") is not None
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_cluster_s_signal_to_one_rank_is_the_exit_status_of_both_which_have_saved(
+    number: int, status: int, configs: dict[str, Path], tmp_path: Path
+) -> None:
+    logdir = tmp_path / "run"
+    words = command(configs["diffusion"], logdir, ["steps=400"])
+    found = run_on_ranks(2, main_with_signal, words, logdir, 1, 0.0, number)
+    assert found == [status, status]
+    assert checkpoint.latest(logdir / "checkpoints") is not None
+
+
+def stop_three_times(path: Path, logdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C twice before the third step, and once more while the run ends."""
+    monkeypatch.setattr(stopping, "ECHO_S", 0.0)
+    with built(path, logdir, *SAVE_ALL) as trainer:
+        phases, close = trainer.phases, trainer.parts.batches.close
+
+        def impatient(at: int) -> Iterable[Phase]:
+            for _ in range(2 * (at == 2)):  # the second does not wait for the step
+                signal.raise_signal(signal.SIGINT)
+            return phases(at)
+
+        def closing() -> None:
+            close()
+            signal.raise_signal(signal.SIGINT)
+
+        trainer.phases = impatient  # type: ignore[method-assign]
+        monkeypatch.setattr(trainer.parts.batches, "close", closing)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    monkeypatch.undo()
+
+
+def test_three_ctrl_c_lose_no_more_than_the_step_and_leave_nothing_locked(
+    straight: Path, configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logdir = tmp_path / "run"
+    stop_three_times(configs["diffusion"], logdir, monkeypatch)
+    gc.collect()
+    assert checkpoint.latest(logdir / "checkpoints") == step_folder(logdir, 2)
+    run(configs["diffusion"], logdir, *SAVE_LAST)
+    assert_same_end(logdir, straight, 5)
 
 
 # ---- damaged and poisoned
@@ -282,25 +331,25 @@ def run_poisoned(path: Path, logdir: Path, step: int, *overrides: str) -> str:
     return message
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_good_checkpoint(
+def test_weights_that_are_not_finite_stop_the_run_and_leave_the_good_checkpoint(
     straight: Path, configs: dict[str, Path], tmp_path: Path
 ) -> None:
     logdir = tmp_path / "run"
     message = run_poisoned(configs["diffusion"], logdir, 3, *SAVE_ALL)
-    assert message == (
-        "step 4: generator/grad_norm, generator/loss not finite; the last good checkpoint is "
-        f"{step_folder(logdir, 3)}. Lower the learning rate or max_grad_norm and start again."
+    assert message.startswith(
+        "step 4: roles.generator.head.head.weight not finite; the last good checkpoint is "
+        f"{step_folder(logdir, 3)}. Samples of the last one: "
     )
     run(configs["diffusion"], logdir, *SAVE_LAST)
     assert_same_end(logdir, straight, 5)
 
 
-def test_a_loss_that_is_not_finite_between_logs_stops_the_run_before_the_next_save(
+def test_weights_that_are_not_finite_stop_the_run_before_they_are_logged_or_saved(
     configs: dict[str, Path], tmp_path: Path
 ) -> None:
     logdir = tmp_path / "run"
     settings = ("steps=8", "log_every=100", "save_every=2")
-    assert run_poisoned(configs["diffusion"], logdir, 4, *settings).startswith("step 6: ")
+    assert run_poisoned(configs["diffusion"], logdir, 4, *settings).startswith("step 5: ")
     assert checkpoint.latest(logdir / "checkpoints") == step_folder(logdir, 4)
     state = read_state(step_folder(logdir, 4))
     tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]

@@ -139,17 +139,17 @@ def train(job: Job, session: Session) -> Seen:
 def watch(trainer: Trainer, gradients: dict[str, Tensor]) -> None:
     """Note each role's gradients of its first update; of an adapter, whose factor a has none then,
     those of its second one."""
-    apply = trainer.apply_gradients
+    clip = trainer.clip
 
-    def noting(name: str) -> None:
+    def noting(name: str) -> Tensor:
         own = trainer.roles[name].parameters
         if trainer.state.updates[name] == int(any(".adapters." in key for key in own)):
             for key, parameter in own.items():
                 if parameter.grad is not None:  # some of a discriminator serve other methods
                     gradients[f"{name}.{key}"] = whole(parameter.grad).clone()
-        apply(name)
+        return clip(name)
 
-    trainer.apply_gradients = noting  # type: ignore[method-assign]
+    trainer.clip = noting  # type: ignore[method-assign]
 
 
 def train_all(jobs: list[Job]) -> list[Seen]:

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from model.types import Denoiser
 from tests.runs import build, built, rows, run
-from trainer.base import Interrupted, Phase, Trainer
+from trainer.base import Trainer
 from trainer.build import RunOptions, build_trainer
 from trainer.config import load
 from trainer.diffusion import DiffusionTrainer
 from trainer.distillation import ScoreDistillationTrainer
+from trainer.phases import Phase
+from trainer.stopping import Interrupted
 from utils.distributed import distributed_session
 from utils.seeding import generator
 

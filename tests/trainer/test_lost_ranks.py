@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 import train
 from tests.ranks import BEAT_S, lone_ranks
-from trainer.base import Phase, Trainer
+from trainer.base import Trainer
+from trainer.phases import Phase
 from utils import checkpoint, watch
 
 DEADLY_STEP = 2
@@ -47,10 +49,10 @@ def train_until(line: list[str], fate: Callable[[], None], own_host: bool) -> in
     if own_host:
         socket.gethostname = lambda: f"host-{rank}"
 
-    def fated(self: Trainer, phase: Phase) -> None:
+    def fated(self: Trainer, phase: Phase) -> list[dict[str, Tensor]]:
         if rank == "1" and self.state.step == DEADLY_STEP:
             fate()
-        accumulate(self, phase)
+        return accumulate(self, phase)
 
     Trainer.accumulate = fated  # type: ignore[method-assign]
     return train.main(line)
@@ -62,6 +64,7 @@ def ends(
     """Exit statuses and last words of ranks; those that never end are None."""
     logdir = folder / "run"
     line = ["--config_path", str(config), "--logdir", str(logdir), "--disable-wandb"]
+    line += ["save_in_background=false"]  # so that it is known which one is the last
     line += ["steps=4", "save_every=1", "timeout_s=600", "batch_size=6"]
     with lone_ranks(world, folder, train_until, line, fate, own_host) as processes:
         processes[0].join(LIMIT_S)

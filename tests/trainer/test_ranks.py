@@ -131,18 +131,18 @@ def watch_calls(trainer: Trainer, calls: list[Call]) -> None:
 
 def watch_gradients(trainer: Trainer, rounded: set[str]) -> None:
     """Note which gradients of the critic, at any step, are all numbers that bf16 has."""
-    apply = trainer.apply_gradients
+    clip = trainer.clip
 
-    def watched(name: str) -> None:
+    def watched(name: str) -> Tensor:
         for key, parameter in trainer.roles[name].network.model.named_parameters():
             assert parameter.grad is not None, f"{name}.{key} got no gradient"
             gradient = whole(parameter.grad)
             assert gradient.dtype == torch.float32, f"{name}.{key} got {gradient.dtype}"
             if name == "critic" and torch.equal(gradient, gradient.bfloat16().float()):
                 rounded.add(key)
-        apply(name)
+        return clip(name)
 
-    trainer.apply_gradients = watched  # type: ignore[method-assign]
+    trainer.clip = watched  # type: ignore[method-assign]
 
 
 def watch_timesteps(trainer: Trainer) -> list[Tensor]:
@@ -180,13 +180,15 @@ def first_gradients(trainer: Trainer) -> Gradients:
     """The whole gradients of each phase of the first step, by role and weight name."""
     found: Gradients = {}
 
-    def keep(name: str) -> None:
+    def keep(name: str) -> Tensor:
         for key, parameter in trainer.roles[name].network.model.named_parameters():
             assert parameter.grad is not None, f"{name}.{key} got no gradient"
             found[f"{name}.{key}"] = whole(parameter.grad).clone()
             parameter.grad = None
+        return torch.zeros(())
 
-    trainer.apply_gradients = keep  # type: ignore[method-assign]
+    trainer.clip = keep  # type: ignore[method-assign]
+    trainer.apply_gradients = lambda _: None  # type: ignore[method-assign]
     for phase in trainer.phases(0):
         trainer.optimise(phase)
     return found

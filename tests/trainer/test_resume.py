@@ -301,12 +301,13 @@ def test_the_log_directory_of_another_run_is_refused_with_the_keys_that_differ(
     before = (logdir / "config.yaml").read_bytes()
     with (
         pytest.raises(ConfigError) as caught,
-        built(configs["dmd"], logdir, *MUON["dmd"], "seed=7", "critic.lr=0.5", "steps=9"),
+        built(configs["dmd"], logdir, *MUON["dmd"], "seed=7", "critic.weight_decay=0.5", "steps=9"),
     ):
         pytest.fail("another run's directory was accepted")
     assert str(caught.value) == (
         f"{logdir}: holds another run; use a new --logdir, restore what has changed, or continue "
-        "all the same with --allow_config_change: critic.lr: is 0.001, now 0.5; seed: is 0, now 7"
+        "all the same with --allow_config_change: critic.weight_decay: is 0.01, now 0.5; seed: is "
+        "0, now 7"
     )
     assert (logdir / "config.yaml").read_bytes() == before
 

@@ -1,4 +1,7 @@
-"""What a training loop reads of its device on the host, and so waits for: metrics, once a log."""
+"""What a training loop reads of its device on the host, and so waits for.
+
+Metrics, once a log; and before each phase moves anything, whether its gradients are finite.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,8 @@ from utils.seeding import StepRNG
 # Of two outer steps the second logs; both kinds of optimizer.
 SETTINGS = ("steps=2", "log_every=2", "batch_size=1", "generator.muon_lr=0.01")
 MICRO = ("batch_size=2", "accumulation=2")
+LOG = "aten._to_copy.default in utils/metrics.py:read"
+FINITE = "aten._local_scalar_dense.default in utils/finite.py:all_finite"
 # What reads a tensor on the host.
 READS: dict[str, Callable[[Tensor], object]] = {
     "t.item()": lambda t: t.item(),
@@ -74,7 +79,7 @@ def on_the_device(path: Path, logdir: Path, *overrides: str) -> Iterator[tuple[T
 
 
 @pytest.mark.parametrize("method", CONFIGS)
-def test_only_the_log_waits_for_the_device_and_only_once(
+def test_only_the_log_and_each_phase_wait_for_the_device_and_only_once(
     method: str, configs: dict[str, Path], tmp_path: Path
 ) -> None:
     with on_the_device(configs[method], tmp_path) as (trained, reads):
@@ -86,8 +91,15 @@ def test_only_the_log_waits_for_the_device_and_only_once(
 
         with patch.object(trained, "after_step", counted):
             trained.train()
-    assert counts == [{}, {}]  # before anything is logged
-    assert reads == Counter({"aten._to_copy.default in utils/metrics.py:read": 1})
+    # Before anything is logged: one read for each phase so far.
+    assert counts == [{FINITE: number} for number in phases_by_step(trained)]
+    assert reads == Counter({LOG: 1, FINITE: phases_by_step(trained)[-1]})
+
+
+def phases_by_step(trained: Trainer) -> list[int]:
+    """How many phases there have been after each of the two steps."""
+    first, second = (len(list(trained.phases(step))) for step in range(2))
+    return [first, first + second]
 
 
 KEYS = {
@@ -112,7 +124,7 @@ def test_no_key_that_saves_time_or_memory_waits_for_the_device(
     method, *words = KEYS[key]
     with on_the_device(configs[method], tmp_path, *words) as (trained, reads):
         trained.train()
-    assert reads == Counter({"aten._to_copy.default in utils/metrics.py:read": 1})
+    assert reads == Counter({LOG: 1, FINITE: phases_by_step(trained)[-1]})
 
 
 def test_a_read_planted_in_a_loss_is_counted(configs: dict[str, Path], tmp_path: Path) -> None:

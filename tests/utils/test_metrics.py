@@ -13,7 +13,7 @@ import torch
 
 from utils import metrics as module
 from utils.distributed import Session
-from utils.metrics import JsonLines, Metrics, not_finite, read_metrics, uses_wandb
+from utils.metrics import JsonLines, Metrics, read_metrics, uses_wandb
 
 ALONE = Session(rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -69,8 +69,29 @@ def test_time_is_divided_by_the_steps_counted(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_values_that_are_not_finite_are_named(value: float) -> None:
-    assert not_finite({"a": 1.0, "b": value}) == ["b"]
+def test_values_that_are_not_finite_are_named_and_left_out(
+    value: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = Metrics(ALONE)
+    metrics.add("critic", {"loss": torch.tensor(1.0), "gap": torch.tensor(value)})
+    assert metrics.read().keys() == {"critic/loss", "seconds_per_step"}
+    assert caplog.messages == ["critic/gap not finite, and left out"]
+
+
+def test_cleared_metrics_are_forgotten() -> None:
+    metrics = Metrics(ALONE)
+    metrics.add("critic", {"loss": torch.tensor(1.0)})
+    metrics.clear()
+    assert metrics.read().keys() == {"seconds_per_step"}
+
+
+def test_rows_of_steps_that_will_be_done_again_are_removed(tmp_path: Path) -> None:
+    tracker = JsonLines(tmp_path / "metrics.jsonl", resumed_at=0)
+    for step in (1, 2, 3):
+        tracker.log(step, {})
+    tracker.rewind(1)
+    tracker.log(2, {"again": 1.0})
+    assert rows(tracker.path) == [{"step": 1}, {"step": 2, "again": 1.0}]
 
 
 def test_each_log_is_one_row(tmp_path: Path) -> None:
