@@ -77,6 +77,7 @@ setup(
             "pytest-xdist>=3.8",
             "ruff==0.17.5",
             "setuptools>=77",
+            "tensorboard",
         ],
     },
     entry_points={

@@ -127,16 +127,23 @@ class Trainer(ABC):
                     self.recover(limit)
 
     def recover(self, limit: LimitReachedError) -> None:
-        """Go back to the newest checkpoint, and past the samples since, or raise. Collective."""
-        good = None if self.saver is None else self.saver.newest()
-        if good is None or not self.faults.may_roll_back(checkpoint.step_of(good)):
-            raise RunFailedError(self.faults.advice(str(limit), good)) from limit
+        """Go back to the newest checkpoint that is well, and past the samples since, or raise.
+
+        Collective.
+        """
+        good = None if self.saver is None else self.saver.newest(limit.well_until)
+        if good is None or not self.faults.may_roll_back(limit, checkpoint.step_of(good)):
+            raise RunFailedError(self.faults.advice(limit, good)) from limit
         step, draws = self.state.step, self.state.draws
         self.load(good)
         self.state.draws = max(draws, self.state.draws)
         self.metrics.clear()
         self._late = False
-        self.faults.rolled_back(step, self.state.step, self.state.draws)
+        self.faults.rolled_back(limit, step, self.state.step, self.state.draws)
+        if self.saver is not None and limit.well_until is not None:
+            self.saver.drop_after(self.state.step)
+        if self.parts.health is not None:
+            self.parts.health.rewind(self.state.step)
         if self.session.is_main:
             log.warning(
                 "%s; rolled back to step %d, and on with other samples", limit, self.state.step

@@ -55,6 +55,16 @@ class RunFailedError(UserError):
 class LimitReachedError(UserError):
     """Skipping updates leads nowhere; the message says why."""
 
+    well_until: int | None = None  # the last step that is worth going back to; None = the newest
+
+
+class SpoiltError(LimitReachedError):
+    """An alarm says that the run goes astray, and the run is to go back."""
+
+    def __init__(self, message: str, well_until: int) -> None:
+        super().__init__(message)
+        self.well_until = well_until
+
 
 @dataclass(frozen=True)
 class Share:
@@ -157,21 +167,32 @@ class Faults:
         fresh, self.fresh = self.fresh, 0
         return {"faults/skipped": float(fresh)} if fresh else {}
 
-    def may_roll_back(self, to: int) -> bool:
+    def may_roll_back(self, limit: LimitReachedError, to: int) -> bool:
         """Whether to go back to the checkpoint of step `to`, now or once more."""
-        if self.config.on_limit == "stop":
+        if self.config.on_limit == "stop" and not isinstance(limit, SpoiltError):
             return False
         step, count = self._returns
         self._returns = (to, count + 1 if step == to else 1)
         return self._returns[1] <= self.config.max_roll_backs
 
-    def rolled_back(self, at: int, to: int, draws: int) -> None:
+    def rolled_back(self, limit: LimitReachedError, at: int, to: int, draws: int) -> None:
         """Begin to count anew after a roll-back from outer step `at` to the one done before."""
         self.skipped, self._failing, self.fresh = {}, set(), 0
-        self._write({"what": "rolled back", "step": at, "to": to, "draws": draws})
+        row = {"what": "rolled back", "step": at, "to": to, "draws": draws, "why": str(limit)}
+        self._write(row)
 
-    def advice(self, reason: str, good: Path | None) -> str:
+    def advice(self, limit: LimitReachedError, good: Path | None) -> str:
         """The error of a run that stops, in a line."""
+        if isinstance(limit, SpoiltError):
+            why = (
+                f"the run has gone back to {good} {self.config.max_roll_backs} times "
+                f"(faults.max_roll_backs) and goes astray each time"
+                if good
+                else f"no checkpoint is kept of step {limit.well_until} or before "
+                f"(keep_checkpoints, keep_every and keep_best say which are)"
+            )
+            return f"{limit} It stops here (health.roll_back=true): {why}"
+        reason = str(limit)
         where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         seen = f" Samples of the last one: {self.last.named}." if self.last else ""
         return (

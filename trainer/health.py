@@ -28,6 +28,7 @@ from model.types import Denoiser
 from pipeline.build import SAMPLERS, Sampling
 from pipeline.protocol import InferencePipeline, sample
 from trainer.batches import BatchLoader
+from trainer.faults import SpoiltError
 from trainer.health_networks import Chunk, Marks, critic_error, look
 from trainer.hooks import Hook
 from trainer.roles import Role
@@ -36,6 +37,7 @@ from utils.data.dataset import RawItem
 from utils.distributed import Session
 from utils.ema import EMA
 from utils.files import replaced_atomically, write_text
+from utils.health.alarms import well_until
 from utils.health.figures import distance, measure
 from utils.health.log import REFERENCE, Entry, HealthLog, finite
 from utils.media.preview import save_preview
@@ -102,6 +104,7 @@ class HealthProbe:
         self.config = parts.run.config.health
         self.folder = parts.logdir / FOLDER
         self._log: HealthLog | None = None
+        self._last: Entry | None = None  # the newest line of that
         if self.session.is_main:
             at, patience = parts.resumed_at, self.config.patience
             self._log = HealthLog(parts.logdir, resumed_at=at, patience=patience)
@@ -134,6 +137,33 @@ class HealthProbe:
             figures["sample_change"] = distance(latents, before) / max(scale, 1e-12)
         self._before = latents
         self.session.on_main(lambda: self._write(step, latents, figures, first=first))
+        if self.config.roll_back:
+            self._refuse_spoilt()
+
+    def rewind(self, step: int) -> None:
+        """Forget the probes of later steps: the run goes on from `step`. Collective."""
+        log_ = self._log
+        if log_ is not None:
+            log_.rewind(step)
+        self._before = None
+
+    def _refuse_spoilt(self) -> None:
+        """Raise SpoiltError on all ranks if an alarm rose that spoils what was learnt since."""
+        told = json.loads(self.session.from_main(json.dumps(self._spoilt())))
+        if told is not None:
+            raise SpoiltError(*told)
+
+    def _spoilt(self) -> tuple[str, int] | None:
+        """What to say, and the step of the last probe that was well; the main rank knows."""
+        if self._log is None or self._last is None:
+            return None
+        verdict = self._last.verdict
+        step = well_until(self._log.probes, verdict, self.config.patience)
+        if step is None:
+            return None
+        rose = [alarm for alarm in verdict.alarms if alarm.name in verdict.rose]
+        words = "; ".join(f"{alarm.name}: {alarm.seen}. {alarm.advice}" for alarm in rose)
+        return f"step {self._last.probe.step}: {words}", step
 
     def _begin(self) -> list[Chunk]:
         """Encode the prompts, and make the teacher's samples or find them again."""
@@ -249,7 +279,7 @@ class HealthProbe:
             theirs = self._view(self._teacher)
             scale = math.sqrt(2.0) * float(theirs.std())
             figures["distance_teacher"] = distance(view, theirs) / max(scale, 1e-12)
-        entry = self._log.add(step, figures, self._reference)
+        entry = self._last = self._log.add(step, figures, self._reference)
         if first and not self._reference:
             log.info("health: no teacher to compare with; only what needs none raises alarms")
         self._keep("student", latents, {"step": str(step)})

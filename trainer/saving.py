@@ -94,10 +94,22 @@ class Saver:
                 f"(save_failures={allowed}); the newest checkpoint is {good or 'none'}\n{error}"
             ) from error
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint, every byte compared, when the one that is written is done."""
+    def newest(self, until: int | None = None) -> Path | None:
+        """The newest checkpoint, every byte compared, when the one that is written is done.
+
+        until: the last step that it may be of; None = any.
+        """
         self.settle()
-        return checkpoint.newest_good(self.folder, self._session)
+        return checkpoint.newest_good(self.folder, self._session, until)
+
+    def drop_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps: a start would go on from them."""
+
+        def drop() -> None:
+            checkpoint.drop_after(self.folder, step)
+            note_saved(self.claim.logdir, step)
+
+        self._session.on_main(drop)
 
     def close(self) -> None:
         """Wait for what is being written, and tell if that fails: the run ends for whatever reason.

@@ -191,13 +191,15 @@ def latest(folder: Path) -> Path | None:
     return next(complete(folder), None)
 
 
-def newest_good(folder: Path, session: Session) -> Path | None:
+def newest_good(folder: Path, session: Session, until: int | None = None) -> Path | None:
     """The newest checkpoint of which every byte is as it was written, or None. Collective.
 
-    Ranks share the reading, each mostly of what it will load, and all get the same answer. Damaged
-    ones are named in a warning. Raises UserError if there are checkpoints, and all are damaged.
+    until: the last step that it may be of; None = any. Ranks share the reading, each mostly of what
+    it will load, and all get the same answer. Damaged ones are named in a warning. Raises UserError
+    if there are checkpoints, and all are damaged.
     """
-    names = json.loads(session.from_main(json.dumps([path.name for path in newest_first(folder)])))
+    found = [path for path in newest_first(folder) if until is None or step_of(path) <= until]
+    names = json.loads(session.from_main(json.dumps([path.name for path in found])))
     for name in names:
         with session.uneven_work():
             fault = problem(folder / name, rank=session.rank, world_size=session.world_size)
@@ -262,6 +264,16 @@ def prune(
                 _remove(path.rename(f"{path}{_TORN}"))
 
     session.on_main(delete)
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of later steps. On the main rank, when none is being written."""
+    for path in newest_first(folder):
+        if step_of(path) > step:
+            _remove(path.rename(f"{path}{_TORN}"))
+        else:
+            write_text(folder / LATEST, path.name + "\n")
+            return
 
 
 def stay(steps: Sequence[int], scores: Mapping[int, float], *, every: int, best: int) -> set[int]:

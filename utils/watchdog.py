@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ log = logging.getLogger(__name__)
 STACKS = "stacks"  # folder in the log directory, with a file for each rank
 LOOK_S = 1.0  # between two looks, at the clock and at what other ranks say
 GRACE_LOOKS = 4  # that others have to notice and to write, before a rank ends
+STDERR = 2  # the descriptor: what Python calls stderr may be no file
 _STUCK = "watchdog/stuck"
 
 
@@ -79,7 +79,8 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._over.wait(self._look_s):
             # Armed anew at each look: it goes off when this thread does not get to run.
-            faulthandler.dump_traceback_later(self._limit_s + 10 * LOOK_S, exit=True)
+            limit_s = self._limit_s + 10 * LOOK_S
+            faulthandler.dump_traceback_later(limit_s, exit=True, file=STDERR)
             told = self._late() or self._said()
             if told:
                 self._bark(told)
@@ -116,8 +117,8 @@ class Watchdog:
 
     def _dump(self, told: str) -> None:
         """Write the stacks of all threads to stderr and to a file."""
-        with contextlib.suppress(OSError, ValueError):  # stderr may be no file
-            faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
+        with contextlib.suppress(OSError):
+            faulthandler.dump_traceback(STDERR, all_threads=True)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("w", encoding="utf-8") as file:

@@ -73,14 +73,13 @@ def step_gradients(trainer: Trainer) -> Iterator[tuple[str, float, dict[str, Ten
     """For each phase of step 2, at which all move: role, loss, gradients by name."""
     for phase in trainer.phases(2):
         with trainer.only_trainable(phase.roles):
-            trainer.accumulate(phase)
+            reports = trainer.accumulate(phase)
         for role in phase.roles:
             held = trainer.roles[role].parameters
             grads = {n: p.grad.clone() for n, p in held.items() if p.grad is not None}
             for parameter in held.values():
                 parameter.grad = None
-            loss = trainer.metrics.read()[f"{phase.name}/loss"]
-            trainer.metrics.count_step()
+            loss = sum(float(report["loss"]) for report in reports) / len(reports)
             yield f"{phase.name} {role}", loss, grads
             break  # of a phase's roles the others are discriminators
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,17 @@ import torch
 from model.matching import DistributionMatching
 from tests.ranks import run_on_ranks
 from tests.runs import assert_same_end, built, cut_after, rows, run, write_config
+from trainer.base import Trainer
 from trainer.config import load
+from trainer.faults import RunFailedError
+from trainer.health import HealthProbe
 from trainer.health_networks import Marks, removed_share
+from trainer.phases import Phase
+from utils import checkpoint
 from utils.config import ConfigError
 from utils.distributed import Session
+from utils.health import alarms
+from utils.health.alarms import Rule
 from utils.health.log import HealthLog, read_health, read_reference
 from utils.seeding import generator
 
@@ -245,12 +254,97 @@ def test_the_critic_is_compared_with_the_teacher_it_began_as(
         ("health.count=0", "health.count: must be at least 1, got 0"),
         ("health.seeds=0", "health.seeds: must be at least 1, got 0"),
         ("health.patience=0", "health.patience: must be at least 1, got 0"),
+        ("health.roll_back=true", "health.roll_back: alarms need probes; set health.every"),
     ],
 )
 def test_impossible_settings_are_refused(word: str, message: str, configs: dict[str, Path]) -> None:
     with pytest.raises(ConfigError) as caught:
         load(configs["dmd"], [word])
     assert str(caught.value) == message
+
+
+GOES_BACK = (
+    "steps=6", "save_every=1", "health.every=1", "health.count=1", "sampling.steps=2",
+    "health.roll_back=true", "keep_checkpoints=4",
+)  # fmt: skip
+
+
+def sicken(monkeypatch: pytest.MonkeyPatch, probes: Collection[int]) -> None:
+    """Let these probes of a run, counted from 1 however often it goes back, see one sign."""
+    made = itertools.count(1)
+    sign = {"sick": 1.0}
+    monkeypatch.setattr(
+        HealthProbe, "_grad_norms", lambda self, step: sign if next(made) in probes else {}
+    )
+    rule = Rule(
+        "collapse", lambda past, _: "all alike" if past.now("sick") else None, "Help.", spoils=True
+    )
+    monkeypatch.setattr(alarms, "RULES", (rule,))
+
+
+def test_an_alarm_takes_a_run_back_to_before_its_signs(
+    configs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sicken(monkeypatch, (3, 4))
+    logdir = run(configs["dmd"], tmp_path / "run", *GOES_BACK)
+    assert any("collapse: all alike. Help.; rolled back to step 2" in m for m in caplog.messages)
+    assert [row["step"] for row in figures(logdir)] == [1, 2, 3, 4, 5, 6]
+    assert all("sick" not in row["figures"] for row in figures(logdir))
+    assert [row["step"] for row in rows(logdir)] == [1, 2, 3, 4, 5, 6]
+    (fault,) = map(json.loads, (logdir / "faults.jsonl").read_text(encoding="utf-8").splitlines())
+    assert (fault["what"], fault["step"], fault["to"]) == ("rolled back", 4, 2)
+    saved = sorted(path.name for path in (logdir / "checkpoints").glob("step_*"))
+    assert saved == [f"step_{step:06d}" for step in (3, 4, 5, 6)]
+
+
+def test_a_killed_run_does_not_go_on_from_what_an_alarm_has_spoilt(
+    configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sicken(monkeypatch, (3, 4))
+    monkeypatch.setattr(Trainer, "optimise", killed_after_going_back(Trainer.optimise))
+    with pytest.raises(ZeroDivisionError):
+        run(configs["dmd"], tmp_path / "run", *GOES_BACK)
+    folder = tmp_path / "run" / "checkpoints"
+    assert checkpoint.latest(folder) == folder / "step_000002"
+    assert (folder / "latest").read_text(encoding="utf-8") == "step_000002\n"
+    assert json.loads((tmp_path / "run" / "last_save.json").read_text())["step"] == 2
+
+
+def killed_after_going_back(optimise: Callable[..., None]) -> Callable[..., None]:
+    """`optimise`, that fails when a run has gone back."""
+    steps: list[int] = []
+
+    def failing(trainer: Trainer, phase: Phase) -> None:
+        if steps and trainer.state.step < steps[-1]:
+            raise ZeroDivisionError
+        steps.append(trainer.state.step)
+        optimise(trainer, phase)
+
+    return failing
+
+
+@pytest.mark.parametrize(
+    ("probes", "words", "message"),
+    [
+        (range(3, 99), ("faults.max_roll_backs=2",), "has gone back to .*step_000002 2 times"),
+        ((3, 4), ("keep_checkpoints=1",), "no checkpoint is kept of step 2 or before"),
+        ((1, 2), (), "no checkpoint is kept of step 0 or before"),
+    ],
+)
+def test_a_run_that_cannot_go_back_stops_with_the_advice(
+    probes: Collection[int],
+    words: tuple[str, ...],
+    message: str,
+    configs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sicken(monkeypatch, probes)
+    with pytest.raises(RunFailedError, match=rf"collapse: all alike\. Help\. .*{message}"):
+        run(configs["dmd"], tmp_path / "run", *GOES_BACK, *words)
 
 
 def test_health_jsonl_is_cut_where_a_run_goes_on_and_survives_a_torn_line(tmp_path: Path) -> None:

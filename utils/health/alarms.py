@@ -86,6 +86,7 @@ class Rule:
     name: str
     sign: Sign
     advice: str
+    spoils: bool = False  # whether the weights of before are worth more than those of now
 
 
 def fading(names: Mapping[str, str]) -> Sign:
@@ -205,6 +206,7 @@ RULES = (
         "Go back to a checkpoint from before it. Let the critic keep up (more of its updates per "
         "generator update, loss.generator_every), lower the generator's learning rate, lower "
         "loss.cfg_scale, or add a GAN term on real clips.",
+        spoils=True,
     ),
     Rule(
         "static",
@@ -212,12 +214,14 @@ RULES = (
         "Go back to a checkpoint from before it. Score samples at higher noise levels "
         "(loss.timestep_shift), lower the generator's learning rate, and look for still clips "
         "among the prompts or the data.",
+        spoils=True,
     ),
     Rule(
         "saturation",
         saturated,
         "Lower loss.cfg_scale or the generator's learning rate, let the critic move more often, or "
         "begin from a student of stored trajectories (trainer: ode).",
+        spoils=True,
     ),
     Rule(
         "critic_lags",
@@ -230,6 +234,7 @@ RULES = (
         diverging,
         "Go back to a checkpoint from before it. Lower the critic's learning rate or its "
         "max_grad_norm.",
+        spoils=True,
     ),
     Rule(
         "generator_stalls",
@@ -247,6 +252,7 @@ RULES = (
         "not_finite",
         broken,
         "Go back to the last checkpoint whose probe was finite, and lower the learning rates.",
+        spoils=True,
     ),
 )
 
@@ -274,6 +280,18 @@ def judge(probes: Sequence[Probe], reference: Figures, *, patience: int = 2) -> 
                 alarms.append(Alarm(rule.name, before.since, words or before.seen, rule.advice))
         verdict = Verdict(tuple(alarms), tuple(rose), tuple(fell))
     return verdict
+
+
+def well_until(probes: Sequence[Probe], verdict: Verdict, patience: int) -> int | None:
+    """The step of the last probe before the signs of an alarm that has just risen; 0 = none is.
+
+    None where none has risen of those whose weights are worth less than the ones before.
+    """
+    spoiling = {rule.name for rule in RULES if rule.spoils}
+    if not spoiling.intersection(verdict.rose):
+        return None
+    before = probes[: -max(1, patience)]
+    return before[-1].step if before else 0
 
 
 _NAMES = [rule.name for rule in RULES]

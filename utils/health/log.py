@@ -48,8 +48,13 @@ class HealthLog:
     def __init__(self, logdir: Path, *, resumed_at: int, patience: int) -> None:
         self.path = logdir / FILE
         self.patience = patience
+        self.probes: list[Probe] = []
+        self.rewind(resumed_at)
+
+    def rewind(self, step: int) -> None:
+        """Forget the probes of later steps: the run goes on from `step`."""
         rows = read_health(self.path)
-        kept = [row for row in rows if row["step"] <= resumed_at]
+        kept = [row for row in rows if row["step"] <= step]
         if len(kept) < len(rows):
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.probes = [Probe(row["step"], row["figures"]) for row in kept]

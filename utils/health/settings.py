@@ -15,6 +15,9 @@ class HealthConfig:
     count: int = 4  # prompts
     seeds: int = 2  # clips of each prompt; one has no diversity across seeds
     patience: int = 2  # probes in a row that raise an alarm, or end it
+    # Whether an alarm such as collapse takes the run back to its newest checkpoint from before the
+    # signs, and on with other samples; at most faults.max_roll_backs times to the same one.
+    roll_back: bool = False
 
     def problems(self) -> Iterator[str]:
         """What is impossible about these settings, one line each."""
@@ -23,3 +26,5 @@ class HealthConfig:
         for name in ("count", "seeds", "patience"):
             if getattr(self, name) < 1:
                 yield f"health.{name}: must be at least 1, got {getattr(self, name)}"
+        if self.roll_back and not self.every:
+            yield "health.roll_back: alarms need probes; set health.every"
