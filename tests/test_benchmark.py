@@ -39,7 +39,9 @@ def measured(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[list
     )
 
 
-@pytest.mark.parametrize("method", ["dmd", "self_forcing_dmd"])
+@pytest.mark.parametrize(
+    "method", ["dmd", pytest.param("self_forcing_dmd", marks=pytest.mark.slow)]
+)
 def test_a_training_step_is_timed_beside_the_same_mathematics(
     method: str, configs: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -154,14 +154,26 @@ def rank_traffic(config: Path, logdir: Path, *overrides: str) -> list[tuple[Traf
     ("ranks", "local_world", "overrides"),
     [
         (2, None, ()),
-        (4, None, ("accumulation=1", "parallel.activation_checkpoint=block")),
-        (2, None, ("accumulation=2", "parallel.reduce_gradients=last", "mixed_precision=true")),
         (4, 2, ("sharding_strategy=hybrid_full",)),
-        (2, None, ("sharding_strategy=none",)),
+        pytest.param(
+            4,
+            None,
+            ("accumulation=1", "parallel.activation_checkpoint=block"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            2,
+            None,
+            ("accumulation=2", "parallel.reduce_gradients=last", "mixed_precision=true"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(2, None, ("sharding_strategy=none",), marks=pytest.mark.slow),
     ],
-    ids=["2", "4", "2-last", "2x2", "2-none"],
+    ids=["2", "2x2", "4", "2-last", "2-none"],
 )
-@pytest.mark.parametrize("method", ["dmd", "self_forcing_dmd"])
+@pytest.mark.parametrize(
+    "method", ["dmd", pytest.param("self_forcing_dmd", marks=pytest.mark.slow)]
+)
 def test_what_ranks_receive_in_a_step_is_what_the_formula_says(
     method: str,
     ranks: int,

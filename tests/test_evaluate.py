@@ -76,6 +76,7 @@ def test_a_missing_student_is_told_before_the_teacher_is_loaded(
     assert f"error: {tmp_path / 'none'}: no weights here" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_models_for_which_images_are_optional_are_measured_both_ways(
     tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -179,7 +179,14 @@ def test_a_checkpoint_holds_adapters_alone(configs: dict[str, Path], tmp_path: P
     assert {name.split(".")[1] for name in weights} == {"generator", "critic"}
 
 
-@pytest.mark.parametrize("method", ["dmd", "dmd_gan", "self_forcing_dmd", "diffusion"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "dmd_gan",
+        "diffusion",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dmd", "self_forcing_dmd")),
+    ],
+)
 def test_a_resumed_run_ends_where_an_unbroken_one_does(
     method: str, configs: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -308,7 +315,10 @@ def mixed(config: Path, logdir: Path, words: tuple[str, ...]) -> list[str]:
         return sorted({f"{p.dtype} {'.adapters.' in name}" for name, p in model.named_parameters()})
 
 
-@pytest.mark.parametrize("base", ["sharded", "whole", "eight bits"])
+@pytest.mark.parametrize(
+    "base",
+    ["sharded", *(pytest.param(name, marks=pytest.mark.slow) for name in ("whole", "eight bits"))],
+)
 def test_bf16_bases_have_fp32_adapters_on_one_rank_and_on_two(
     base: str, configs: dict[str, Path], tmp_path: Path
 ) -> None:

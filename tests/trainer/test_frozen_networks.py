@@ -55,6 +55,7 @@ def test_a_teacher_in_eight_bits_gives_losses_near_those_of_a_whole_one(
         assert low != full
 
 
+@pytest.mark.slow
 def test_a_teacher_in_eight_bits_serves_a_run_in_bf16(
     configs: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -101,7 +101,6 @@ CASES = [
     if method in OF.get(way, METHODS) and ranks in ON.get(way, RANKS)
 ]
 FAST = {
-    ("2", "dmd", "selective, accumulated"),
     ("2", "self_forcing_dmd", "gathered"),
     ("2", "gan", "reused, offloaded"),
     ("2", "dmd", "adapters, recomputed"),

@@ -141,7 +141,8 @@ def test_both_ways_add_up_to_the_gradients_of_one_process(
         check_gradients(found, 2)
 
 
-@pytest.mark.parametrize("reduction", ["each", pytest.param("last", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["each", "last"])
 def test_replicas_share_gradients_once_per_update(reduction: Reduction) -> None:
     for found in run_on_ranks(4, update, "hybrid_full", reduction, local_world=2):
         assert found.all_reduced == [0] * (MICRO - 1) + [1 + BLOCKS]
