@@ -17,11 +17,12 @@ from model.matching import (
 )
 from model.options.adversarial import AdversarialOption, AdversarialOptionConfig
 from model.options.ida import IDA, IDAConfig
+from model.options.projection import Projection, ProjectionConfig
 from model.types import LossOutput, Sample
 
 
 @dataclass(frozen=True)
-class DMDConfig(IDAConfig, AdversarialOptionConfig, DistributionMatchingConfig):
+class DMDConfig(ProjectionConfig, IDAConfig, AdversarialOptionConfig, DistributionMatchingConfig):
     """DMD has no settings of its own; those of its options are all off by default."""
 
 
@@ -33,7 +34,7 @@ class DMD(DistributionMatching):
     """
 
     config_class = DMDConfig
-    takes = (AdversarialOption, IDA)
+    takes = (Projection, AdversarialOption, IDA)
     config: DMDConfig
 
     def objective(

@@ -82,6 +82,7 @@ class Comparison:
     rng: StepRNG
     sample: Sample  # carries the generator's gradient
     scores: Scores  # of all frames, as `sample`
+    target: Tensor  # [B, C, F, H, W] the x0 that the critic was to say of `scores.x`
 
 
 Adjust = Callable[[Tensor], Tensor]  # of the loss's gradient in x0, [B, C, F, H, W]
@@ -163,7 +164,7 @@ class DistributionMatching(Method):
     def generator_loss(self, batch: Batch, rng: StepRNG) -> LossOutput:
         """Compare teacher and critic on the generator's samples, noised; DMD sec. 3."""
         sample, scores = self.simulate(batch, rng)
-        at = Comparison(batch, rng, sample, scores)
+        at = Comparison(batch, rng, sample, scores, self.critic_target(sample, scores))
         effects = [option.on_generator(at) for option in self.options]
         adjusts = [effect.adjust for effect in effects if effect.adjust is not None]
         terms = [effect.term for effect in effects if effect.term is not None]
@@ -174,6 +175,11 @@ class DistributionMatching(Method):
         sample = self.rollout(self.generator, batch, rng, grad=True)
         with torch.set_grad_enabled(self.scores_need_grad):
             return sample, self.scores(self.noised(sample, rng), batch)
+
+    def critic_target(self, sample: Sample, scores: Scores) -> Tensor:
+        """The x0 that the critic learns to say of a noised sample, [B, C, F, H, W]."""
+        del scores
+        return sample.x0.detach()
 
     def draw_part(self, sample: Sample, rng: StepRNG) -> Part:
         """The noise levels at which a sample is judged: one expert's, where there are two."""

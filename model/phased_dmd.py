@@ -17,15 +17,16 @@ from torch import Tensor
 from model.base import Needs
 from model.dmd import DMD
 from model.experts import SIDES, WHOLE, ExpertLevels, Part, asking
-from model.flow import expand, shift, unshift
-from model.matching import DistributionMatchingConfig, NoisedSample
+from model.flow import expand, shift, unshift, velocity_to_x0
+from model.matching import DistributionMatchingConfig, NoisedSample, Scores
 from model.options.ida import IDA, IDAConfig
+from model.options.projection import Projection, ProjectionConfig
 from model.types import Batch, Sample, Side
 from utils.seeding import StepRNG
 
 
 @dataclass(frozen=True)
-class PhasedDMDConfig(IDAConfig, DistributionMatchingConfig):
+class PhasedDMDConfig(ProjectionConfig, IDAConfig, DistributionMatchingConfig):
     """Which expert learns, how samples are walked to, and at which levels they are judged."""
 
     timestep_shift: float = 7.0  # of the noise levels at which samples are scored
@@ -96,7 +97,7 @@ class PhasedDMD(DMD):
     """
 
     config_class = PhasedDMDConfig  # type: ignore[assignment]
-    takes = (IDA,)  # type: ignore[assignment]
+    takes = (Projection, IDA)  # type: ignore[assignment]
     config: PhasedDMDConfig  # type: ignore[assignment]
 
     @classmethod
@@ -136,6 +137,13 @@ class PhasedDMD(DMD):
         noise = rng.samples.randn(anchor.shape[1:])
         x = noise_further(anchor, noise, sigma, sample.level)
         return NoisedSample(anchor, x, sigma, noise, side=part.side, level=sample.level)
+
+    def critic_target(self, sample: Sample, scores: Scores) -> Tensor:
+        """Of a sample that ends at s, what `further_velocity` means as an x0."""
+        if sample.anchor is None:
+            return super().critic_target(sample, scores)
+        velocity, _ = further_velocity(sample.anchor, scores.noise, scores.sigma, sample.level)
+        return velocity_to_x0(scores.x, velocity, scores.sigma)
 
     def denoising_loss(self, fake: NoisedSample, batch: Batch) -> Tensor:
         """Mean squared error of the critic's velocity, of samples noised from s as well."""
