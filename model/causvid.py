@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from model.base import Needs
@@ -13,6 +14,15 @@ class CausVidConfig(DMDConfig):
     """CausVid's own option."""
 
     teacher_forcing: bool = False  # blocks see the clean past; false = the noisy one
+
+    def problems(self) -> Iterator[str]:
+        """See MethodConfig."""
+        yield from super().problems()
+        if self.walk == "euler":
+            yield (
+                "loss.walk: 'euler' has no meaning with causvid, whose student learns on videos "
+                "with fresh noise; use renoise, or distribution_loss=dmd"
+            )
 
 
 class CausVid(DMD):

@@ -21,7 +21,7 @@ from model.experts import (
 from model.flow import add_noise, velocity_to_x0
 from model.given import count_given, learnt, on_given
 from model.guidance import guided_velocity
-from model.types import Batch, LossOutput, Sample, Side
+from model.types import Batch, LossOutput, Sample, Side, Walk
 from utils.seeding import StepRNG
 
 MIN_SIZE = 1e-6  # a sample that the teacher leaves exactly as it is would divide by zero
@@ -39,11 +39,23 @@ class DistributionMatchingConfig(AlternatingConfig):
     boundary: float | None = (
         None  # the noise level from which on it is the high one; None = its own
     )
+    # From step to step, in training and after it: by fresh noise on what is predicted, or along the
+    # velocity (Euler's method), so that a clip is fixed by its first noise.
+    walk: Walk = "renoise"
 
     def problems(self) -> Iterator[str]:
         """See MethodConfig."""
         yield from super().problems()
         yield from teacher_problems(self.cfg_scale, self.cfg_scale_low, self.boundary)
+
+    def run_problems(self, *, steps: int, causal: bool) -> Iterator[str]:
+        """See MethodConfig."""
+        yield from super().run_problems(steps=steps, causal=causal)
+        if causal and self.walk == "euler":
+            yield (
+                "loss.walk: 'euler' is for generator_type: bidirectional; a causal generator's "
+                "blocks go from step to step by fresh noise (renoise)"
+            )
 
     def scale(self, side: Side | None) -> float:
         """Guidance of the teacher's expert of that side."""
@@ -155,6 +167,8 @@ class DistributionMatching(Method):
             networks=("generator", "critic", "teacher"),
             trained=("generator", "critic"),
             rollout="simulation",
+            rollout_options={"walk": config.walk},
+            sampler="few_step_euler" if config.walk == "euler" else "few_step",
         )
         for option in cls.takes:
             if option.asked(config):

@@ -21,7 +21,7 @@ from model.flow import expand, shift, unshift, velocity_to_x0
 from model.matching import DistributionMatchingConfig, NoisedSample, Scores
 from model.options.ida import IDA, IDAConfig
 from model.options.projection import Projection, ProjectionConfig
-from model.types import Batch, Sample, Side
+from model.types import Batch, Sample, Side, Walk
 from utils.seeding import StepRNG
 
 
@@ -36,7 +36,7 @@ class PhasedDMDConfig(ProjectionConfig, IDAConfig, DistributionMatchingConfig):
     phase: Literal["high", "low", "both"] = "high"
     # From step to step, in training and after it: along the velocity, with no fresh noise; or by
     # noising what is predicted once more.
-    walk: Literal["euler", "renoise"] = "euler"
+    walk: Walk = "euler"
     # euler: how far above the low expert's first level the high one is judged at least, in uniform
     # levels before they are shifted; nearer, the critic's target is mostly noise.
     margin: float = 0.02
@@ -110,7 +110,6 @@ class PhasedDMD(DMD):
             super().needs(config),
             rollout="phased",
             rollout_options={"phase": config.phase, "walk": config.walk},
-            sampler="few_step_euler" if config.walk == "euler" else "few_step",
             trained_sides={role: moved[role] for role in ("generator", "critic")},
         )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -36,7 +36,11 @@ __all__ = [
     "Sample",
     "Side",
     "StepRNG",
+    "Walk",
 ]
+
+# From one of few steps to the next: by fresh noise on what is predicted, or along the velocity.
+Walk = Literal["renoise", "euler"]
 
 
 @dataclass(frozen=True)

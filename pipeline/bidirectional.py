@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from model.given import count_given, on_given
-from model.types import Batch, Conditioning, Denoiser, Sample
-from pipeline.few_step import OnStep, backward_simulation, few_step
+from model.types import FULL_ATTENTION, Batch, Conditioning, Denoiser, Sample, Walk
+from pipeline.few_step import OnStep, euler_steps, few_step, predict_x0, state_at
 from pipeline.protocol import refuse_adjusting, refuse_filling
 from utils.seeding import SampleRNG, StepRNG
 
@@ -20,8 +20,9 @@ class BidirectionalTrainingPipeline:
     Steps before a random exit run without gradient, the exit step with it, later ones not at all.
     """
 
-    def __init__(self, sigmas: Sequence[float]) -> None:
+    def __init__(self, sigmas: Sequence[float], walk: Walk = "renoise") -> None:
         self.sigmas = list(sigmas)
+        self.walk = walk
 
     def __call__(self, generator: Denoiser, batch: Batch, rng: StepRNG, *, grad: bool) -> Sample:
         """x0 [B, C, F, H, W] of `batch.conditioning` after exit + 1 network evaluations.
@@ -30,14 +31,11 @@ class BidirectionalTrainingPipeline:
         """
         # One exit for all ranks: unequal forward counts would leave sharded gathers unpaired.
         exit_step = int(torch.randint(len(self.sigmas), (), generator=rng.shared))
-        x0 = backward_simulation(
-            on_given(generator, batch.given),
-            rng.samples.randn(batch.latent_shape),
-            batch.conditioning,
-            self.sigmas[: exit_step + 1],
-            rng.samples,
-            grad=grad,
-        )
+        net, text = on_given(generator, batch.given), batch.conditioning
+        noise, done = rng.samples.randn(batch.latent_shape), self.sigmas[: exit_step + 1]
+        x = state_at(net, noise, text, done, rng.samples, walk=self.walk)
+        with torch.set_grad_enabled(grad):
+            x0 = predict_x0(net, x, done[-1], text, FULL_ATTENTION)
         return Sample(x0, given_frames=count_given(batch.given))
 
 
@@ -92,3 +90,19 @@ class BidirectionalInferencePipeline:
     ) -> Tensor:
         """All steps from the noise to x0, [B, C, F, H, W]."""
         return few_step(net, noise, conditioning, self.sigmas, rng, on_step=on_step)
+
+
+class EulerInferencePipeline(BidirectionalInferencePipeline):
+    """Few steps of a student that was trained on its own path, without fresh noise."""
+
+    def walk(
+        self,
+        net: Denoiser,
+        noise: Tensor,
+        conditioning: Conditioning,
+        rng: SampleRNG,
+        on_step: OnStep | None,
+    ) -> Tensor:
+        """See BidirectionalInferencePipeline; the path is fixed by its noise."""
+        del rng
+        return euler_steps(net, noise, conditioning, self.sigmas, on_step=on_step)

@@ -6,8 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from model.encoders.vae import VideoVAE
-from model.types import Denoiser, Rollout
-from pipeline.bidirectional import BidirectionalInferencePipeline, BidirectionalTrainingPipeline
+from model.types import Denoiser, Rollout, Walk
+from pipeline.bidirectional import (
+    BidirectionalInferencePipeline,
+    BidirectionalTrainingPipeline,
+    EulerInferencePipeline,
+)
 from pipeline.causal import (
     CausalConfig,
     CausalDiffusionInferencePipeline,
@@ -15,7 +19,7 @@ from pipeline.causal import (
     SelfForcingTrainingPipeline,
 )
 from pipeline.data import DataRollout
-from pipeline.phased import EulerInferencePipeline, Phase, PhasedTrainingPipeline, Walk
+from pipeline.phased import Phase, PhasedTrainingPipeline
 from pipeline.protocol import InferencePipeline
 from pipeline.teacher import SamplingConfig, TeacherInferencePipeline
 
@@ -33,10 +37,11 @@ class Sampling:
     gate: float | None = None  # between the few steps of two experts; None = there is one network
 
 
-def simulation_rollout(sampling: Sampling) -> Rollout:
+def simulation_rollout(sampling: Sampling, *, walk: Walk = "renoise") -> Rollout:
     """Samples that the generator makes as inference will."""
     if sampling.causal is None:
-        return BidirectionalTrainingPipeline(sampling.sigmas)
+        return BidirectionalTrainingPipeline(sampling.sigmas, walk)
+    assert walk == "renoise", "blocks are noised anew"
     return SelfForcingTrainingPipeline(sampling.sigmas, sampling.causal, sampling.vae)
 
 
@@ -60,7 +65,7 @@ def few_step_sampler(net: Denoiser, sampling: Sampling) -> InferencePipeline:
 
 def euler_sampler(net: Denoiser, sampling: Sampling) -> InferencePipeline:
     """For a distilled generator that walks without fresh noise."""
-    assert sampling.causal is None, "two experts make whole videos"
+    assert sampling.causal is None, "blocks are noised anew"
     return EulerInferencePipeline(net, sampling.sigmas)
 
 

@@ -1,7 +1,8 @@
-"""The few-step loop: predict clean latents, noise them again, predict again. Nothing else renoises.
+"""The few-step loop: predict clean latents, go to the next noise level, predict again.
 
-This is the multistep consistency sampling of arXiv:2303.01469 (algorithm 1), with the noise levels
-of a denoising_step_list. Letters as in model/types.py.
+By fresh noise this is the multistep consistency sampling of arXiv:2303.01469 (algorithm 1), with
+the noise levels of a denoising_step_list, and nothing else renoises; along the velocity it is
+Euler's method. A student is sampled as it was trained. Letters as in model/types.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.flow import add_noise, constant_sigma
-from model.types import FULL_ATTENTION, Conditioning, Context, Denoiser
+from model.types import FULL_ATTENTION, Conditioning, Context, Denoiser, Walk
 from model.wan.cache import KeyValue, KVCache
 from utils.seeding import SampleRNG
 
@@ -44,6 +45,54 @@ def few_step(
     return x
 
 
+def euler_steps(
+    net: Denoiser,
+    x: Tensor,
+    conditioning: Conditioning,
+    sigmas: Sequence[float],
+    end: float = 0.0,
+    *,
+    context: Context = FULL_ATTENTION,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Move x [B, C, F, H, W] from the first of falling `sigmas` over all of them to `end`, fp32.
+
+    x_next = x + (sigma_next - sigma) velocity; no fresh noise. Returns x at `end`, so clean at 0.
+    """
+    context = remembering(context)
+    for step, (sigma, following) in enumerate(zip(sigmas, [*sigmas[1:], end], strict=True)):
+        x0 = predict_x0(net, x, sigma, conditioning, context)
+        x = toward(x, x0, sigma, following)
+        if on_step is not None:
+            on_step(step + 1, len(sigmas))
+    return x
+
+
+def toward(x: Tensor, x0: Tensor, sigma: float, level: float) -> Tensor:
+    """x at `sigma`, moved straight toward x0 to a lower `level`: x + (level - sigma) velocity."""
+    return x0 if level == 0.0 else x0 + (level / sigma) * (x - x0)
+
+
+@torch.no_grad()
+def state_at(
+    net: Denoiser,
+    noise: Tensor,
+    conditioning: Conditioning,
+    sigmas: Sequence[float],
+    rng: SampleRNG,
+    *,
+    walk: Walk = "renoise",
+    context: Context = FULL_ATTENTION,
+) -> Tensor:
+    """What the step at the last of `sigmas` begins with, [B, C, F, H, W], after all before it."""
+    done, sigma = sigmas[:-1], sigmas[-1]
+    if not done:
+        return noise
+    if walk == "euler":
+        return euler_steps(net, noise, conditioning, done, end=sigma, context=context)
+    return renoise(few_step(net, noise, conditioning, done, rng, context=context), sigma, rng)
+
+
 def backward_simulation(
     net: Denoiser,
     noise: Tensor,
@@ -60,11 +109,7 @@ def backward_simulation(
     DMD2 (arXiv:2405.14867) sec. 4.5. Returns x0 [B, C, F, H, W], fp32. keys: filled with the last
     step's keys and values.
     """
-    x = noise
-    if sigmas[1:]:
-        with torch.no_grad():
-            x = few_step(net, x, conditioning, sigmas[:-1], rng, context=context)
-            x = renoise(x, sigmas[-1], rng)
+    x = state_at(net, noise, conditioning, sigmas, rng, context=context)
     with torch.set_grad_enabled(grad):
         return predict_x0(net, x, sigmas[-1], conditioning, replace(context, keys=keys))
 

@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.causvid import CausVidConfig
+from model.dmd import DMDConfig
 from model.flow import step_sigmas
-from model.types import FULL_ATTENTION, Conditioning, Context, Denoiser, Prediction
+from model.types import FULL_ATTENTION, Conditioning, Context, Denoiser, Prediction, Walk
 from pipeline.bidirectional import BidirectionalInferencePipeline, BidirectionalTrainingPipeline
+from pipeline.build import ROLLOUTS, SAMPLERS, Sampling
 from pipeline.protocol import sample
 from tests.gaussian import (
     CPU,
@@ -18,10 +21,12 @@ from tests.gaussian import (
     Affine,
     Exact,
     batch_of,
+    fast_streams,
     saying,
     streams,
     streams_of_step,
 )
+from tests.gaussian import Watched as Called
 from utils.seeding import step_rng
 
 SIGMAS = step_sigmas([1000, 750, 500, 250], 5.0)
@@ -158,3 +163,48 @@ def test_inference_tells_its_progress_once_per_step() -> None:
     )
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert pipeline.steps(SHAPE[1]) == 4
+
+
+# ---- along the velocity
+
+
+@pytest.mark.parametrize("walk", ["renoise", "euler"])
+@pytest.mark.parametrize("exit_step", range(4))
+def test_a_rollouts_exit_step_begins_with_what_its_sampler_holds_there(
+    walk: Walk, exit_step: int
+) -> None:
+    step = step_with(exit_step)
+    trained, served = Called(Exact(0.5)), Called(Exact(0.5))
+    rollout_ = ROLLOUTS["simulation"](Sampling(SIGMAS), walk=walk)
+    rollout_(trained, batch_of(2, mean=2.0), streams_of_step(2, step), grad=True)
+    sampler = SAMPLERS["few_step_euler" if walk == "euler" else "few_step"]
+    rng = streams_of_step(2, step).samples
+    sample(sampler(served, Sampling(SIGMAS)), saying(2.0, 2), saying(0.0, 2), SHAPE, rng)
+    assert len(trained.calls) == exit_step + 1
+    assert torch.equal(trained.calls[-1].x, served.calls[exit_step].x)
+
+
+def test_a_clip_of_eulers_steps_is_fixed_by_its_first_noise() -> None:
+    """Its spread is that of 40 steps of the teacher's ODE, .4469, and nothing else is drawn."""
+    sigmas = step_sigmas([1000 - 25 * i for i in range(40)], 5.0)
+    sampler = SAMPLERS["few_step_euler"](Exact(0.5), Sampling(sigmas))
+    rng = fast_streams(20_000, "euler").samples
+    made = sample(sampler, saying(0.7, 20_000), saying(0.0, 20_000), (1, 1, 1, 1), rng).flatten()
+    assert float(made.mean()) == pytest.approx(0.7, abs=0.02)
+    assert float(made.std()) == pytest.approx(0.4469, abs=0.01)
+    again = fast_streams(20_000, "euler").samples.randn((1, 1, 1, 1)).flatten()
+    assert torch.corrcoef(torch.stack([made, again]))[0, 1] > 0.9999
+
+
+@pytest.mark.parametrize(
+    ("config", "causal", "message"),
+    [
+        (DMDConfig(walk="euler"), True, "loss.walk: 'euler' is for generator_type: bidirectional"),
+        (CausVidConfig(walk="euler"), False, "loss.walk: 'euler' has no meaning with causvid"),
+    ],
+)
+def test_where_there_is_no_such_path_it_is_refused(
+    config: DMDConfig, causal: bool, message: str
+) -> None:
+    (found,) = [*config.problems(), *config.run_problems(steps=10, causal=causal)]
+    assert found.startswith(message)

@@ -11,7 +11,8 @@ from torch import Tensor
 from model.flow import step_sigmas
 from model.types import Sample
 from pipeline.build import ROLLOUTS, SAMPLERS, Sampling
-from pipeline.phased import PhasedTrainingPipeline, euler_steps
+from pipeline.few_step import euler_steps
+from pipeline.phased import PhasedTrainingPipeline
 from pipeline.protocol import sample
 from pipeline.teacher import SamplingConfig, build_scheduler, trajectory
 from tests.gaussian import SHAPE, Affine, Exact, Watched, batch_of, saying, streams, streams_of_step

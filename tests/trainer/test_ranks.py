@@ -41,6 +41,8 @@ OVERRIDES = {
     "self_forcing_sid": RECOMPUTED,
     "gan": ABSOLUTE,
     "dmd_gan": ABSOLUTE,
+    "causvid": ("loss.project=true",),
+    "sid": ("loss.walk=euler",),
 }
 # On two ranks in the fast tier: both optimizers, whole clips and blocks, sharded and replicated.
 FAST_CASES = ("dmd-muon", "self_forcing_dmd-adamw")

@@ -78,6 +78,7 @@ LONGER = "causal.rollout_frames=9"
 BROKEN = {
     "dmd_gan": (2, "dmd_gan", ()),
     "dmd_fdistill": (2, "dmd_fdistill", ()),
+    "projected": (1, "dmd", ("loss.project=true", "loss.walk=euler", "loss.generator_every=1")),
     "sid": (2, "sid", ()),
     "causvid": (2, "causvid", ()),
     "gan": (1, "gan", ()),
