@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from model.encoders.vae import VideoVAE
 from model.types import Denoiser, Rollout
 from pipeline.bidirectional import BidirectionalInferencePipeline, BidirectionalTrainingPipeline
+from pipeline.blocks import CausalConfig
 from pipeline.causal import (
-    CausalConfig,
     CausalDiffusionInferencePipeline,
     CausalInferencePipeline,
     SelfForcingTrainingPipeline,
@@ -31,18 +31,26 @@ class Sampling:
     )  # of models that follow their ODE
     vae: VideoVAE | None = None  # for rollouts longer than what is scored
     gate: float | None = None  # between the few steps of two experts; None = there is one network
+    first_sigmas: Sequence[float] | None = None  # of a causal video's first block; None = as all
 
 
 def simulation_rollout(sampling: Sampling) -> Rollout:
     """Samples that the generator makes as inference will."""
     if sampling.causal is None:
         return BidirectionalTrainingPipeline(sampling.sigmas)
-    return SelfForcingTrainingPipeline(sampling.sigmas, sampling.causal, sampling.vae)
+    return SelfForcingTrainingPipeline(
+        sampling.sigmas, sampling.causal, sampling.vae, first_sigmas=sampling.first_sigmas
+    )
 
 
 def data_rollout(sampling: Sampling, *, teacher_forcing: bool) -> Rollout:
     """Samples predicted from noised real videos."""
-    return DataRollout(sampling.sigmas, sampling.causal, teacher_forcing=teacher_forcing)
+    return DataRollout(
+        sampling.sigmas,
+        sampling.causal,
+        teacher_forcing=teacher_forcing,
+        first_sigmas=sampling.first_sigmas,
+    )
 
 
 def phased_rollout(sampling: Sampling, *, phase: Phase, walk: Walk) -> Rollout:
@@ -55,7 +63,9 @@ def few_step_sampler(net: Denoiser, sampling: Sampling) -> InferencePipeline:
     """For a distilled generator."""
     if sampling.causal is None:
         return BidirectionalInferencePipeline(net, sampling.sigmas)
-    return CausalInferencePipeline(net, sampling.sigmas, sampling.causal)
+    return CausalInferencePipeline(
+        net, sampling.sigmas, sampling.causal, first_sigmas=sampling.first_sigmas
+    )
 
 
 def euler_sampler(net: Denoiser, sampling: Sampling) -> InferencePipeline:

@@ -10,74 +10,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from model.causal import CausalLayout
 from model.encoders.vae import VideoVAE
 from model.flow import TIMESTEPS
 from model.guidance import concatenate
 from model.types import Batch, Conditioning, Context, Denoiser, Sample
 from model.wan.cache import KeyValue, KVCache
+from pipeline.blocks import BlockSigmas, CausalConfig
 from pipeline.few_step import OnStep, backward_simulation, few_step, predict_x0, renoise
 from pipeline.protocol import refuse_adjusting
 from pipeline.teacher import SamplingConfig, adjusted, evaluations_per_step, integrate
 from utils.seeding import SampleRNG, StepRNG
-
-# Settings of training rollouts alone.
-ROLLOUT_KEYS = (
-    "kv_gradient", "same_step_across_blocks", "last_step_only", "gradient_frames",
-    "rollout_frames", "given_first_frame",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class CausalConfig(CausalLayout):
-    """The layout, and how a generator is rolled out over it in training."""
-
-    context_noise: float = 0.0  # timestep in [0, 1000) of the noise on the past, also in inference
-    kv_gradient: Literal["detach", "straight_through"] = "detach"  # into earlier blocks
-    same_step_across_blocks: bool = True  # one exit step for all blocks, or one for each
-    last_step_only: bool = False  # always run all steps
-    gradient_frames: int | None = None  # only blocks within the last so many; None = the scored
-    rollout_frames: int | None = None  # make up to so many, score the last latent_shape[1] of them
-    given_first_frame: bool = False  # begin with the data's first latent frame, or its image
-
-    def problems(self, frames: int) -> Iterator[str]:
-        """What is impossible about these settings for videos of `frames` latent frames."""
-        found = list(super().problems(frames))
-        yield from found
-        if not 0.0 <= self.context_noise < TIMESTEPS:
-            yield f"causal.context_noise: must lie in [0, 1000), got {self.context_noise}"
-        if found:
-            return
-        last = self.blocks(frames)[-1]
-        if self.gradient_frames is not None and self.gradient_frames < last:
-            yield (
-                f"causal.gradient_frames: must hold the last block, {last} or more, or be null, "
-                f"got {self.gradient_frames}"
-            )
-        if self.rollout_frames is not None and self.rollout_frames < frames:
-            yield (
-                f"causal.rollout_frames: must be at least the {frames} frames of latent_shape, "
-                f"got {self.rollout_frames}"
-            )
-        elif self.rollout_frames is not None and self.rollout_frames > frames == 1:
-            yield "causal.rollout_frames: must be null or 1 if one frame is scored (latent_shape)"
-        elif self.rollout_frames is not None:
-            try:
-                self.blocks(self.rollout_frames)
-            except ValueError as error:
-                yield f"causal.rollout_frames: {error}"
-        if self.given_first_frame:
-            try:
-                self.split(frames, 1)
-            except ValueError as error:
-                yield (
-                    f"causal.given_first_frame: {error}; set causal.independent_first_frame=true"
-                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,11 +40,16 @@ class Block:
         return self.frames[1] - self.frames[0]
 
 
+def starts(sizes: Sequence[int], first: int = 0) -> list[int]:
+    """The frames at which successive blocks begin, the first of them at `first`."""
+    return list(accumulate(sizes, initial=first))[:-1]
+
+
 def lay_out(
     sizes: Sequence[int], first: int, conditioning: Conditioning, cache: KVCache
 ) -> Iterator[Block]:
     """Successive blocks of a video, the first of them at frame `first`."""
-    for begin, size in zip(accumulate(sizes, initial=first), sizes, strict=False):
+    for begin, size in zip(starts(sizes, first), sizes, strict=True):
         span = (begin, begin + size)
         index = torch.arange(*span)
         yield Block(span, conditioning.frames(*span), Context(cache=cache, frame_index=index))
@@ -125,10 +76,15 @@ class SelfForcingTrainingPipeline:
     """
 
     def __init__(
-        self, sigmas: Sequence[float], config: CausalConfig, vae: VideoVAE | None = None
+        self,
+        sigmas: Sequence[float],
+        config: CausalConfig,
+        vae: VideoVAE | None = None,
+        *,
+        first_sigmas: Sequence[float] | None = None,
     ) -> None:
-        """vae: for rollouts longer than what is scored."""
-        self.sigmas = list(sigmas)
+        """vae: for rollouts longer than what is scored. first_sigmas: of the first block."""
+        self.sigmas = BlockSigmas(sigmas, first_sigmas)
         self.config = config
         self.vae = vae
 
@@ -139,7 +95,7 @@ class SelfForcingTrainingPipeline:
         frames = self.draw_frames(scored, rng.shared)
         pieces = self.given(batch)
         old, new = config.split(frames, sum(piece.shape[2] for piece in pieces))
-        exits = self.draw_exits(len(new), rng.shared)
+        exits = self.draw_exits(len(new), rng.shared, begins=not old)
         cache = config.new_cache(frames)
         for block, x0 in zip(lay_out(old, 0, conditioning, cache), pieces, strict=True):
             remember(generator, block, x0, rng.samples, config.context_noise)
@@ -154,7 +110,7 @@ class SelfForcingTrainingPipeline:
                 generator,
                 rng.samples.randn((channels, block.size, *area)),
                 block.conditioning,
-                self.sigmas[: exit_step + 1],
+                self.sigmas.of(block.frames[0])[: exit_step + 1],
                 rng.samples,
                 context=block.context,
                 grad=learns,
@@ -180,10 +136,20 @@ class SelfForcingTrainingPipeline:
         more = int(torch.randint((longest - scored) // block + 1, (), generator=shared))
         return scored + more * block
 
-    def draw_exits(self, blocks: int, shared: torch.Generator) -> list[int]:
-        """The exit step of each block, the same on all ranks: forwards must pair up."""
-        steps = len(self.sigmas)
-        if self.config.last_step_only:
+    def draw_exits(self, blocks: int, shared: torch.Generator, *, begins: bool) -> list[int]:
+        """The exit step of each block, the same on all ranks: forwards must pair up.
+
+        begins: whether the first of them is the video's, which may have steps of its own; then its
+        exit is drawn by itself.
+        """
+        alone = 1 if begins and self.sigmas.first is not None else 0
+        counts = [len(self.sigmas.of(frame)) for frame in (0, 1)]
+        first = self._exits(counts[0], alone, shared)
+        return [*first, *self._exits(counts[1], blocks - alone, shared)]
+
+    def _exits(self, steps: int, blocks: int, shared: torch.Generator) -> list[int]:
+        """Those of blocks of as many steps."""
+        if self.config.last_step_only or not blocks:
             return [steps - 1] * blocks
         draws = 1 if self.config.same_step_across_blocks else blocks
         drawn = torch.randint(steps, (draws,), generator=shared).tolist()
@@ -212,10 +178,9 @@ class BlockwiseInference(ABC):
         self.net = net
         self.config = config
 
-    @property
     @abstractmethod
-    def steps_per_block(self) -> int:
-        """How often `on_step` is called per block."""
+    def steps_of_block(self, frame: int) -> int:
+        """How often `on_step` is called for the block that begins at `frame`."""
 
     @property
     @abstractmethod
@@ -240,7 +205,7 @@ class BlockwiseInference(ABC):
 
     def steps(self, frames: int) -> int:
         """See pipeline.protocol.InferencePipeline."""
-        return self.steps_per_block * len(self.config.blocks(frames))
+        return sum(map(self.steps_of_block, starts(self.config.blocks(frames))))
 
     def network_evaluations(self, frames: int) -> int:
         """Those of the steps, and one pass per block but the last to remember it."""
@@ -269,13 +234,11 @@ class BlockwiseInference(ABC):
             for block, part in zip(lay_out(old, 0, kept, cache), parts, strict=True):
                 self.remember(block, part, rng)
         own = lay_out(new, given, conditioning, cache)
-        for number, (block, past) in enumerate(
-            zip(own, lay_out(new, given, kept, cache), strict=True)
-        ):
+        counts = [self.steps_of_block(frame) for frame in starts(new, given)]
+        before = accumulate(counts, initial=0)
+        for block, past, done in zip(own, lay_out(new, given, kept, cache), before, strict=False):
             noise = rng.randn((channels, block.size, *area))
-            count = _counter(
-                on_step, number * self.steps_per_block, len(new) * self.steps_per_block
-            )
+            count = _counter(on_step, done, sum(counts))
             with torch.no_grad():
                 x0 = self.make(block, unconditional.frames(*block.frames), noise, rng, count)
             yield x0
@@ -292,9 +255,17 @@ class CausalInferencePipeline(BlockwiseInference):
 
     evaluations_per_step = 1
 
-    def __init__(self, net: Denoiser, sigmas: Sequence[float], config: CausalConfig) -> None:
+    def __init__(
+        self,
+        net: Denoiser,
+        sigmas: Sequence[float],
+        config: CausalConfig,
+        *,
+        first_sigmas: Sequence[float] | None = None,
+    ) -> None:
+        """first_sigmas: of the block that a video begins with; None = as of all others."""
         super().__init__(net, config)
-        self.sigmas = list(sigmas)
+        self.sigmas = BlockSigmas(sigmas, first_sigmas)
 
     def adjusted(
         self, *, steps: int | None = None, cfg_scale: float | None = None
@@ -303,10 +274,9 @@ class CausalInferencePipeline(BlockwiseInference):
         refuse_adjusting(steps, cfg_scale)
         return self
 
-    @property
-    def steps_per_block(self) -> int:
+    def steps_of_block(self, frame: int) -> int:
         """One per noise level."""
-        return len(self.sigmas)
+        return len(self.sigmas.of(frame))
 
     def make(
         self,
@@ -322,7 +292,7 @@ class CausalInferencePipeline(BlockwiseInference):
             self.net,
             noise,
             block.conditioning,
-            self.sigmas,
+            self.sigmas.of(block.frames[0]),
             rng,
             context=block.context,
             on_step=on_step,
@@ -346,9 +316,9 @@ class CausalDiffusionInferencePipeline(BlockwiseInference):
         sampling = adjusted(self.sampling, steps, cfg_scale)
         return CausalDiffusionInferencePipeline(self.net, sampling, self.config)
 
-    @property
-    def steps_per_block(self) -> int:
+    def steps_of_block(self, frame: int) -> int:
         """Those of the solver."""
+        del frame
         return self.sampling.steps
 
     @property

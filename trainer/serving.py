@@ -192,6 +192,8 @@ def sampling_settings(config: Config, model: Capabilities, shared: Request) -> d
         wanted["sampling"] = asdict(adjusted(model.sampling, shared.steps, shared.cfg_scale))
     else:  # a few steps without a solver or guidance
         wanted["denoising_step_list"] = config.denoising_step_list
+        if config.first_block_step_list is not None:
+            wanted["first_block_step_list"] = config.first_block_step_list
         wanted["timestep_shift"] = config.timestep_shift
         if config.sampling.boundary is not None:  # between two experts
             wanted["boundary"] = config.sampling.boundary

@@ -68,6 +68,7 @@ def unlike(run: Run, ranks: int) -> str | None:
             or causal.last_step_only
             or causal.gradient_frames is not None
             or causal.rollout_frames is not None
+            or config.first_block_step_list is not None
         ),
         "its average moves from the start": config.ema.start_step > 0,
     }

@@ -16,8 +16,8 @@ from model.types import Batch, Conditioning, Context
 from model.wan.masks import block_causal
 from model.wan_wrapper import WanDiffusionWrapper
 from pipeline.bidirectional import BidirectionalInferencePipeline, BidirectionalTrainingPipeline
+from pipeline.blocks import CausalConfig
 from pipeline.causal import (
-    CausalConfig,
     CausalDiffusionInferencePipeline,
     CausalInferencePipeline,
     SelfForcingTrainingPipeline,

@@ -13,8 +13,8 @@ from model.types import Batch, Conditioning
 from model.wan.cache import KVCache
 from model.wan.transformer import WanTransformer
 from model.wan_wrapper import WanDiffusionWrapper
+from pipeline.blocks import CausalConfig
 from pipeline.causal import (
-    CausalConfig,
     CausalDiffusionInferencePipeline,
     CausalInferencePipeline,
     SelfForcingTrainingPipeline,

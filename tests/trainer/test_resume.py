@@ -95,6 +95,11 @@ BROKEN = {
     "self_forcing_sid": (2, "self_forcing_sid", ()),
     "straight-through": (2, "self_forcing_dmd", ("causal.kv_gradient=straight_through",)),
     "exits-apart": (2, "self_forcing_dmd", ("causal.same_step_across_blocks=false",)),
+    "steps-of-the-first-block": (
+        2,
+        "self_forcing_dmd",
+        ("denoising_step_list=[1000,500]", "first_block_step_list=[1000,750,500,250]"),
+    ),
     "given-first-frame": (2, "self_forcing_dmd", ("causal.given_first_frame=true",)),
     "longer-rollouts": (2, "self_forcing_dmd", (LONGER, "causal.local_attn_size=4")),
 }
