@@ -1,4 +1,4 @@
-"""How videos are made block by block: the settings, and the noise levels of each block's steps.
+"""How videos are made block by block: settings, noise levels, blocks, and how caches get them.
 
 Letters as in model/types.py.
 """
@@ -6,14 +6,23 @@ Letters as in model/types.py.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from model.causal import CausalLayout
 from model.flow import TIMESTEPS
+from model.types import Conditioning, Context, Denoiser
+from model.wan.cache import KeyValue, KVCache
+from pipeline.few_step import predict_x0, renoise
+from utils.seeding import SampleRNG
 
-# Settings of training rollouts alone.
+# Settings that only rollouts follow in training.
 ROLLOUT_KEYS = (
+    "remember",
     "kv_gradient", "same_step_across_blocks", "last_step_only", "gradient_frames",
     "rollout_frames", "given_first_frame",
 )  # fmt: skip
@@ -24,6 +33,9 @@ class CausalConfig(CausalLayout):
     """The layout, and how a generator is rolled out over it in training."""
 
     context_noise: float = 0.0  # timestep in [0, 1000) of the noise on the past, also in inference
+    # How a block that is made enters the cache: by a pass over it clean but for the context noise,
+    # or by the keys and values of its last step, without a further pass; also in inference.
+    remember: Literal["clean", "last_step"] = "clean"
     kv_gradient: Literal["detach", "straight_through"] = "detach"  # into earlier blocks
     same_step_across_blocks: bool = True  # one exit step for all blocks, or one for each
     last_step_only: bool = False  # always run all steps
@@ -37,6 +49,11 @@ class CausalConfig(CausalLayout):
         yield from found
         if not 0.0 <= self.context_noise < TIMESTEPS:
             yield f"causal.context_noise: must lie in [0, 1000), got {self.context_noise}"
+        if self.context_noise and self.remember == "last_step":
+            yield (
+                f"causal.context_noise: {self.context_noise} has no effect with causal.remember: "
+                f"last_step, where no pass over clean blocks is made; set it to 0"
+            )
         if found:
             return
         last = self.blocks(frames)[-1]
@@ -76,3 +93,57 @@ class BlockSigmas:
     def of(self, frame: int) -> list[float]:
         """Those of the block that begins at `frame` of its video."""
         return list(self.later if frame or self.first is None else self.first)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One block of a video in the making."""
+
+    frames: tuple[int, int]  # first .. last, the last one not included
+    conditioning: Conditioning  # its part
+    context: Context  # the cache, and where the block lies
+
+    @property
+    def size(self) -> int:
+        """How many frames."""
+        return self.frames[1] - self.frames[0]
+
+
+def starts(sizes: Sequence[int], first: int = 0) -> list[int]:
+    """The frames at which successive blocks begin, the first of them at `first`."""
+    return list(accumulate(sizes, initial=first))[:-1]
+
+
+def lay_out(
+    sizes: Sequence[int], first: int, conditioning: Conditioning, cache: KVCache
+) -> Iterator[Block]:
+    """Successive blocks of a video, the first of them at frame `first`."""
+    for begin, size in zip(starts(sizes, first), sizes, strict=True):
+        span = (begin, begin + size)
+        index = torch.arange(*span)
+        yield Block(span, conditioning.frames(*span), Context(cache=cache, frame_index=index))
+
+
+@torch.no_grad()
+def as_past(x0: Tensor, rng: SampleRNG, context_noise: float) -> Tensor:
+    """A finished block [B, C, f, H, W] as later ones see it: clean but for the context noise."""
+    return renoise(x0, context_noise / TIMESTEPS, rng) if context_noise else x0
+
+
+@torch.no_grad()
+def remember(net: Denoiser, block: Block, x: Tensor, context_noise: float) -> None:
+    """Put a finished block, `as_past` made it, into the cache: one pass over it.
+
+    x: [B, C, f, H, W]; a block whose conditioning is for a multiple of B takes it repeatedly.
+    """
+    x = x.repeat(len(block.conditioning.text) // len(x), 1, 1, 1, 1)
+    sigma = context_noise / TIMESTEPS
+    predict_x0(net, x, sigma, block.conditioning, replace(block.context, commit=True))
+
+
+@torch.no_grad()
+def commit(block: Block, keys: Sequence[KeyValue]) -> None:
+    """Put a finished block into the cache by the keys and values of a pass over it."""
+    cache, index = block.context.cache, block.context.frame_index
+    assert cache is not None and index is not None, "blocks are made on a cache"
+    cache.commit(index, [(k.detach(), v.detach()) for k, v in keys])

@@ -8,71 +8,39 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from model.encoders.vae import VideoVAE
-from model.flow import TIMESTEPS
 from model.guidance import concatenate
-from model.types import Batch, Conditioning, Context, Denoiser, Sample
-from model.wan.cache import KeyValue, KVCache
-from pipeline.blocks import BlockSigmas, CausalConfig
-from pipeline.few_step import OnStep, backward_simulation, few_step, predict_x0, renoise
+from model.types import Batch, Conditioning, Denoiser, Sample
+from model.wan.cache import KeyValue
+from pipeline.blocks import (
+    Block,
+    BlockSigmas,
+    CausalConfig,
+    as_past,
+    commit,
+    lay_out,
+    remember,
+    starts,
+)
+from pipeline.few_step import OnStep, exit_input, few_step, predict_x0
 from pipeline.protocol import refuse_adjusting
 from pipeline.teacher import SamplingConfig, adjusted, evaluations_per_step, integrate
 from utils.seeding import SampleRNG, StepRNG
-
-
-@dataclass(frozen=True, eq=False)
-class Block:
-    """One block of a video in the making."""
-
-    frames: tuple[int, int]  # first .. last, the last one not included
-    conditioning: Conditioning  # its part
-    context: Context  # the cache, and where the block lies
-
-    @property
-    def size(self) -> int:
-        """How many frames."""
-        return self.frames[1] - self.frames[0]
-
-
-def starts(sizes: Sequence[int], first: int = 0) -> list[int]:
-    """The frames at which successive blocks begin, the first of them at `first`."""
-    return list(accumulate(sizes, initial=first))[:-1]
-
-
-def lay_out(
-    sizes: Sequence[int], first: int, conditioning: Conditioning, cache: KVCache
-) -> Iterator[Block]:
-    """Successive blocks of a video, the first of them at frame `first`."""
-    for begin, size in zip(starts(sizes, first), sizes, strict=True):
-        span = (begin, begin + size)
-        index = torch.arange(*span)
-        yield Block(span, conditioning.frames(*span), Context(cache=cache, frame_index=index))
-
-
-@torch.no_grad()
-def remember(net: Denoiser, block: Block, x0: Tensor, rng: SampleRNG, context_noise: float) -> None:
-    """Put a finished block into the cache: one pass over it, clean but for the context noise.
-
-    x0: [B, C, f, H, W]; a block whose conditioning is for a multiple of B takes it repeatedly.
-    """
-    sigma = context_noise / TIMESTEPS
-    x = renoise(x0, sigma, rng) if sigma else x0
-    x = x.repeat(len(block.conditioning.text) // len(x), 1, 1, 1, 1)
-    predict_x0(net, x, sigma, block.conditioning, replace(block.context, commit=True))
 
 
 class SelfForcingTrainingPipeline:
     """Rolls a causal generator out as inference will, block by block on what it made itself.
 
     Each block runs up to an exit step, which alone carries a gradient; then its clean frames enter
-    the cache without one. `kv_gradient: straight_through` gives later blocks' losses a way back:
-    values are the clean pass's, gradients reach the keys and values of the exit step.
+    the cache without one, or with `remember: last_step` the exit step's own keys and values do.
+    `kv_gradient: straight_through` gives later blocks' losses a way back: values are those of the
+    cache, gradients reach the keys and values of the exit step.
     """
 
     def __init__(
@@ -98,30 +66,50 @@ class SelfForcingTrainingPipeline:
         exits = self.draw_exits(len(new), rng.shared, begins=not old)
         cache = config.new_cache(frames)
         for block, x0 in zip(lay_out(old, 0, conditioning, cache), pieces, strict=True):
-            remember(generator, block, x0, rng.samples, config.context_noise)
+            past = as_past(x0, rng.samples, config.context_noise)
+            remember(generator, block, past, config.context_noise)
         for block, exit_step in zip(
             lay_out(new, sum(old), conditioning, cache), exits, strict=True
         ):
             learns = grad and block.frames[0] >= frames - (config.gradient_frames or scored)
-            keys: list[KeyValue] | None = (
-                [] if learns and config.kv_gradient == "straight_through" else None
+            noise = rng.samples.randn((channels, block.size, *area))
+            sigmas = self.sigmas.of(block.frames[0])[: exit_step + 1]
+            last = block.frames[1] == frames
+            pieces.append(
+                self.make(generator, block, noise, sigmas, rng.samples, learns=learns, last=last)
             )
-            x0 = backward_simulation(
-                generator,
-                rng.samples.randn((channels, block.size, *area)),
-                block.conditioning,
-                self.sigmas.of(block.frames[0])[: exit_step + 1],
-                rng.samples,
-                context=block.context,
-                grad=learns,
-                keys=keys,
-            )
-            pieces.append(x0)
-            if block.frames[1] < frames:
-                remember(generator, block, x0, rng.samples, config.context_noise)
-                if keys is not None:
-                    cache.graft(keys)
         return self.scored(torch.cat(pieces, dim=2), scored, given=sum(old))
+
+    def make(
+        self,
+        generator: Denoiser,
+        block: Block,
+        noise: Tensor,
+        sigmas: Sequence[float],
+        rng: SampleRNG,
+        *,
+        learns: bool,
+        last: bool,
+    ) -> Tensor:
+        """A block after `sigmas`, [B, C, f, H, W], which is in the cache unless it is the last."""
+        config, text, context = self.config, block.conditioning, block.context
+        x = exit_input(generator, noise, text, sigmas, rng, context=context)
+        grafts = learns and config.kv_gradient == "straight_through"
+        keeps = config.remember == "last_step" and not last
+        keys: list[KeyValue] | None = [] if grafts or (keeps and learns) else None
+        at = replace(context, keys=keys, commit=keeps and not learns)
+        with torch.set_grad_enabled(learns):
+            x0 = predict_x0(generator, x, sigmas[-1], text, at)
+        if last:
+            return x0
+        if config.remember == "clean":
+            past = as_past(x0, rng, config.context_noise)
+            remember(generator, block, past, config.context_noise)
+        elif keys is not None:
+            commit(block, keys)
+        if grafts and keys is not None and context.cache is not None:
+            context.cache.graft(keys)
+        return x0
 
     def given(self, batch: Batch) -> list[Tensor]:
         """The blocks that the video begins with."""
@@ -187,6 +175,11 @@ class BlockwiseInference(ABC):
     def evaluations_per_step(self) -> int:
         """How often the network runs per step."""
 
+    @property
+    def passes_to_remember(self) -> bool:
+        """Whether a finished block enters the cache by a pass of its own."""
+        return True
+
     @abstractmethod
     def make(
         self,
@@ -208,8 +201,8 @@ class BlockwiseInference(ABC):
         return sum(map(self.steps_of_block, starts(self.config.blocks(frames))))
 
     def network_evaluations(self, frames: int) -> int:
-        """Those of the steps, and one pass per block but the last to remember it."""
-        passes = len(self.config.blocks(frames)) - 1
+        """Those of the steps, and those that remember each block but the last."""
+        passes = (len(self.config.blocks(frames)) - 1) * self.passes_to_remember
         return self.evaluations_per_step * (self.steps(frames) + passes)
 
     def stream(
@@ -233,21 +226,25 @@ class BlockwiseInference(ABC):
             parts = torch.split(initial, old, dim=2)
             for block, part in zip(lay_out(old, 0, kept, cache), parts, strict=True):
                 self.remember(block, part, rng)
-        own = lay_out(new, given, conditioning, cache)
         counts = [self.steps_of_block(frame) for frame in starts(new, given)]
         before = accumulate(counts, initial=0)
-        for block, past, done in zip(own, lay_out(new, given, kept, cache), before, strict=False):
+        laid = (lay_out(new, given, whose, cache) for whose in (conditioning, kept))
+        for block, past, done in zip(*laid, before, strict=False):
             noise = rng.randn((channels, block.size, *area))
             count = _counter(on_step, done, sum(counts))
+            goes_on = block.frames[1] < frames
+            at = replace(block.context, commit=goes_on and not self.passes_to_remember)
+            own = replace(block, context=at)
             with torch.no_grad():
-                x0 = self.make(block, unconditional.frames(*block.frames), noise, rng, count)
+                x0 = self.make(own, unconditional.frames(*block.frames), noise, rng, count)
             yield x0
-            if block.frames[1] < frames:
+            if goes_on and self.passes_to_remember:
                 self.remember(past, x0, rng)
 
     def remember(self, block: Block, x0: Tensor, rng: SampleRNG) -> None:
         """Put finished frames [B, C, f, H, W] into the cache."""
-        remember(self.net, block, x0, rng, self.config.context_noise)
+        noise = self.config.context_noise
+        remember(self.net, block, as_past(x0, rng, noise), noise)
 
 
 class CausalInferencePipeline(BlockwiseInference):
@@ -273,6 +270,11 @@ class CausalInferencePipeline(BlockwiseInference):
         """See pipeline.protocol.InferencePipeline; there is nothing to adjust."""
         refuse_adjusting(steps, cfg_scale)
         return self
+
+    @property
+    def passes_to_remember(self) -> bool:
+        """See BlockwiseInference; what the last step of a block commits needs none."""
+        return self.config.remember == "clean"
 
     def steps_of_block(self, frame: int) -> int:
         """One per noise level."""
@@ -306,6 +308,7 @@ class CausalDiffusionInferencePipeline(BlockwiseInference):
     """
 
     def __init__(self, net: Denoiser, sampling: SamplingConfig, config: CausalConfig) -> None:
+        assert config.remember == "clean", "many steps end with a pass over the clean block"
         super().__init__(net, config)
         self.sampling = sampling
 

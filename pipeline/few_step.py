@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.flow import add_noise, constant_sigma
 from model.types import FULL_ATTENTION, Conditioning, Context, Denoiser
-from model.wan.cache import KeyValue, KVCache
+from model.wan.cache import KVCache
 from utils.seeding import SampleRNG
 
 OnStep = Callable[[int, int], None]  # called with (steps done, steps in total)
@@ -32,13 +32,15 @@ def few_step(
 ) -> Tensor:
     """Run all of `sigmas` (descending, the first is 1). Returns x0 [B, C, F, H, W], fp32.
 
-    noise: [B, C, F, H, W], standard normal. Costs one network evaluation per sigma.
+    noise: [B, C, F, H, W], standard normal. Costs one network evaluation per sigma; of a context
+    that commits only the last one does.
     """
     x, context = noise, remembering(context)
     for step, value in enumerate(sigmas):
         if step:
             x = renoise(x, value, rng)
-        x = predict_x0(net, x, value, conditioning, context)
+        commits = context.commit and step + 1 == len(sigmas)
+        x = predict_x0(net, x, value, conditioning, replace(context, commit=commits))
         if on_step is not None:
             on_step(step + 1, len(sigmas))
     return x
@@ -53,20 +55,32 @@ def backward_simulation(
     *,
     context: Context = FULL_ATTENTION,
     grad: bool,
-    keys: list[KeyValue] | None = None,
 ) -> Tensor:
     """What inference would hold after `sigmas`, with a gradient through the last step alone.
 
-    DMD2 (arXiv:2405.14867) sec. 4.5. Returns x0 [B, C, F, H, W], fp32. keys: filled with the last
-    step's keys and values.
+    DMD2 (arXiv:2405.14867) sec. 4.5. Returns x0 [B, C, F, H, W], fp32.
     """
-    x = noise
-    if sigmas[1:]:
-        with torch.no_grad():
-            x = few_step(net, x, conditioning, sigmas[:-1], rng, context=context)
-            x = renoise(x, sigmas[-1], rng)
+    x = exit_input(net, noise, conditioning, sigmas, rng, context=context)
     with torch.set_grad_enabled(grad):
-        return predict_x0(net, x, sigmas[-1], conditioning, replace(context, keys=keys))
+        return predict_x0(net, x, sigmas[-1], conditioning, context)
+
+
+@torch.no_grad()
+def exit_input(
+    net: Denoiser,
+    noise: Tensor,
+    conditioning: Conditioning,
+    sigmas: Sequence[float],
+    rng: SampleRNG,
+    *,
+    context: Context = FULL_ATTENTION,
+) -> Tensor:
+    """What the last of `sigmas` is read at in `few_step`: [B, C, F, H, W], at its noise level."""
+    if not sigmas[1:]:
+        return noise
+    before = replace(context, commit=False)
+    x = few_step(net, noise, conditioning, sigmas[:-1], rng, context=before)
+    return renoise(x, sigmas[-1], rng)
 
 
 def remembering(context: Context) -> Context:

@@ -63,6 +63,7 @@ def unlike(run: Run, ranks: int) -> str | None:
         and (
             causal.local_attn_size is not None
             or causal.context_noise > 0
+            or causal.remember != "clean"
             or causal.kv_gradient != "detach"
             or not causal.same_step_across_blocks
             or causal.last_step_only

@@ -339,6 +339,11 @@ def test_an_impossible_value_is_told_with_what_is_allowed(
             ("causal.rollout_frames=25",),
             "causal.rollout_frames: a block of 3 frames must divide the 25 latent frames",
         ),
+        (
+            ("causal.context_noise=100", "causal.remember=last_step"),
+            "causal.context_noise: 100.0 has no effect with causal.remember: last_step, where no "
+            "pass over clean blocks is made; set it to 0",
+        ),
         (("causal.context_noise=1000",), "causal.context_noise: must lie in [0, 1000), got 1000.0"),
         (
             ("causal.gradient_frames=0",),
@@ -553,3 +558,10 @@ def test_steps_of_a_first_block_are_noise_levels_as_all_others(minimal: Path) ->
     config = load(minimal, [*words, f"{FIRST}=[1000,500]"])
     assert first_sigmas(config) == pytest.approx([1.0, 5 / 6])
     assert first_sigmas(load(minimal, words)) is None
+
+
+def test_blocks_that_no_rollout_taught_to_be_remembered_noisy_are_refused(minimal: Path) -> None:
+    words = ("generator_type=causal", "causal.remember=last_step", "trainer=ode")
+    assert error_of(minimal, *words) == (
+        "causal.remember: has no effect on method 'ode', without rollouts"
+    )
