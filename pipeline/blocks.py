@@ -36,7 +36,10 @@ class CausalConfig(CausalLayout):
     # How a block that is made enters the cache: by a pass over it clean but for the context noise,
     # or by the keys and values of its last step, without a further pass; also in inference.
     remember: Literal["clean", "last_step"] = "clean"
-    kv_gradient: Literal["detach", "straight_through"] = "detach"  # into earlier blocks
+    # The gradient into earlier blocks. detach: none; replayed: none, and one block's activations
+    # at a time; straight_through: by what exit steps compute for what the cache holds; parallel:
+    # the whole one through the past, all of which one more pass encodes with a gradient.
+    kv_gradient: Literal["detach", "straight_through", "replayed", "parallel"] = "detach"
     same_step_across_blocks: bool = True  # one exit step for all blocks, or one for each
     last_step_only: bool = False  # always run all steps
     gradient_frames: int | None = None  # only blocks within the last so many; None = the scored
@@ -56,6 +59,7 @@ class CausalConfig(CausalLayout):
             )
         if found:
             return
+        yield from self.gradient_problems(frames)
         last = self.blocks(frames)[-1]
         if self.gradient_frames is not None and self.gradient_frames < last:
             yield (
@@ -81,6 +85,22 @@ class CausalConfig(CausalLayout):
                 yield (
                     f"causal.given_first_frame: {error}; set causal.independent_first_frame=true"
                 )
+
+    def drops(self, frames: int) -> bool:
+        """Whether rollouts for so many scored frames are longer than what a block sees."""
+        longest = self.rollout_frames or frames
+        return self.local_attn_size is not None and longest > self.local_attn_size
+
+    def gradient_problems(self, frames: int) -> Iterator[str]:
+        """Pasts that one pass over a video would not see as its stream did."""
+        if self.kv_gradient == "parallel" and self.relative_positions and self.drops(frames):
+            yield (
+                f"causal.kv_gradient: parallel counts positions from the video's start, but "
+                f"rollouts of {self.rollout_frames or frames} frames drop some "
+                f"(causal.local_attn_size={self.local_attn_size}) and causal.relative_positions "
+                f"counts from those that are kept; use replayed, detach or straight_through, or "
+                f"keep all frames"
+            )
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from pipeline.blocks import CausalConfig
 from pipeline.causal import (
     CausalDiffusionInferencePipeline,
     CausalInferencePipeline,
-    SelfForcingTrainingPipeline,
 )
 from pipeline.data import DataRollout
 from pipeline.phased import EulerInferencePipeline, Phase, PhasedTrainingPipeline, Walk
 from pipeline.protocol import InferencePipeline
+from pipeline.self_forcing import SelfForcingTrainingPipeline
 from pipeline.teacher import SamplingConfig, TeacherInferencePipeline
 
 

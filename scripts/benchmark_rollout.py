@@ -33,7 +33,7 @@ from model.types import Batch, Conditioning
 from model.wan import block
 from model.wan.config import PRESETS
 from pipeline.blocks import CausalConfig
-from pipeline.causal import SelfForcingTrainingPipeline
+from pipeline.self_forcing import SelfForcingTrainingPipeline
 from utils import start
 from utils.cli import USER_ERRORS, check_at_least, command_parser, fail, interruptible
 from utils.config import ConfigError

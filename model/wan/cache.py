@@ -7,6 +7,7 @@ then keys are kept before rotation, and rotated when they are read.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,15 @@ class KVCache:
                 f"this cache was written with adapters {self._adapters} and cannot be read with "
                 f"{adapters}: what it keeps follows from them; use a cache of its own"
             )
+
+    def snapshot(self) -> KVCache:
+        """What is kept now, to read later: what is committed from here on does not show in it.
+
+        No value is copied, and none that is kept is ever written again.
+        """
+        now = copy.copy(self)
+        now._grafts = list(self._grafts)
+        return now
 
     @property
     def frames(self) -> int:

@@ -20,9 +20,9 @@ from pipeline.blocks import CausalConfig
 from pipeline.causal import (
     CausalDiffusionInferencePipeline,
     CausalInferencePipeline,
-    SelfForcingTrainingPipeline,
 )
 from pipeline.protocol import InferencePipeline, sample
+from pipeline.self_forcing import SelfForcingTrainingPipeline
 from pipeline.teacher import SamplingConfig, TeacherInferencePipeline
 from tests.conftest import MINIATURE, build_wan
 from tests.devices import CPU, difference, every_device, same_noise, working_on

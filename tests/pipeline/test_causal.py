@@ -23,9 +23,9 @@ from pipeline.build import Sampling, few_step_sampler, many_step_sampler
 from pipeline.causal import (
     CausalDiffusionInferencePipeline,
     CausalInferencePipeline,
-    SelfForcingTrainingPipeline,
 )
 from pipeline.protocol import InferencePipeline, sample
+from pipeline.self_forcing import SelfForcingTrainingPipeline
 from pipeline.teacher import SamplingConfig, TeacherInferencePipeline
 from tests.gaussian import CPU, Said, Watched
 from tests.memory import Live

@@ -17,9 +17,9 @@ from pipeline.blocks import CausalConfig
 from pipeline.causal import (
     CausalDiffusionInferencePipeline,
     CausalInferencePipeline,
-    SelfForcingTrainingPipeline,
 )
 from pipeline.protocol import InferencePipeline, sample
+from pipeline.self_forcing import SelfForcingTrainingPipeline
 from pipeline.teacher import SamplingConfig
 from tests.gaussian import CPU
 from utils.ema import EMA, EMAConfig

@@ -94,6 +94,8 @@ BROKEN = {
     "self_forcing_dmd": (2, "self_forcing_dmd", ()),
     "self_forcing_sid": (2, "self_forcing_sid", ()),
     "straight-through": (2, "self_forcing_dmd", ("causal.kv_gradient=straight_through",)),
+    "replayed": (2, "self_forcing_dmd", ("causal.kv_gradient=replayed",)),
+    "self-gradient": (2, "self_forcing_dmd", ("causal.kv_gradient=parallel",)),
     "exits-apart": (2, "self_forcing_dmd", ("causal.same_step_across_blocks=false",)),
     "steps-of-the-first-block": (
         2,
@@ -107,7 +109,7 @@ BROKEN = {
 
 
 # What a method's other cases show already: no rollout keeps anything from step to step.
-ONCE_MORE = ("last-step-remembered", "gan-again", "straight-through", "exits-apart")
+ONCE_MORE = ("replayed", "last-step-remembered", "gan-again", "straight-through", "exits-apart")
 
 
 @pytest.mark.parametrize(
