@@ -101,6 +101,12 @@ class CausalConfig(CausalLayout):
                 f"counts from those that are kept; use replayed, detach or straight_through, or "
                 f"keep all frames"
             )
+        if self.sink_decay < 1.0 and self.kv_gradient == "straight_through" and self.drops(frames):
+            yield (
+                f"causal.sink_decay: {self.sink_decay} mixes frames whose gradients "
+                f"causal.kv_gradient=straight_through would tell apart; use detach or replayed, or "
+                f"set it to 1"
+            )
 
 
 @dataclass(frozen=True)

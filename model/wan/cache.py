@@ -58,6 +58,8 @@ class KVCache:
     later block can see is dropped, so memory is bounded. None = everything is kept.
     relative_positions: count rotary positions from the first frame that is still kept, so that
     they stay inside the window's range however long the video grows.
+    sink_decay: how much of the sink is left when a frame is dropped, which gives the rest; 1 = the
+    sink stays as it is (arXiv:2512.04678). Less needs relative_positions, whose keys are unrotated.
     frames: of the whole video, if known: storage of the right size is allocated once.
 
     Reading is free. Writing is allowed only without autograd, and outside the layers: activation
@@ -71,15 +73,18 @@ class KVCache:
         window: int | None = None,
         sink: int = 0,
         relative_positions: bool = False,
+        sink_decay: float = 1.0,
         frames: int | None = None,
     ) -> None:
-        self.window, self.sink = window, sink
+        assert sink_decay == 1.0 or relative_positions, "rotated keys of two frames have no average"
+        self.window, self.sink, self.sink_decay = window, sink, sink_decay
         self.relative_positions = relative_positions
         self._expected = frames
         self._index = torch.arange(0)  # positions in the video of the frames that are kept
         self._storage: list[KeyValue] = []  # [B, capacity n, heads, head_dim] of each layer
         self._begin = 0  # the frame of the storage at which the kept ones begin
         self._sink: list[KeyValue] = []  # the first frames, once others behind them were dropped
+        self._sums: list[KeyValue] = []  # the sink in fp32, once something was added to it
         self._committed = self._last = 0  # frames ever, and by the last commit
         self._per_frame = 0
         self._grafts: list[_Graft] = []
@@ -193,6 +198,7 @@ class KVCache:
                 window=self.window,
                 sink=self.sink,
                 relative_positions=self.relative_positions,
+                sink_decay=self.sink_decay,
                 frames=self._expected,
             )
         return self._beside[network]
@@ -289,6 +295,8 @@ class KVCache:
             return
         if self.sink:
             self._set_sink_apart()
+        if self.sink and self.sink_decay < 1.0:
+            self._fold(dropped)
         self._begin += dropped
         self._index = torch.cat([self._index[:0], *(self._index[a:b] for a, b in seen)])
         oldest = self._committed - (kept - self._apart())
@@ -296,6 +304,27 @@ class KVCache:
             graft
             for graft in self._grafts
             if graft.frames[1] > oldest or graft.frames[0] < self._apart()
+        ]
+
+    def _fold(self, dropped: int) -> None:
+        """Add the first frames behind the sink to it: frame j to the sink's frame j mod sink.
+
+        Into tensors of their own, for whoever reads the old ones once more. In fp32: a thousandth
+        of a key is less than what bf16 rounds it by.
+        """
+        sums = self._sums or [(k.float(), v.float()) for k, v in self._sink]
+        leaving = [self._view(layer, self._begin, self._begin + dropped) for layer in self._storage]
+        slots = [frame % self.sink for frame in range(dropped)]
+        self._sums = [
+            (
+                folded(keys, old_keys, slots, self.sink_decay),
+                folded(values, old_values, slots, self.sink_decay),
+            )
+            for (keys, values), (old_keys, old_values) in zip(sums, leaving, strict=True)
+        ]
+        self._sink = [
+            (keys.to(like[0].dtype), values.to(like[1].dtype))
+            for (keys, values), like in zip(self._sums, self._storage, strict=True)
         ]
 
     def _set_sink_apart(self) -> None:
@@ -317,6 +346,18 @@ def _allocate(like: Sequence[KeyValue], tokens: int) -> list[KeyValue]:
         )
         for keys, values in like
     ]
+
+
+def folded(sums: Tensor, frames: Tensor, slots: Sequence[int], decay: float) -> Tensor:
+    """decay s + (1 - decay) x for each frame x and the frame s of `sums` in its slot, in order.
+
+    sums: [B, sink n, heads, head_dim], fp32; frames: [B, len(slots) n, heads, head_dim].
+    """
+    n = frames.shape[1] // len(slots)
+    result = sums.clone()
+    for frame, slot in zip(frames.split(n, dim=1), slots, strict=True):
+        result[:, slot * n : (slot + 1) * n].lerp_(frame.float(), 1.0 - decay)
+    return result
 
 
 def straight_through(values: Tensor, spans: tuple[Span, ...], live: Sequence[Tensor]) -> Tensor:

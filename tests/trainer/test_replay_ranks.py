@@ -1,4 +1,4 @@
-"""Rollouts that learn after they were made: one run is the same run on ranks that share its work."""
+"""Rollouts that learn once they are made: one run is the same run on ranks that share it."""
 
 from __future__ import annotations
 
