@@ -30,6 +30,7 @@ class CausalLayout:
     relative_positions: bool = False  # with a cache, count positions from its first kept frame
     # How much of the sink is left when a frame leaves the window, which gives the rest; 1 = all.
     sink_decay: float = 1.0
+    pin: bool = False  # in the window, also keep the first frame after the last change of prompt
 
     def blocks(self, frames: int) -> list[int]:
         """Block sizes of a video of `frames`. Raises ValueError unless they come out even."""
@@ -61,6 +62,7 @@ class CausalLayout:
             sink=self.sink_size,
             relative_positions=self.relative_positions,
             sink_decay=self.sink_decay,
+            pins=self.pin,
             frames=frames,
         )
 
@@ -78,6 +80,7 @@ class CausalLayout:
         if self.sink_size and self.local_attn_size is None:
             yield f"causal.sink_size: {self.sink_size} has no effect without local_attn_size"
         yield from self.sink_problems()
+        yield from self.pin_problems()
         try:
             blocks = self.blocks(frames)
         except ValueError as error:
@@ -100,6 +103,24 @@ class CausalLayout:
             yield (
                 f"causal.sink_decay: {decay} averages keys of several frames, which are rotated by "
                 f"their positions; set causal.relative_positions=true, or causal.sink_decay=1"
+            )
+
+    def pin_problems(self) -> Iterator[str]:
+        """What is impossible about keeping the first frame of a prompt."""
+        if not self.pin:
+            return
+        window, least = self.local_attn_size, self.sink_size + 1 + self.num_frame_per_block
+        if window is None:
+            yield "causal.pin: has no effect without local_attn_size, where no frame is dropped"
+        elif window < least:
+            yield (
+                f"causal.pin: the sink, the pinned frame and a block are {least} frames, more than "
+                f"causal.local_attn_size={window}; make it larger, or set causal.pin=false"
+            )
+        elif not self.relative_positions:
+            yield (
+                "causal.pin: needs causal.relative_positions=true; with others keys lie side by "
+                "side in the window"
             )
 
 

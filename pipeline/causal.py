@@ -91,7 +91,8 @@ class BlockwiseInference(ABC):
         given = 0 if initial is None else initial.shape[2]
         old, new = self.config.split(frames, given)
         cache = self.config.new_cache(frames)
-        kept = self.remembered(conditioning, unconditional)
+        begins = conditioning.frames(0, frames)
+        kept = self.remembered(begins, unconditional)
         if initial is not None:
             yield initial
             parts = torch.split(initial, old, dim=2)
@@ -99,18 +100,23 @@ class BlockwiseInference(ABC):
                 self.remember(block, part, rng)
         counts = [self.steps_of_block(frame) for frame in starts(new, given)]
         before = accumulate(counts, initial=0)
-        laid = (lay_out(new, given, whose, cache) for whose in (conditioning, kept))
-        for block, past, done in zip(*laid, before, strict=False):
+        text = begins.text
+        for block, done in zip(lay_out(new, given, conditioning, cache), before, strict=False):
+            if block.conditioning.text is not text:
+                cache.new_prompt()
+                text = block.conditioning.text
+            negative = unconditional.frames(*block.frames)
             noise = rng.randn((channels, block.size, *area))
             count = _counter(on_step, done, sum(counts))
             goes_on = block.frames[1] < frames
             at = replace(block.context, commit=goes_on and not self.passes_to_remember)
             own = replace(block, context=at)
             with torch.no_grad():
-                x0 = self.make(own, unconditional.frames(*block.frames), noise, rng, count)
+                x0 = self.make(own, negative, noise, rng, count)
             yield x0
             if goes_on and self.passes_to_remember:
-                self.remember(past, x0, rng)
+                past = self.remembered(block.conditioning, negative)
+                self.remember(replace(block, conditioning=past), x0, rng)
 
     def remember(self, block: Block, x0: Tensor, rng: SampleRNG) -> None:
         """Put finished frames [B, C, f, H, W] into the cache."""

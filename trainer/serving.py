@@ -36,7 +36,7 @@ from utils.parallel import ParallelConfig
 from utils.weights import Weights
 
 # Settings of clips in blocks that are newer than records of clips.
-_LATER = ("remember", "sink_decay")
+_LATER = ("remember", "sink_decay", "pin")
 
 
 @dataclass(frozen=True, eq=False)
