@@ -88,6 +88,11 @@ ROLLOUTS: dict[str, Any] = {
     "straight through": SelfForcingTrainingPipeline(
         SIGMAS, replace(BLOCKS, kv_gradient="straight_through", local_attn_size=3, sink_size=1)
     ),
+    "replayed": SelfForcingTrainingPipeline(SIGMAS, replace(BLOCKS, kv_gradient="replayed")),
+    "parallel": SelfForcingTrainingPipeline(SIGMAS, replace(BLOCKS, kv_gradient="parallel")),
+    "last step remembered": SelfForcingTrainingPipeline(
+        SIGMAS, replace(BLOCKS, kv_gradient="parallel", remember="last_step")
+    ),
 }
 
 
