@@ -28,6 +28,9 @@ class CausalLayout:
     local_attn_size: int | None = None  # frames that a block sees at most, itself included
     sink_size: int = 0  # of these, how many are the video's first ones
     relative_positions: bool = False  # with a cache, count positions from its first kept frame
+    # How much of the sink is left when a frame leaves the window, which gives the rest; 1 = all.
+    sink_decay: float = 1.0
+    pin: bool = False  # in the window, also keep the first frame after the last change of prompt
 
     def blocks(self, frames: int) -> list[int]:
         """Block sizes of a video of `frames`. Raises ValueError unless they come out even."""
@@ -58,6 +61,8 @@ class CausalLayout:
             window=self.local_attn_size,
             sink=self.sink_size,
             relative_positions=self.relative_positions,
+            sink_decay=self.sink_decay,
+            pins=self.pin,
             frames=frames,
         )
 
@@ -74,6 +79,8 @@ class CausalLayout:
             return
         if self.sink_size and self.local_attn_size is None:
             yield f"causal.sink_size: {self.sink_size} has no effect without local_attn_size"
+        yield from self.sink_problems()
+        yield from self.pin_problems()
         try:
             blocks = self.blocks(frames)
         except ValueError as error:
@@ -84,6 +91,37 @@ class CausalLayout:
                 past_spans(10**6, size, window=self.local_attn_size, sink=self.sink_size)
         except ValueError as error:
             yield f"causal.local_attn_size: {error}"
+
+    def sink_problems(self) -> Iterator[str]:
+        """What is impossible about a sink that takes up what leaves the window."""
+        decay = self.sink_decay
+        if not 0.0 < decay <= 1.0:
+            yield f"causal.sink_decay: must lie in (0, 1], where 1 = off, got {decay}"
+        elif decay < 1.0 and not self.sink_size:
+            yield f"causal.sink_decay: {decay} has no effect without causal.sink_size"
+        elif decay < 1.0 and not self.relative_positions:
+            yield (
+                f"causal.sink_decay: {decay} averages keys of several frames, which are rotated by "
+                f"their positions; set causal.relative_positions=true, or causal.sink_decay=1"
+            )
+
+    def pin_problems(self) -> Iterator[str]:
+        """What is impossible about keeping the first frame of a prompt."""
+        if not self.pin:
+            return
+        window, least = self.local_attn_size, self.sink_size + 1 + self.num_frame_per_block
+        if window is None:
+            yield "causal.pin: has no effect without local_attn_size, where no frame is dropped"
+        elif window < least:
+            yield (
+                f"causal.pin: the sink, the pinned frame and a block are {least} frames, more than "
+                f"causal.local_attn_size={window}; make it larger, or set causal.pin=false"
+            )
+        elif not self.relative_positions:
+            yield (
+                "causal.pin: needs causal.relative_positions=true; with others keys lie side by "
+                "side in the window"
+            )
 
 
 def per_block(values: Tensor, layout: CausalLayout | None, frames: int) -> Tensor:

@@ -12,15 +12,15 @@ from pipeline.bidirectional import (
     BidirectionalTrainingPipeline,
     EulerInferencePipeline,
 )
+from pipeline.blocks import CausalConfig
 from pipeline.causal import (
-    CausalConfig,
     CausalDiffusionInferencePipeline,
     CausalInferencePipeline,
-    SelfForcingTrainingPipeline,
 )
 from pipeline.data import DataRollout
 from pipeline.phased import Phase, PhasedTrainingPipeline
 from pipeline.protocol import InferencePipeline
+from pipeline.self_forcing import SelfForcingTrainingPipeline
 from pipeline.teacher import SamplingConfig, TeacherInferencePipeline
 
 
@@ -35,6 +35,7 @@ class Sampling:
     )  # of models that follow their ODE
     vae: VideoVAE | None = None  # for rollouts longer than what is scored
     gate: float | None = None  # between the few steps of two experts; None = there is one network
+    first_sigmas: Sequence[float] | None = None  # of a causal video's first block; None = as all
 
 
 def simulation_rollout(sampling: Sampling, *, walk: Walk = "renoise") -> Rollout:
@@ -42,12 +43,19 @@ def simulation_rollout(sampling: Sampling, *, walk: Walk = "renoise") -> Rollout
     if sampling.causal is None:
         return BidirectionalTrainingPipeline(sampling.sigmas, walk)
     assert walk == "renoise", "blocks are noised anew"
-    return SelfForcingTrainingPipeline(sampling.sigmas, sampling.causal, sampling.vae)
+    return SelfForcingTrainingPipeline(
+        sampling.sigmas, sampling.causal, sampling.vae, first_sigmas=sampling.first_sigmas
+    )
 
 
 def data_rollout(sampling: Sampling, *, teacher_forcing: bool) -> Rollout:
     """Samples predicted from noised real videos."""
-    return DataRollout(sampling.sigmas, sampling.causal, teacher_forcing=teacher_forcing)
+    return DataRollout(
+        sampling.sigmas,
+        sampling.causal,
+        teacher_forcing=teacher_forcing,
+        first_sigmas=sampling.first_sigmas,
+    )
 
 
 def phased_rollout(sampling: Sampling, *, phase: Phase, walk: Walk) -> Rollout:
@@ -60,7 +68,9 @@ def few_step_sampler(net: Denoiser, sampling: Sampling) -> InferencePipeline:
     """For a distilled generator."""
     if sampling.causal is None:
         return BidirectionalInferencePipeline(net, sampling.sigmas)
-    return CausalInferencePipeline(net, sampling.sigmas, sampling.causal)
+    return CausalInferencePipeline(
+        net, sampling.sigmas, sampling.causal, first_sigmas=sampling.first_sigmas
+    )
 
 
 def euler_sampler(net: Denoiser, sampling: Sampling) -> InferencePipeline:

@@ -1,208 +1,33 @@
-"""Block-by-block samples of a causal generator: the self-forcing rollout and its inference twins.
+"""Block-by-block samples of a causal generator, as streams: in few steps and in many.
 
-Each block is made on a cache of the clean blocks before it (arXiv:2506.08009). Letters as in
-model/types.py.
+Each block is made on a cache of the blocks before it. Letters as in model/types.py.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from model.causal import CausalLayout
-from model.encoders.vae import VideoVAE
-from model.flow import TIMESTEPS
 from model.guidance import concatenate
-from model.types import Batch, Conditioning, Context, Denoiser, Sample
-from model.wan.cache import KeyValue, KVCache
-from pipeline.few_step import OnStep, backward_simulation, few_step, predict_x0, renoise
+from model.types import Conditioning, Denoiser
+from pipeline.blocks import (
+    Block,
+    BlockSigmas,
+    CausalConfig,
+    as_past,
+    lay_out,
+    remember,
+    starts,
+)
+from pipeline.few_step import OnStep, few_step
 from pipeline.protocol import refuse_adjusting
 from pipeline.teacher import SamplingConfig, adjusted, evaluations_per_step, integrate
-from utils.seeding import SampleRNG, StepRNG
-
-# Settings of training rollouts alone.
-ROLLOUT_KEYS = (
-    "kv_gradient", "same_step_across_blocks", "last_step_only", "gradient_frames",
-    "rollout_frames", "given_first_frame",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class CausalConfig(CausalLayout):
-    """The layout, and how a generator is rolled out over it in training."""
-
-    context_noise: float = 0.0  # timestep in [0, 1000) of the noise on the past, also in inference
-    kv_gradient: Literal["detach", "straight_through"] = "detach"  # into earlier blocks
-    same_step_across_blocks: bool = True  # one exit step for all blocks, or one for each
-    last_step_only: bool = False  # always run all steps
-    gradient_frames: int | None = None  # only blocks within the last so many; None = the scored
-    rollout_frames: int | None = None  # make up to so many, score the last latent_shape[1] of them
-    given_first_frame: bool = False  # begin with the data's first latent frame, or its image
-
-    def problems(self, frames: int) -> Iterator[str]:
-        """What is impossible about these settings for videos of `frames` latent frames."""
-        found = list(super().problems(frames))
-        yield from found
-        if not 0.0 <= self.context_noise < TIMESTEPS:
-            yield f"causal.context_noise: must lie in [0, 1000), got {self.context_noise}"
-        if found:
-            return
-        last = self.blocks(frames)[-1]
-        if self.gradient_frames is not None and self.gradient_frames < last:
-            yield (
-                f"causal.gradient_frames: must hold the last block, {last} or more, or be null, "
-                f"got {self.gradient_frames}"
-            )
-        if self.rollout_frames is not None and self.rollout_frames < frames:
-            yield (
-                f"causal.rollout_frames: must be at least the {frames} frames of latent_shape, "
-                f"got {self.rollout_frames}"
-            )
-        elif self.rollout_frames is not None and self.rollout_frames > frames == 1:
-            yield "causal.rollout_frames: must be null or 1 if one frame is scored (latent_shape)"
-        elif self.rollout_frames is not None:
-            try:
-                self.blocks(self.rollout_frames)
-            except ValueError as error:
-                yield f"causal.rollout_frames: {error}"
-        if self.given_first_frame:
-            try:
-                self.split(frames, 1)
-            except ValueError as error:
-                yield (
-                    f"causal.given_first_frame: {error}; set causal.independent_first_frame=true"
-                )
-
-
-@dataclass(frozen=True, eq=False)
-class Block:
-    """One block of a video in the making."""
-
-    frames: tuple[int, int]  # first .. last, the last one not included
-    conditioning: Conditioning  # its part
-    context: Context  # the cache, and where the block lies
-
-    @property
-    def size(self) -> int:
-        """How many frames."""
-        return self.frames[1] - self.frames[0]
-
-
-def lay_out(
-    sizes: Sequence[int], first: int, conditioning: Conditioning, cache: KVCache
-) -> Iterator[Block]:
-    """Successive blocks of a video, the first of them at frame `first`."""
-    for begin, size in zip(accumulate(sizes, initial=first), sizes, strict=False):
-        span = (begin, begin + size)
-        index = torch.arange(*span)
-        yield Block(span, conditioning.frames(*span), Context(cache=cache, frame_index=index))
-
-
-@torch.no_grad()
-def remember(net: Denoiser, block: Block, x0: Tensor, rng: SampleRNG, context_noise: float) -> None:
-    """Put a finished block into the cache: one pass over it, clean but for the context noise.
-
-    x0: [B, C, f, H, W]; a block whose conditioning is for a multiple of B takes it repeatedly.
-    """
-    sigma = context_noise / TIMESTEPS
-    x = renoise(x0, sigma, rng) if sigma else x0
-    x = x.repeat(len(block.conditioning.text) // len(x), 1, 1, 1, 1)
-    predict_x0(net, x, sigma, block.conditioning, replace(block.context, commit=True))
-
-
-class SelfForcingTrainingPipeline:
-    """Rolls a causal generator out as inference will, block by block on what it made itself.
-
-    Each block runs up to an exit step, which alone carries a gradient; then its clean frames enter
-    the cache without one. `kv_gradient: straight_through` gives later blocks' losses a way back:
-    values are the clean pass's, gradients reach the keys and values of the exit step.
-    """
-
-    def __init__(
-        self, sigmas: Sequence[float], config: CausalConfig, vae: VideoVAE | None = None
-    ) -> None:
-        """vae: for rollouts longer than what is scored."""
-        self.sigmas = list(sigmas)
-        self.config = config
-        self.vae = vae
-
-    def __call__(self, generator: Denoiser, batch: Batch, rng: StepRNG, *, grad: bool) -> Sample:
-        """x0 [B, C, F, H, W] of `batch.conditioning`."""
-        config, conditioning = self.config, batch.conditioning
-        channels, scored, *area = batch.latent_shape
-        frames = self.draw_frames(scored, rng.shared)
-        pieces = self.given(batch)
-        old, new = config.split(frames, sum(piece.shape[2] for piece in pieces))
-        exits = self.draw_exits(len(new), rng.shared)
-        cache = config.new_cache(frames)
-        for block, x0 in zip(lay_out(old, 0, conditioning, cache), pieces, strict=True):
-            remember(generator, block, x0, rng.samples, config.context_noise)
-        for block, exit_step in zip(
-            lay_out(new, sum(old), conditioning, cache), exits, strict=True
-        ):
-            learns = grad and block.frames[0] >= frames - (config.gradient_frames or scored)
-            keys: list[KeyValue] | None = (
-                [] if learns and config.kv_gradient == "straight_through" else None
-            )
-            x0 = backward_simulation(
-                generator,
-                rng.samples.randn((channels, block.size, *area)),
-                block.conditioning,
-                self.sigmas[: exit_step + 1],
-                rng.samples,
-                context=block.context,
-                grad=learns,
-                keys=keys,
-            )
-            pieces.append(x0)
-            if block.frames[1] < frames:
-                remember(generator, block, x0, rng.samples, config.context_noise)
-                if keys is not None:
-                    cache.graft(keys)
-        return self.scored(torch.cat(pieces, dim=2), scored, given=sum(old))
-
-    def given(self, batch: Batch) -> list[Tensor]:
-        """The blocks that the video begins with."""
-        return [] if batch.given is None else [batch.given]
-
-    def draw_frames(self, scored: int, shared: torch.Generator) -> int:
-        """How many frames to make: `scored`, or more in whole blocks up to rollout_frames."""
-        longest = self.config.rollout_frames
-        if longest is None:
-            return scored
-        block = self.config.num_frame_per_block
-        more = int(torch.randint((longest - scored) // block + 1, (), generator=shared))
-        return scored + more * block
-
-    def draw_exits(self, blocks: int, shared: torch.Generator) -> list[int]:
-        """The exit step of each block, the same on all ranks: forwards must pair up."""
-        steps = len(self.sigmas)
-        if self.config.last_step_only:
-            return [steps - 1] * blocks
-        draws = 1 if self.config.same_step_across_blocks else blocks
-        drawn = torch.randint(steps, (draws,), generator=shared).tolist()
-        return drawn if draws == blocks else drawn * blocks
-
-    def scored(self, x0: Tensor, frames: int, *, given: int) -> Sample:
-        """The last `frames` of a rollout, as a video that begins with a frame of its own.
-
-        A first latent frame holds one pixel frame and any other four: so the frames before the
-        scored ones are decoded, and the last pixel frame of them encoded as a first frame.
-        """
-        if x0.shape[2] == frames:
-            return Sample(x0, given_frames=given)
-        assert self.vae is not None, "rollouts longer than what is scored need the VAE"
-        kept = frames - 1
-        with torch.no_grad():
-            pixels = self.vae.decode_to_pixel(x0[:, :, :-kept])[:, :, -1:]
-            image = self.vae.encode_to_latent(pixels).to(x0.dtype)
-        return Sample(torch.cat([image, x0[:, :, -kept:]], dim=2), given_frames=1)
+from utils.seeding import SampleRNG
 
 
 class BlockwiseInference(ABC):
@@ -212,15 +37,19 @@ class BlockwiseInference(ABC):
         self.net = net
         self.config = config
 
-    @property
     @abstractmethod
-    def steps_per_block(self) -> int:
-        """How often `on_step` is called per block."""
+    def steps_of_block(self, frame: int) -> int:
+        """How often `on_step` is called for the block that begins at `frame`."""
 
     @property
     @abstractmethod
     def evaluations_per_step(self) -> int:
         """How often the network runs per step."""
+
+    @property
+    def passes_to_remember(self) -> bool:
+        """Whether a finished block enters the cache by a pass of its own."""
+        return True
 
     @abstractmethod
     def make(
@@ -240,11 +69,11 @@ class BlockwiseInference(ABC):
 
     def steps(self, frames: int) -> int:
         """See pipeline.protocol.InferencePipeline."""
-        return self.steps_per_block * len(self.config.blocks(frames))
+        return sum(map(self.steps_of_block, starts(self.config.blocks(frames))))
 
     def network_evaluations(self, frames: int) -> int:
-        """Those of the steps, and one pass per block but the last to remember it."""
-        passes = len(self.config.blocks(frames)) - 1
+        """Those of the steps, and those that remember each block but the last."""
+        passes = (len(self.config.blocks(frames)) - 1) * self.passes_to_remember
         return self.evaluations_per_step * (self.steps(frames) + passes)
 
     def stream(
@@ -262,29 +91,37 @@ class BlockwiseInference(ABC):
         given = 0 if initial is None else initial.shape[2]
         old, new = self.config.split(frames, given)
         cache = self.config.new_cache(frames)
-        kept = self.remembered(conditioning, unconditional)
+        begins = conditioning.frames(0, frames)
+        kept = self.remembered(begins, unconditional)
         if initial is not None:
             yield initial
             parts = torch.split(initial, old, dim=2)
             for block, part in zip(lay_out(old, 0, kept, cache), parts, strict=True):
                 self.remember(block, part, rng)
-        own = lay_out(new, given, conditioning, cache)
-        for number, (block, past) in enumerate(
-            zip(own, lay_out(new, given, kept, cache), strict=True)
-        ):
+        counts = [self.steps_of_block(frame) for frame in starts(new, given)]
+        before = accumulate(counts, initial=0)
+        text = begins.text
+        for block, done in zip(lay_out(new, given, conditioning, cache), before, strict=False):
+            if block.conditioning.text is not text:
+                cache.new_prompt()
+                text = block.conditioning.text
+            negative = unconditional.frames(*block.frames)
             noise = rng.randn((channels, block.size, *area))
-            count = _counter(
-                on_step, number * self.steps_per_block, len(new) * self.steps_per_block
-            )
+            count = _counter(on_step, done, sum(counts))
+            goes_on = block.frames[1] < frames
+            at = replace(block.context, commit=goes_on and not self.passes_to_remember)
+            own = replace(block, context=at)
             with torch.no_grad():
-                x0 = self.make(block, unconditional.frames(*block.frames), noise, rng, count)
+                x0 = self.make(own, negative, noise, rng, count)
             yield x0
-            if block.frames[1] < frames:
-                self.remember(past, x0, rng)
+            if goes_on and self.passes_to_remember:
+                past = self.remembered(block.conditioning, negative)
+                self.remember(replace(block, conditioning=past), x0, rng)
 
     def remember(self, block: Block, x0: Tensor, rng: SampleRNG) -> None:
         """Put finished frames [B, C, f, H, W] into the cache."""
-        remember(self.net, block, x0, rng, self.config.context_noise)
+        noise = self.config.context_noise
+        remember(self.net, block, as_past(x0, rng, noise), noise)
 
 
 class CausalInferencePipeline(BlockwiseInference):
@@ -292,9 +129,17 @@ class CausalInferencePipeline(BlockwiseInference):
 
     evaluations_per_step = 1
 
-    def __init__(self, net: Denoiser, sigmas: Sequence[float], config: CausalConfig) -> None:
+    def __init__(
+        self,
+        net: Denoiser,
+        sigmas: Sequence[float],
+        config: CausalConfig,
+        *,
+        first_sigmas: Sequence[float] | None = None,
+    ) -> None:
+        """first_sigmas: of the block that a video begins with; None = as of all others."""
         super().__init__(net, config)
-        self.sigmas = list(sigmas)
+        self.sigmas = BlockSigmas(sigmas, first_sigmas)
 
     def adjusted(
         self, *, steps: int | None = None, cfg_scale: float | None = None
@@ -304,9 +149,13 @@ class CausalInferencePipeline(BlockwiseInference):
         return self
 
     @property
-    def steps_per_block(self) -> int:
+    def passes_to_remember(self) -> bool:
+        """See BlockwiseInference; what the last step of a block commits needs none."""
+        return self.config.remember == "clean"
+
+    def steps_of_block(self, frame: int) -> int:
         """One per noise level."""
-        return len(self.sigmas)
+        return len(self.sigmas.of(frame))
 
     def make(
         self,
@@ -322,7 +171,7 @@ class CausalInferencePipeline(BlockwiseInference):
             self.net,
             noise,
             block.conditioning,
-            self.sigmas,
+            self.sigmas.of(block.frames[0]),
             rng,
             context=block.context,
             on_step=on_step,
@@ -336,6 +185,7 @@ class CausalDiffusionInferencePipeline(BlockwiseInference):
     """
 
     def __init__(self, net: Denoiser, sampling: SamplingConfig, config: CausalConfig) -> None:
+        assert config.remember == "clean", "many steps end with a pass over the clean block"
         super().__init__(net, config)
         self.sampling = sampling
 
@@ -346,9 +196,9 @@ class CausalDiffusionInferencePipeline(BlockwiseInference):
         sampling = adjusted(self.sampling, steps, cfg_scale)
         return CausalDiffusionInferencePipeline(self.net, sampling, self.config)
 
-    @property
-    def steps_per_block(self) -> int:
+    def steps_of_block(self, frame: int) -> int:
         """Those of the solver."""
+        del frame
         return self.sampling.steps
 
     @property

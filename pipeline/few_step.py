@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.flow import add_noise, constant_sigma
 from model.types import FULL_ATTENTION, Conditioning, Context, Denoiser, Walk
-from model.wan.cache import KeyValue, KVCache
+from model.wan.cache import KVCache
 from utils.seeding import SampleRNG
 
 OnStep = Callable[[int, int], None]  # called with (steps done, steps in total)
@@ -33,13 +33,15 @@ def few_step(
 ) -> Tensor:
     """Run all of `sigmas` (descending, the first is 1). Returns x0 [B, C, F, H, W], fp32.
 
-    noise: [B, C, F, H, W], standard normal. Costs one network evaluation per sigma.
+    noise: [B, C, F, H, W], standard normal. Costs one network evaluation per sigma; of a context
+    that commits only the last one does.
     """
     x, context = noise, remembering(context)
     for step, value in enumerate(sigmas):
         if step:
             x = renoise(x, value, rng)
-        x = predict_x0(net, x, value, conditioning, context)
+        commits = context.commit and step + 1 == len(sigmas)
+        x = predict_x0(net, x, value, conditioning, replace(context, commit=commits))
         if on_step is not None:
             on_step(step + 1, len(sigmas))
     return x
@@ -88,30 +90,10 @@ def state_at(
     done, sigma = sigmas[:-1], sigmas[-1]
     if not done:
         return noise
+    context = replace(context, commit=False)  # the step that follows may
     if walk == "euler":
         return euler_steps(net, noise, conditioning, done, end=sigma, context=context)
     return renoise(few_step(net, noise, conditioning, done, rng, context=context), sigma, rng)
-
-
-def backward_simulation(
-    net: Denoiser,
-    noise: Tensor,
-    conditioning: Conditioning,
-    sigmas: Sequence[float],
-    rng: SampleRNG,
-    *,
-    context: Context = FULL_ATTENTION,
-    grad: bool,
-    keys: list[KeyValue] | None = None,
-) -> Tensor:
-    """What inference would hold after `sigmas`, with a gradient through the last step alone.
-
-    DMD2 (arXiv:2405.14867) sec. 4.5. Returns x0 [B, C, F, H, W], fp32. keys: filled with the last
-    step's keys and values.
-    """
-    x = state_at(net, noise, conditioning, sigmas, rng, context=context)
-    with torch.set_grad_enabled(grad):
-        return predict_x0(net, x, sigmas[-1], conditioning, replace(context, keys=keys))
 
 
 def remembering(context: Context) -> Context:

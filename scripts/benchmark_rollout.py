@@ -32,7 +32,8 @@ from model.folders.loading import Placement
 from model.types import Batch, Conditioning
 from model.wan import block
 from model.wan.config import PRESETS
-from pipeline.causal import CausalConfig, SelfForcingTrainingPipeline
+from pipeline.blocks import CausalConfig
+from pipeline.self_forcing import SelfForcingTrainingPipeline
 from utils import start
 from utils.cli import USER_ERRORS, check_at_least, command_parser, fail, interruptible
 from utils.config import ConfigError

@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from pipeline.generator import VideoGenerator
 from pipeline.protocol import InferencePipeline
 from pipeline.request import Pixels, Request
 from scripts.report import ROWS
-from trainer.config import Config, causal_config, load, method_needs, sigmas
+from trainer.config import Config, causal_config, first_sigmas, load, method_needs, sigmas
 from trainer.serving import check_source, load_generator
 from utils import start
 from utils.cli import (
@@ -111,6 +111,13 @@ def table_rows(config: Config) -> list[Row]:
     return [*teacher, *(Row("student", steps, 1.0) for steps in (4, 2, 1))]
 
 
+def possible_rows(configs: Mapping[str, Config]) -> list[Row]:
+    """The rows, without those of more steps than the student has."""
+    most = len(configs["student"].denoising_step_list)
+    rows = table_rows(configs["teacher"])
+    return [row for row in rows if row.sampler != "student" or row.steps <= most]
+
+
 def pipeline_for(
     row: Row, config: Config, generator_: VideoGenerator, solver2_shift: float
 ) -> InferencePipeline:
@@ -120,7 +127,12 @@ def pipeline_for(
         # Fewer steps take the leading noise levels that the student was trained at, evenly.
         levels, kind = sigmas(config), method_needs(config).sampler
         stride = len(levels) // row.steps
-        return SAMPLERS[kind](generator_.network, Sampling(levels[::stride], causal))
+        first = first_sigmas(config)
+        if first is not None and stride > 1:  # as few steps as all other blocks
+            first = first[:: max(1, len(first) // row.steps)]
+        return SAMPLERS[kind](
+            generator_.network, Sampling(levels[::stride], causal, first_sigmas=first)
+        )
     second, known = row.sampler == "teacher_solver2", generator_.capabilities.sampling
     sampling = replace(
         known or config.sampling,  # of two experts it says where they meet
@@ -202,7 +214,7 @@ def measure(
         ceiling["first_frame_db"] = exam.first_frame_db(exam.clips)
     rows: list[dict[str, Any]] = [{"sampler": "real_codec", "clips": args.clips, **ceiling}]
     sheets = {"real": exam.clips[:SHOWN]}
-    for row in tqdm(table_rows(configs["teacher"]), desc="rows"):
+    for row in tqdm(possible_rows(configs), desc="rows"):
         role = "student" if row.sampler == "student" else "teacher"
         source = models[role]
         pipeline = pipeline_for(row, configs[role], source, args.solver2_shift)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from scripts import evaluate, report
 from tests.runs import run, write_config
+from trainer.config import load
 from utils.config import ConfigError
 from utils.tiny_world import metrics as shapes_metrics
 
@@ -103,3 +105,16 @@ def test_models_for_which_images_are_optional_are_measured_both_ways(
     ceiling = begun[0]["first_frame_db"]
     assert all(row["first_frame_db"] == pytest.approx(ceiling, abs=0.5) for row in begun)
     assert [row.get("i2v") for row in again[1:]] == [None, None]
+
+
+def test_a_student_of_two_steps_is_measured_in_no_more(tiny_root: Path, tmp_path: Path) -> None:
+    words = ["denoising_step_list=[1000,500]", "first_block_step_list=[1000,750,500,250]"]
+    config = load(write_config(tmp_path, tiny_root, "self_forcing_dmd"), words)
+    rows = evaluate.possible_rows({"teacher": config, "student": config})
+    students = [row for row in rows if row.sampler == "student"]
+    assert [row.steps for row in students] == [2, 1]
+    source: Any = SimpleNamespace(network=None)
+    counts = [
+        evaluate.pipeline_for(row, config, source, 1.0).network_evaluations(5) for row in students
+    ]
+    assert counts == [4 + 2 + 2 + 2, 1 + 1 + 1 + 2]  # and two passes to remember

@@ -18,7 +18,8 @@ from model.experts import boundary_problems
 from model.flow import step_sigmas
 from model.options.ida import IDAConfig
 from model.wan.kernels import AUTO, KERNELS
-from pipeline.causal import ROLLOUT_KEYS, CausalConfig
+from pipeline.blocks import ROLLOUT_KEYS, CausalConfig
+from pipeline.build import ADJUSTABLE
 from pipeline.teacher import SamplingConfig
 from trainer.data import DataConfig
 from trainer.faults import FaultsConfig
@@ -69,6 +70,8 @@ class Config:
     distribution_loss: str | None = None  # a method's file in model/; None = the usual
     generator_type: Literal["bidirectional", "causal"] = "bidirectional"
     denoising_step_list: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])
+    # Of the block that a causal generator's videos begin with; None = as all others.
+    first_block_step_list: list[int] | None = None
     # full: over all ranks; hybrid_full: over those of a node; none: each holds whole networks.
     sharding_strategy: Literal["full", "hybrid_full", "none"] = "full"
 
@@ -242,11 +245,8 @@ def problems(config: Config) -> Iterator[str]:
             f"accumulation: {config.accumulation} micro-batches must divide "
             f"batch_size={config.batch_size}"
         )
-    steps = config.denoising_step_list
-    if not steps or any(not 0 < step <= 1000 for step in steps) or steps != _descending(steps):
-        yield (f"denoising_step_list: must fall strictly within (0, 1000], got {steps}")
-    elif steps[0] != 1000:
-        yield f"denoising_step_list: must begin at 1000, pure noise, got {steps}"
+    yield from _step_problems("denoising_step_list", config.denoising_step_list)
+    yield from _first_block_problems(config)
     if len(config.latent_shape) != 4 or min(config.latent_shape) < 1:
         yield f"latent_shape: must be [C, F, H, W], all positive, got {config.latent_shape}"
     shifts = {
@@ -280,6 +280,38 @@ def problems(config: Config) -> Iterator[str]:
     yield from config.loss.run_problems(steps=config.steps, causal=causal)
     if config.generator.model is None and config.teacher.model is None:
         yield "generator.model: must name a model folder (or teacher.model must)"
+
+
+def _step_problems(key: str, steps: Sequence[int]) -> Iterator[str]:
+    """Lists of steps that do not lead from noise down."""
+    if not steps or any(not 0 < step <= 1000 for step in steps) or steps != _descending(steps):
+        yield f"{key}: must fall strictly within (0, 1000], got {steps}"
+    elif steps[0] != 1000:
+        yield f"{key}: must begin at 1000, pure noise, got {steps}"
+
+
+def _first_block_problems(config: Config) -> Iterator[str]:
+    """Steps of a first block where there is none that is made in few steps."""
+    key, steps = "first_block_step_list", config.first_block_step_list
+    if steps is None:
+        return
+    yield from _step_problems(key, steps)
+    if config.generator_type != "causal":
+        yield (
+            f"{key}: {steps} has no effect without generator_type: causal, whose videos are made "
+            f"in blocks; set denoising_step_list"
+        )
+        return
+    needs, name = method_needs(config), method_name(config)
+    if needs.sampler in ADJUSTABLE:
+        yield f"{key}: has no effect on method '{name}', which is sampled by sampling.steps"
+    elif needs.trajectories:
+        yield (
+            f"{key}: has no effect on method '{name}', whose pairs hold one list of steps for all "
+            f"blocks; set it in the run that follows"
+        )
+    elif config.causal.given_first_frame or config.data.image_share == 1.0:
+        yield f"{key}: has no effect where all videos begin with a given block; set it to null"
 
 
 def _attention_problems(kernel: str) -> Iterator[str]:
@@ -348,6 +380,12 @@ def causal_config(config: Config) -> CausalConfig | None:
 def sigmas(config: Config) -> list[float]:
     """Noise levels of the few steps."""
     return step_sigmas(config.denoising_step_list, config.timestep_shift)
+
+
+def first_sigmas(config: Config) -> list[float] | None:
+    """Noise levels of the first block's few steps; None = those of all blocks."""
+    steps = config.first_block_step_list
+    return None if steps is None else step_sigmas(steps, config.timestep_shift)
 
 
 def generator_model(config: Config) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -84,6 +84,8 @@ def _front_matter(facts: Facts, exported: Exported) -> str:
 def _sentence(facts: Facts, exported: Exported) -> str:
     how = "guidance off" if facts.cfg_scale == 1.0 else f"guidance {facts.cfg_scale:g}"
     what = f"an adapter for {facts.base}" if exported.kind == "adapter" else f"made of {facts.base}"
+    if facts.first_block_sigmas is not None:
+        what += f" (its first block in {len(facts.first_block_sigmas)} steps)"
     which = "A student that needs" if facts.sigmas else "A model that is sampled in"
     return f"{which} {facts.steps} steps with {how}: {what}, trained by Fewstep.\n"
 
@@ -91,7 +93,9 @@ def _sentence(facts: Facts, exported: Exported) -> str:
 def _rows(facts: Facts, exported: Exported) -> list[str]:
     rows: dict[str, object] = {
         "steps": facts.steps,
-        "noise levels": ", ".join(f"{sigma:.4f}" for sigma in facts.sigmas) or None,
+        "noise levels": _levels(facts.sigmas) or None,
+        "noise levels of the first block": facts.first_block_sigmas
+        and _levels(facts.first_block_sigmas),
         "shift": f"{facts.shift:g}",
         "guidance (cfg_scale)": f"{facts.cfg_scale:g}",
         "guidance of the low-noise expert": facts.cfg_scale_low,
@@ -111,6 +115,10 @@ def _rows(facts: Facts, exported: Exported) -> list[str]:
         "layout, precision": f"{exported.layout}, {exported.dtype}",
     }
     return [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
+
+
+def _levels(sigmas: Sequence[float]) -> str:
+    return ", ".join(f"{sigma:.4f}" for sigma in sigmas)
 
 
 def hub_name(base: str) -> str:

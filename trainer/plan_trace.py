@@ -23,7 +23,7 @@ from model.families.base import Model
 from model.folders.loading import Placement
 from model.types import Batch, Conditioning
 from model.wan.cache import KeyValue, KVCache, TextKeys
-from pipeline.causal import CausalConfig
+from pipeline.blocks import CausalConfig
 from trainer.base import Trainer
 from trainer.build import build_networks, build_rollout, build_trained
 from trainer.parts import TrainerParts

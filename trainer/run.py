@@ -17,10 +17,10 @@ from model.families.base import Model
 from model.families.registry import find_model
 from model.types import Denoiser, Rollout
 from model.wan import kernels
+from pipeline.blocks import CausalConfig
 from pipeline.build import ADJUSTABLE, ROLLOUTS, SAMPLERS, Sampling
-from pipeline.causal import CausalConfig
 from pipeline.protocol import InferencePipeline
-from trainer.config import Config, causal_config, method_class, sigmas
+from trainer.config import Config, causal_config, first_sigmas, method_class, sigmas
 from trainer.experts import gate, loss_levels, offloads, open_models
 from trainer.networks import TrainedNetworkConfig
 from utils.optim import OptimizerConfig
@@ -219,7 +219,11 @@ def resolve(
         method=method,
         needs=needs,
         sampling=Sampling(
-            sigmas(config), causal_config(config), config.sampling, gate=config.sampling.boundary
+            sigmas(config),
+            causal_config(config),
+            config.sampling,
+            gate=config.sampling.boundary,
+            first_sigmas=first_sigmas(config),
         ),
         compute=torch.bfloat16 if config.mixed_precision else torch.float32,
         latent_shape=(channels, frames, height, width),

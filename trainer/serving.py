@@ -19,6 +19,7 @@ from model.folders.adapter_files import AdapterFile, is_adapter
 from model.folders.adapter_words import AdapterWord, Merged, adapter_word, read_adapters
 from model.folders.loading import Placement
 from model.wan.attention import use_kernel
+from pipeline.blocks import CausalConfig
 from pipeline.build import ADJUSTABLE
 from pipeline.generator import VideoGenerator
 from pipeline.memory import Footprint, available_memory
@@ -33,6 +34,9 @@ from trainer.teams import ALONE, TeamMeshes
 from utils.compiling import say_where_graphs_are_kept
 from utils.parallel import ParallelConfig
 from utils.weights import Weights
+
+# Settings of clips in blocks that are newer than records of clips.
+_LATER = ("remember", "sink_decay", "pin")
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,14 +196,22 @@ def sampling_settings(config: Config, model: Capabilities, shared: Request) -> d
         wanted["sampling"] = asdict(adjusted(model.sampling, shared.steps, shared.cfg_scale))
     else:  # a few steps without a solver or guidance
         wanted["denoising_step_list"] = config.denoising_step_list
+        if config.first_block_step_list is not None:
+            wanted["first_block_step_list"] = config.first_block_step_list
         wanted["timestep_shift"] = config.timestep_shift
         if config.sampling.boundary is not None:  # between two experts
             wanted["boundary"] = config.sampling.boundary
     causal = causal_config(config)
     if causal is not None and shared.frames is not None:
         causal = replace(causal, rollout_frames=None)  # of training; a clip may be longer
-    wanted["causal"] = None if causal is None else asdict(causal)
+    wanted["causal"] = None if causal is None else _told(causal)
     return wanted
+
+
+def _told(causal: CausalConfig) -> dict[str, Any]:
+    """Its settings; without those that came later, where clips are made as before them."""
+    usual, told = CausalConfig(), asdict(causal)
+    return {k: v for k, v in told.items() if k not in _LATER or v != getattr(usual, k)}
 
 
 def serving_dtype(run: Run, device: torch.device) -> torch.dtype:

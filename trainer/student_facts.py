@@ -15,6 +15,7 @@ from pipeline.build import ADJUSTABLE
 from trainer.config import (
     Config,
     causal_config,
+    first_sigmas,
     method_name,
     method_needs,
     read_run,
@@ -51,6 +52,8 @@ class Facts:
     steps: int
     shift: float
     sigmas: list[float] = field(default_factory=list)  # of the steps; of a schedule none
+    # Of a causal student's first block, where its steps are others; `sigmas` is of the later ones.
+    first_block_sigmas: list[float] | None = None
     cfg_scale: float = 1.0  # 1 = no guidance; of two experts the high one's
     cfg_scale_low: float | None = None  # the low one's; None = the same
     boundary: float | None = None  # of two experts, strictly between two of the sigmas
@@ -97,8 +100,9 @@ def facts_of_run(config: Config) -> Facts:
     except (UserError, OSError) as error:
         log.warning("of the model itself the card tells nothing: %s", words(error) or error)
     if kind not in ADJUSTABLE:
-        shift, sampler = config.timestep_shift, _FEW_STEPS[kind]
-        return Facts(**told, sampler=sampler, steps=len(levels), shift=shift, sigmas=levels)
+        told |= {"sampler": _FEW_STEPS[kind], "shift": config.timestep_shift}
+        told |= {"first_block_sigmas": first_sigmas(config)}
+        return Facts(**told, steps=len(levels), sigmas=levels)
     many = config.sampling
     return Facts(
         **told,

@@ -7,16 +7,18 @@ then keys are kept before rotation, and rotated when they are read.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from model.wan.grafts import Graft, KeyValue, straight_through
 from model.wan.masks import Span, past_spans
 
-KeyValue = tuple[Tensor, Tensor]  # keys and values of one layer, [B, N, heads, head_dim] each
+__all__ = ["KVCache", "KeyValue", "Past", "TextKeys", "TimeStates"]
+
 TextKeys = tuple[Tensor, ...]  # those of the text, and behind them of the images, of one layer
 TimeStates = tuple[Tensor, Tensor]  # of a noise level: states [B, T, D], modulation [B, T, 6, D]
 
@@ -34,20 +36,6 @@ class Past:
     rotated: bool = True  # whether the keys in `layers` are
 
 
-@dataclass(frozen=True, eq=False)
-class _Graft:
-    """Keys and values with a gradient, which stand for those of some frames in the storage."""
-
-    frames: Span  # counted from the first frame that was ever committed
-    layers: Sequence[KeyValue]
-
-    def part(self, layer: int, frames: Span, per_frame: int) -> KeyValue:
-        """Those of some of its frames."""
-        a, b = (per_frame * (frame - self.frames[0]) for frame in frames)
-        keys, values = self.layers[layer]
-        return keys[:, a:b], values[:, a:b]
-
-
 class KVCache:
     """The clean past of one batch of videos, layer by layer, and the keys of their text.
 
@@ -57,6 +45,10 @@ class KVCache:
     later block can see is dropped, so memory is bounded. None = everything is kept.
     relative_positions: count rotary positions from the first frame that is still kept, so that
     they stay inside the window's range however long the video grows.
+    sink_decay: how much of the sink is left when a frame is dropped, which gives the rest; 1 = the
+    sink stays as it is (arXiv:2512.04678). Less needs relative_positions, whose keys are unrotated.
+    pins: whether the first frame after a change of prompt stays until the next one's does, as one
+    more of those that a block sees. Needs relative_positions.
     frames: of the whole video, if known: storage of the right size is allocated once.
 
     Reading is free. Writing is allowed only without autograd, and outside the layers: activation
@@ -70,18 +62,26 @@ class KVCache:
         window: int | None = None,
         sink: int = 0,
         relative_positions: bool = False,
+        sink_decay: float = 1.0,
+        pins: bool = False,
         frames: int | None = None,
     ) -> None:
-        self.window, self.sink = window, sink
+        assert relative_positions or not pins, "a pass writes beside what it sees, without a gap"
+        assert sink_decay == 1.0 or relative_positions, "rotated keys of two frames have no average"
+        self.window, self.sink, self.sink_decay, self.pins = window, sink, sink_decay, pins
         self.relative_positions = relative_positions
         self._expected = frames
         self._index = torch.arange(0)  # positions in the video of the frames that are kept
         self._storage: list[KeyValue] = []  # [B, capacity n, heads, head_dim] of each layer
         self._begin = 0  # the frame of the storage at which the kept ones begin
         self._sink: list[KeyValue] = []  # the first frames, once others behind them were dropped
+        self._sums: list[KeyValue] = []  # the sink in fp32, once something was added to it
+        self._pinned: list[KeyValue] = []  # a pinned frame, once those around it were dropped
+        self._pin: int | None = None  # before that, which of the frames ever it is
+        self._pins_next = False  # whether the next one to be committed is
         self._committed = self._last = 0  # frames ever, and by the last commit
         self._per_frame = 0
-        self._grafts: list[_Graft] = []
+        self._grafts: list[Graft] = []
         self._text: list[TextKeys] = []
         self._time: dict[Hashable, TimeStates] = {}
         self._beside: dict[Hashable, KVCache] = {}
@@ -96,6 +96,15 @@ class KVCache:
                 f"this cache was written with adapters {self._adapters} and cannot be read with "
                 f"{adapters}: what it keeps follows from them; use a cache of its own"
             )
+
+    def snapshot(self) -> KVCache:
+        """What is kept now, to read later: what is committed from here on does not show in it.
+
+        No value is copied, and none that is kept is ever written again.
+        """
+        now = copy.copy(self)
+        now._grafts = list(self._grafts)
+        return now
 
     @property
     def frames(self) -> int:
@@ -142,6 +151,8 @@ class KVCache:
                 for place, values in zip(room, own, strict=True):
                     place.copy_(values)
         self._drop(spans)
+        if self._pins_next:
+            self._pin, self._pins_next = self._committed, False
         self._index = torch.cat([self._index, frame_index])
         self._committed, self._last = self._committed + new, new
 
@@ -152,7 +163,7 @@ class KVCache:
         """
         assert len(layers) == len(self._storage), "a graft has keys and values for every layer"
         span = (self._committed - self._last, self._committed)
-        self._grafts.append(_Graft(span, layers))
+        self._grafts.append(Graft(span, layers))
 
     @property
     def text(self) -> list[TextKeys] | None:
@@ -167,6 +178,11 @@ class KVCache:
         if torch.is_grad_enabled():
             raise RuntimeError("a KV cache is written only under torch.no_grad()")
         self._text = list(layers)
+
+    def new_prompt(self) -> None:
+        """What comes next follows another text, whose keys are not known, and may be pinned."""
+        self._text = []
+        self._pins_next = self.pins
 
     def time(self, key: Hashable, compute: Callable[[], TimeStates]) -> TimeStates:
         """Time states of a noise level and shape, computed once per video; under autograd anew."""
@@ -183,17 +199,30 @@ class KVCache:
                 window=self.window,
                 sink=self.sink,
                 relative_positions=self.relative_positions,
+                sink_decay=self.sink_decay,
+                pins=self.pins,
                 frames=self._expected,
             )
         return self._beside[network]
 
     def _seen(self, new: int) -> list[Span]:
         """Of the kept frames, counted from 0, those that `new` further frames see."""
-        return past_spans(self.frames, new, window=self.window, sink=self.sink)
+        sink = self.sink + len(self._pinned[:1])
+        spans = past_spans(self.frames, new, window=self.window, sink=sink)
+        pin = self._pin_index()
+        if pin is None or self.window is None or any(a <= pin < b for a, b in spans):
+            return spans
+        latest = self.frames + new - self.window + self.sink + 1
+        found = ((0, self.sink), (pin, pin + 1), (latest, self.frames))
+        return [(a, b) for a, b in found if a < b]
+
+    def _pin_index(self) -> int | None:
+        """Which of the kept frames is pinned, where it still lies among its neighbours."""
+        return None if self._pin is None else self.frames - (self._committed - self._pin)
 
     def _apart(self) -> int:
-        """How many of the kept frames are a sink with a storage of its own."""
-        return self.sink if self._sink else 0
+        """How many of the kept frames are a sink, or pinned, with a storage of their own."""
+        return (self.sink if self._sink else 0) + len(self._pinned[:1])
 
     def _split_off(self, spans: list[Span]) -> tuple[int, list[Span]]:
         """The kept frame at which the latest run of seen ones begins, and the spans before it."""
@@ -238,10 +267,11 @@ class KVCache:
 
     def _pieces(self, span: Span) -> Iterator[list[KeyValue]]:
         """Kept frames as views, per layer: of the sink's own storage, and of the other."""
-        apart = self._apart()
+        apart, sink = self._apart(), self.sink if self._sink else 0
         dropped = self._committed - self.frames
         for storage, (first, last), offset, age in (
-            (self._sink, (0, apart), 0, 0),
+            (self._sink, (0, sink), 0, 0),
+            (self._pinned, (sink, apart), -sink, dropped),
             (self._storage, (apart, self.frames), self._begin - apart, dropped),
         ):
             a, b = max(first, span[0]), min(last, span[1])
@@ -251,7 +281,7 @@ class KVCache:
 
     def _grafted(self, views: list[KeyValue], frames: Span) -> list[KeyValue]:
         """Under autograd, views of some frames with the gradients of what was grafted on them."""
-        found: list[tuple[_Graft, Span]] = []
+        found: list[tuple[Graft, Span]] = []
         for graft in self._grafts if torch.is_grad_enabled() else ():
             both = max(frames[0], graft.frames[0]), min(frames[1], graft.frames[1])
             if both[0] < both[1]:
@@ -274,11 +304,18 @@ class KVCache:
     def _drop(self, seen: list[Span]) -> None:
         """Forget the kept frames that are not in `seen`."""
         kept = sum(b - a for a, b in seen)
-        dropped = self.frames - kept
-        if not dropped:
+        if kept == self.frames:
             return
         if self.sink:
             self._set_sink_apart()
+        apart = self._apart()
+        latest = seen[-1][0] if seen and seen[-1][1] == self.frames else self.frames
+        dropped, pin = max(latest, apart) - apart, self._pin_index()
+        pinned = None if pin is None or pin >= apart + dropped else pin - apart
+        if self.sink and self.sink_decay < 1.0:
+            self._fold(dropped, pinned)
+        if pinned is not None:
+            self._set_pin_apart(self._begin + pinned)
         self._begin += dropped
         self._index = torch.cat([self._index[:0], *(self._index[a:b] for a, b in seen)])
         oldest = self._committed - (kept - self._apart())
@@ -287,6 +324,32 @@ class KVCache:
             for graft in self._grafts
             if graft.frames[1] > oldest or graft.frames[0] < self._apart()
         ]
+
+    def _fold(self, dropped: int, pinned: int | None) -> None:
+        """Add those that leave to the sink, all but a pinned one: j to the sink's frame j mod sink.
+
+        Into tensors of their own, for whoever reads the old ones once more. In fp32: a thousandth
+        of a key is less than what bf16 rounds it by.
+        """
+        sums = self._sums or [(k.float(), v.float()) for k, v in self._sink]
+        leaving = [self._view(layer, self._begin, self._begin + dropped) for layer in self._storage]
+        slots = [None if j == pinned else j % self.sink for j in range(dropped)]
+        self._sums = [
+            (
+                folded(keys, old_keys, slots, self.sink_decay),
+                folded(values, old_values, slots, self.sink_decay),
+            )
+            for (keys, values), (old_keys, old_values) in zip(sums, leaving, strict=True)
+        ]
+        self._sink = [
+            (keys.to(like[0].dtype), values.to(like[1].dtype))
+            for (keys, values), like in zip(self._sums, self._storage, strict=True)
+        ]
+
+    def _set_pin_apart(self, place: int) -> None:
+        """Give a frame of the storage one of its own, before those around it are dropped."""
+        views = [self._view(layer, place, place + 1) for layer in self._storage]
+        self._pinned, self._pin = [(k.clone(), v.clone()) for k, v in views], None
 
     def _set_sink_apart(self) -> None:
         """Give the first frames a storage of their own, before others behind them are dropped."""
@@ -309,19 +372,14 @@ def _allocate(like: Sequence[KeyValue], tokens: int) -> list[KeyValue]:
     ]
 
 
-def straight_through(values: Tensor, spans: tuple[Span, ...], live: Sequence[Tensor]) -> Tensor:
-    """`values` [B, N, ...] as they are; the gradient of spans of their tokens goes to `live`."""
-    result: Tensor = _StraightThrough.apply(values, spans, *live)  # type: ignore[no-untyped-call]
+def folded(sums: Tensor, frames: Tensor, slots: Sequence[int | None], decay: float) -> Tensor:
+    """decay s + (1 - decay) x for each frame x that has a slot, and the frame s of `sums` in it.
+
+    sums: [B, sink n, heads, head_dim], fp32; frames: [B, len(slots) n, heads, head_dim].
+    """
+    n = frames.shape[1] // len(slots)
+    result = sums.clone()
+    for frame, slot in zip(frames.split(n, dim=1), slots, strict=True):
+        if slot is not None:
+            result[:, slot * n : (slot + 1) * n].lerp_(frame.float(), 1.0 - decay)
     return result
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, spans: tuple[Span, ...], *live: Tensor) -> Tensor:
-        del live
-        ctx.spans = spans
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(grads[0][:, a:b] for a, b in ctx.spans)

@@ -41,6 +41,8 @@ def unlike(run: Run, network: nn.Module) -> str | None:
         "it reads no images": run.reads_images,
         "it has no window and no noise on the past": causal is not None
         and (causal.local_attn_size is not None or causal.context_noise > 0),
+        "it makes all blocks alike, and remembers them clean": causal is not None
+        and (causal.remember != "clean" or run.sampling.first_sigmas is not None),
     }
     return next((why for why, holds in reasons.items() if holds), None)
 

@@ -63,11 +63,13 @@ def unlike(run: Run, ranks: int) -> str | None:
         and (
             causal.local_attn_size is not None
             or causal.context_noise > 0
+            or causal.remember != "clean"
             or causal.kv_gradient != "detach"
             or not causal.same_step_across_blocks
             or causal.last_step_only
             or causal.gradient_frames is not None
             or causal.rollout_frames is not None
+            or config.first_block_step_list is not None
         ),
         "its average moves from the start": config.ema.start_step > 0,
     }

@@ -13,7 +13,8 @@ from model.types import Batch, Conditioning
 from model.wan import kernels
 from model.wan.kernels import EXACT, Shape, fastest, fault
 from model.wan_wrapper import WanDiffusionWrapper
-from pipeline.causal import CausalConfig, SelfForcingTrainingPipeline
+from pipeline.blocks import CausalConfig
+from pipeline.self_forcing import SelfForcingTrainingPipeline
 from tests.conftest import MINIATURE, build_wan
 from tests.devices import CUDA, difference, working_on
 from utils.parallel import ParallelConfig, parallelize

@@ -16,13 +16,13 @@ from model.types import Batch, Conditioning, Context
 from model.wan.masks import block_causal
 from model.wan_wrapper import WanDiffusionWrapper
 from pipeline.bidirectional import BidirectionalInferencePipeline, BidirectionalTrainingPipeline
+from pipeline.blocks import CausalConfig
 from pipeline.causal import (
-    CausalConfig,
     CausalDiffusionInferencePipeline,
     CausalInferencePipeline,
-    SelfForcingTrainingPipeline,
 )
 from pipeline.protocol import InferencePipeline, sample
+from pipeline.self_forcing import SelfForcingTrainingPipeline
 from pipeline.teacher import SamplingConfig, TeacherInferencePipeline
 from tests.conftest import MINIATURE, build_wan
 from tests.devices import CPU, difference, every_device, same_noise, working_on
@@ -87,6 +87,11 @@ ROLLOUTS: dict[str, Any] = {
     "self-forcing": SelfForcingTrainingPipeline(SIGMAS, BLOCKS),
     "straight through": SelfForcingTrainingPipeline(
         SIGMAS, replace(BLOCKS, kv_gradient="straight_through", local_attn_size=3, sink_size=1)
+    ),
+    "replayed": SelfForcingTrainingPipeline(SIGMAS, replace(BLOCKS, kv_gradient="replayed")),
+    "parallel": SelfForcingTrainingPipeline(SIGMAS, replace(BLOCKS, kv_gradient="parallel")),
+    "last step remembered": SelfForcingTrainingPipeline(
+        SIGMAS, replace(BLOCKS, kv_gradient="parallel", remember="last_step")
     ),
 }
 

@@ -24,8 +24,8 @@ from model.matching import DistributionMatching
 from model.types import Batch, Conditioning, Rollout
 from model.wan.transformer import WanTransformer
 from model.wan_wrapper import WanDiffusionWrapper
+from pipeline.blocks import CausalConfig
 from pipeline.build import ROLLOUTS, Sampling
-from pipeline.causal import CausalConfig
 from tests.conftest import MINIATURE, random_value
 from tests.gaussian import streams_of_step
 from tests.methods import methods

@@ -18,14 +18,14 @@ from model.wan.cache import KeyValue, KVCache, Past
 from model.wan.transformer import WanTransformer
 from model.wan_wrapper import WanDiffusionWrapper
 from pipeline.bidirectional import BidirectionalInferencePipeline
+from pipeline.blocks import CausalConfig
 from pipeline.build import Sampling, few_step_sampler, many_step_sampler
 from pipeline.causal import (
-    CausalConfig,
     CausalDiffusionInferencePipeline,
     CausalInferencePipeline,
-    SelfForcingTrainingPipeline,
 )
 from pipeline.protocol import InferencePipeline, sample
+from pipeline.self_forcing import SelfForcingTrainingPipeline
 from pipeline.teacher import SamplingConfig, TeacherInferencePipeline
 from tests.gaussian import CPU, Said, Watched
 from tests.memory import Live
@@ -85,8 +85,9 @@ def roll(
     grad: bool = True,
     samples: SampleRNG | None = None,
     vae: PatchCodec | None = None,
+    first: Sequence[float] | None = None,
 ) -> Sample:
-    pipeline = SelfForcingTrainingPipeline(sigmas, config, vae)
+    pipeline = SelfForcingTrainingPipeline(sigmas, config, vae, first_sigmas=first)
     given = batch(begins=config.given_first_frame)
     return pipeline(net, given, streams_of_step(step, samples), grad=grad)
 
@@ -99,8 +100,10 @@ def infer(
     frames: int = FRAMES,
     rng: SampleRNG | None = None,
     initial: Tensor | None = None,
+    first: Sequence[float] | None = None,
 ) -> Tensor:
-    pipeline, shape = CausalInferencePipeline(net, sigmas, config), (16, frames, 4, 4)
+    pipeline = CausalInferencePipeline(net, sigmas, config, first_sigmas=first)
+    shape = (16, frames, 4, 4)
     return sample(pipeline, text(1), text(2), shape, rng or streams(), initial=initial)
 
 

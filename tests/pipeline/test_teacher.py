@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from model.flow import shift
+from pipeline.blocks import CausalConfig
 from pipeline.build import Sampling, few_step_sampler, many_step_sampler
-from pipeline.causal import CausalConfig
 from pipeline.protocol import sample
 from pipeline.teacher import (
     SamplingConfig,

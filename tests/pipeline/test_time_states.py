@@ -13,13 +13,13 @@ from model.types import Batch, Conditioning
 from model.wan.cache import KVCache
 from model.wan.transformer import WanTransformer
 from model.wan_wrapper import WanDiffusionWrapper
+from pipeline.blocks import CausalConfig
 from pipeline.causal import (
-    CausalConfig,
     CausalDiffusionInferencePipeline,
     CausalInferencePipeline,
-    SelfForcingTrainingPipeline,
 )
 from pipeline.protocol import InferencePipeline, sample
+from pipeline.self_forcing import SelfForcingTrainingPipeline
 from pipeline.teacher import SamplingConfig
 from tests.gaussian import CPU
 from utils.ema import EMA, EMAConfig

@@ -17,7 +17,15 @@ from model.dmd import DMD, DMDConfig
 from model.gan import GAN
 from model.ode import ODE
 from tests.methods import methods
-from trainer.config import DEFAULT_CONFIG, RENAMED, Config, load, method_class, problems
+from trainer.config import (
+    DEFAULT_CONFIG,
+    RENAMED,
+    Config,
+    first_sigmas,
+    load,
+    method_class,
+    problems,
+)
 from trainer.networks import TrainedNetworkConfig
 from trainer.registry import TRAINERS
 from utils.config import ConfigError
@@ -331,6 +339,11 @@ def test_an_impossible_value_is_told_with_what_is_allowed(
             ("causal.rollout_frames=25",),
             "causal.rollout_frames: a block of 3 frames must divide the 25 latent frames",
         ),
+        (
+            ("causal.context_noise=100", "causal.remember=last_step"),
+            "causal.context_noise: 100.0 has no effect with causal.remember: last_step, where no "
+            "pass over clean blocks is made; set it to 0",
+        ),
         (("causal.context_noise=1000",), "causal.context_noise: must lie in [0, 1000), got 1000.0"),
         (
             ("causal.gradient_frames=0",),
@@ -492,3 +505,63 @@ def test_roles_without_a_model_take_the_nearest_one(
     )
     roles = ("generator", "critic", "teacher")
     assert tuple(config.model_of(role) for role in roles) == expected
+
+
+FIRST = "first_block_step_list"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("generator_type=causal", f"{FIRST}=[750,500]"),
+            f"{FIRST}: must begin at 1000, pure noise, got [750, 500]",
+        ),
+        (
+            ("generator_type=causal", f"{FIRST}=[]"),
+            f"{FIRST}: must fall strictly within (0, 1000], got []",
+        ),
+        (
+            (f"{FIRST}=[1000,500]",),
+            f"{FIRST}: [1000, 500] has no effect without generator_type: causal, whose videos are "
+            f"made in blocks; set denoising_step_list",
+        ),
+        (
+            ("generator_type=causal", "trainer=diffusion", f"{FIRST}=[1000,500]"),
+            f"{FIRST}: has no effect on method 'diffusion', which is sampled by sampling.steps",
+        ),
+        (
+            ("generator_type=causal", "trainer=ode", f"{FIRST}=[1000,500]"),
+            f"{FIRST}: has no effect on method 'ode', whose pairs hold one list of steps for all "
+            f"blocks; set it in the run that follows",
+        ),
+        (
+            (
+                "generator_type=causal",
+                "causal.num_frame_per_block=1",
+                "causal.given_first_frame=true",
+                "trainer=score_distillation",
+                f"{FIRST}=[1000,500]",
+            ),
+            f"{FIRST}: has no effect where all videos begin with a given block; set it to null",
+        ),
+    ],
+)
+def test_steps_of_a_first_block_are_refused_where_no_few_steps_make_one(
+    minimal: Path, overrides: tuple[str, ...], message: str
+) -> None:
+    assert error_of(minimal, *overrides) == message
+
+
+def test_steps_of_a_first_block_are_noise_levels_as_all_others(minimal: Path) -> None:
+    words = ["generator_type=causal", "trainer=score_distillation", "denoising_step_list=[1000]"]
+    config = load(minimal, [*words, f"{FIRST}=[1000,500]"])
+    assert first_sigmas(config) == pytest.approx([1.0, 5 / 6])
+    assert first_sigmas(load(minimal, words)) is None
+
+
+def test_blocks_that_no_rollout_taught_to_be_remembered_noisy_are_refused(minimal: Path) -> None:
+    words = ("generator_type=causal", "causal.remember=last_step", "trainer=ode")
+    assert error_of(minimal, *words) == (
+        "causal.remember: has no effect on method 'ode', without rollouts"
+    )

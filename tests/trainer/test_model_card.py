@@ -294,6 +294,19 @@ def test_a_few_step_run_tells_of_itself(tiny_root: Path, tmp_path: Path) -> None
     assert facts.base_sha256 is not None and len(facts.base_sha256) == 64
 
 
+def test_a_causal_run_tells_of_its_first_block(tiny_root: Path, tmp_path: Path) -> None:
+    words = ["denoising_step_list=[1000,500]", "first_block_step_list=[1000,750,500,250]"]
+    facts = facts_of_run(load(write_config(tmp_path, tiny_root, "self_forcing_dmd"), words))
+    assert (facts.steps, facts.first_block_sigmas) == (2, SIGMAS)
+    assert from_header(facts.header()) == facts
+    page = card(facts, LORA)
+    assert "| noise levels of the first block | 1.0000, 0.9375, 0.8333, 0.6250 |" in page
+    assert (
+        "needs 2 steps with guidance off: an adapter for Wan2.1-T2V-Tiny (its first block in 4"
+        in page
+    )
+
+
 def test_a_many_step_run_tells_of_itself(tiny_root: Path, tmp_path: Path) -> None:
     facts = facts_of_run(load(write_config(tmp_path, tiny_root, "diffusion")))
     assert (facts.method, facts.sampler, facts.steps) == ("diffusion", "euler", 2)

@@ -95,14 +95,22 @@ BROKEN = {
     "self_forcing_dmd": (2, "self_forcing_dmd", ()),
     "self_forcing_sid": (2, "self_forcing_sid", ()),
     "straight-through": (2, "self_forcing_dmd", ("causal.kv_gradient=straight_through",)),
+    "replayed": (2, "self_forcing_dmd", ("causal.kv_gradient=replayed",)),
+    "self-gradient": (2, "self_forcing_dmd", ("causal.kv_gradient=parallel",)),
     "exits-apart": (2, "self_forcing_dmd", ("causal.same_step_across_blocks=false",)),
+    "steps-of-the-first-block": (
+        2,
+        "self_forcing_dmd",
+        ("denoising_step_list=[1000,500]", "first_block_step_list=[1000,750,500,250]"),
+    ),
+    "last-step-remembered": (2, "self_forcing_dmd", ("causal.remember=last_step",)),
     "given-first-frame": (2, "self_forcing_dmd", ("causal.given_first_frame=true",)),
     "longer-rollouts": (2, "self_forcing_dmd", (LONGER, "causal.local_attn_size=4")),
 }
 
 
 # What a method's other cases show already: no rollout keeps anything from step to step.
-ONCE_MORE = ("gan-again", "straight-through", "exits-apart")
+ONCE_MORE = ("replayed", "last-step-remembered", "gan-again", "straight-through", "exits-apart")
 
 
 @pytest.mark.parametrize(

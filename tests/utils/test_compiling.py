@@ -16,7 +16,9 @@ from model.types import Batch, Conditioning, Denoiser
 from model.wan.config import WanConfig
 from model.wan.transformer import WanTransformer
 from model.wan_wrapper import WanDiffusionWrapper
-from pipeline.causal import CausalConfig, CausalInferencePipeline, SelfForcingTrainingPipeline
+from pipeline.blocks import CausalConfig
+from pipeline.causal import CausalInferencePipeline
+from pipeline.self_forcing import SelfForcingTrainingPipeline
 from tests.conftest import MINIATURE, build_wan
 from utils.compiling import compile_blocks, graphs_made, say_where_graphs_are_kept
 from utils.parallel import ParallelConfig, parallelize
