@@ -120,7 +120,9 @@ def pipeline_for(
         # Fewer steps take the leading noise levels that the student was trained at, evenly.
         levels, kind = sigmas(config), method_needs(config).sampler
         stride = len(levels) // row.steps
-        return SAMPLERS[kind](generator_.network, Sampling(levels[::stride], causal))
+        return SAMPLERS[kind](
+            generator_.network, Sampling(levels[::stride], causal, shift=config.timestep_shift)
+        )
     second, known = row.sampler == "teacher_solver2", generator_.capabilities.sampling
     sampling = replace(
         known or config.sampling,  # of two experts it says where they meet
