@@ -39,6 +39,11 @@ class MethodConfig:
         del steps
         yield from ()
 
+    def layer_problems(self, layers: int) -> Iterator[str]:
+        """What is impossible about them for a teacher of so many blocks."""
+        del layers
+        yield from ()
+
     def expert_problems(
         self, experts: ExpertLevels | None, sides: Mapping[str, tuple[Side, ...]]
     ) -> Iterator[str]:

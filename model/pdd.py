@@ -85,6 +85,15 @@ class PDDConfig(MethodConfig):
                 f"loss.calls={self.calls}: {' or '.join(map(str, lists))}; got {list(steps)}"
             )
 
+    def layer_problems(self, layers: int) -> Iterator[str]:
+        """See MethodConfig."""
+        absent = [n for n in self.uncond_skips if n >= layers]
+        if absent:
+            yield (
+                f"loss.uncond_skips: the teacher has blocks 0 to {layers - 1}, and no "
+                f"{', '.join(map(str, absent))}; leave out one that it has, or none"
+            )
+
     def expert_problems(
         self, experts: ExpertLevels | None, sides: Mapping[str, tuple[Side, ...]]
     ) -> Iterator[str]:

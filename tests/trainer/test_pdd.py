@@ -242,6 +242,7 @@ def test_a_student_is_not_served_in_steps_that_its_heads_do_not_have(
         ("generator_type=causal", "causal is not for distribution_loss: pdd"),
         ("denoising_step_list=[1000,250]", "a path is walked in equal steps"),
         ("loss.gan_weight=0.1", "loss.gan_weight"),
+        ("loss.uncond_skips=[1,7]", "the teacher has blocks 0 to 1, and no 7; leave out one"),
     ],
 )
 def test_settings_without_meaning_are_refused(
