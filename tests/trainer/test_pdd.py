@@ -15,9 +15,11 @@ from model.wan.heads import BIAS, PLAIN_BIAS, PLAIN_WEIGHT, WEIGHT
 from pipeline.protocol import sample
 from tests.commands import own_logging
 from tests.commands import refusal as said_by
-from tests.runs import built, read_state, refusal, rows, run, step_folder, write_config
+from tests.ranks import run_on_ranks
+from tests.runs import build, built, read_state, refusal, rows, run, step_folder, write_config
 from trainer.config import load
 from trainer.serving import check_source, load_generator
+from utils.distributed import distributed_session
 from utils.errors import UserError
 from utils.seeding import generator as keyed
 from utils.seeding import sample_rng
@@ -184,6 +186,33 @@ def test_heads_are_fp32_where_the_network_computes_in_bf16(config: Path, tmp_pat
             )
             it.train()
         assert set(seen) == {(torch.float32,) * 3}
+
+
+def train_on_ranks(config: Path, logdir: Path, words: tuple[str, ...]) -> None:
+    with distributed_session(timeout_s=60.0) as session:
+        build(config, logdir, session, *words).train()
+
+
+# Base and heads are sharded, whole or cast, each in its own way.
+LAYOUTS = {
+    "adapter": ((ADAPTER,), 2e-5),
+    "adapter on a whole base": ((ADAPTER, "teacher.sharded=false"), 2e-5),
+    "bf16": (("mixed_precision=true",), 0.05),
+    "adapter, bf16, whole": (("mixed_precision=true", ADAPTER, "teacher.sharded=false"), 0.05),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_rank_and_two_agree_however_heads_and_network_lie(
+    layout: str, config: Path, tmp_path: Path
+) -> None:
+    words, tolerance = LAYOUTS[layout]
+    words = (*SHORT, *words)
+    alone = rows(run(config, tmp_path / "1", *words))
+    run_on_ranks(2, train_on_ranks, config, tmp_path / "2", words)
+    for one, two in zip(alone, rows(tmp_path / "2"), strict=True):
+        assert two == {key: pytest.approx(value, rel=tolerance) for key, value in one.items()}
 
 
 # ---- refusals
