@@ -40,6 +40,7 @@ from trainer.adapter_command import (
     writes_adapter,
 )
 from trainer.adapting import write_beside
+from trainer.fusing import check_naming, fused_student, with_heads
 from trainer.model_card import Exported, texts
 from utils.cli import USER_ERRORS, command_parser, fail, start_logging
 from utils.config import ConfigError
@@ -86,6 +87,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--model_folder", type=Path, default=None,
         help="gives a folder its sizes, VAE and encoders; default: the input, if it is one",
+    )  # fmt: skip
+    result.add_argument(
+        "--fuse_steps", type=int, default=None,
+        help="of a student of method pdd: in how many steps it is sampled, one of its run's "
+        "loss.calls; default: as many as its run's denoising_step_list has",
     )  # fmt: skip
     result.add_argument("--max_shard_gb", type=float, default=5.0, help="per file of a folder")
     result.add_argument(
@@ -178,6 +184,9 @@ def write_file(args: argparse.Namespace, family: type[Model], weights: Weights) 
     dtype = stored_dtype(args)
     if adapters:
         weights = Merged(source, adapters, rounding=dtype)
+    plain = weights
+    weights, facts = fused_student(with_heads(weights, adapters), facts, args.fuse_steps)
+    check_naming(weights, [naming])
     tensors = read_in_turn(weights, dtype, lambda name: family.renamed(name, naming))
     told = {"source": str(weights.path), "weights": args.weights}
     if args.naming == "reference":
@@ -189,7 +198,7 @@ def write_file(args: argparse.Namespace, family: type[Model], weights: Weights) 
         write_weights(dict(tensors), args.output_path, told)
     count = sum(map(math.prod, weights.shapes().values()))
     log.info("%s: %d tensors, %d parameters", args.output_path, len(weights.shapes()), count)
-    more = tell_losses(args, source, weights, adapters)
+    more = tell_losses(args, source, plain, adapters)
     if facts is not None:
         what = Exported(
             "model", [args.output_path.name], naming, args.dtype or "as stored", None, more
@@ -221,6 +230,9 @@ def write_folder(args: argparse.Namespace, model: Model, weights: Weights) -> No
     dtype, max_bytes = stored_dtype(args), int(args.max_shard_gb * 1e9)
     if adapters:
         weights = Merged(source, adapters, rounding=dtype)
+    plain = weights
+    weights, facts = fused_student(with_heads(weights, adapters), facts, args.fuse_steps)
+    check_naming(weights, [args.layout])
     export = Export(weights, args.layout, dtype, max_bytes)
     if facts is not None:
         what = Exported("model", [], args.layout, args.dtype or "as stored")
@@ -229,7 +241,7 @@ def write_folder(args: argparse.Namespace, model: Model, weights: Weights) -> No
         )
     model.export(export, args.output_path)
     log.info("%s: a complete model folder, %s layout", args.output_path, args.layout)
-    tell_losses(args, source, weights, adapters, model)
+    tell_losses(args, source, plain, adapters, model)
 
 
 def source_model(args: argparse.Namespace) -> Model:

@@ -34,6 +34,16 @@ class MethodConfig:
         del steps, causal
         yield from ()
 
+    def list_problems(self, steps: Sequence[int]) -> Iterator[str]:
+        """What is impossible about them for a student of this denoising_step_list."""
+        del steps
+        yield from ()
+
+    def layer_problems(self, layers: int) -> Iterator[str]:
+        """What is impossible about them for a teacher of so many blocks."""
+        del layers
+        yield from ()
+
     def expert_problems(
         self, experts: ExpertLevels | None, sides: Mapping[str, tuple[Side, ...]]
     ) -> Iterator[str]:
@@ -62,6 +72,9 @@ class Needs:
     sampler: str = "few_step"  # what samples the generator: a name in pipeline.build.SAMPLERS
     backbone: str | None = None  # the role whose features a discriminator reads, if there is one
     same_architecture: tuple[str, ...] = ()  # roles whose weights must fit each other
+    # Of the generator, one for each step of a grid, see model.wan.heads; 0 = it ends as any other.
+    heads: int = 0
+    head_rate: float = 1.0  # how fast these learn, as a multiple of its learning rate
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -80,6 +93,7 @@ class Parts:
     experts: ExpertLevels | None = None  # whose noise levels losses are at; None = one network's
     parameters: Mapping[str, Sequence[nn.Parameter]] = field(default_factory=dict)  # a role's own
     takes_given: bool = False  # whether networks take frames that videos begin with as they are
+    shift: float = 5.0  # of the few steps, and of a finer grid of the generator's steps
 
     def clean_frames(self, sample: Sample) -> Tensor | None:
         """The frames that a sample was given, which all networks see clean; None = they see none.

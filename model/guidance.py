@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -27,13 +27,15 @@ def guided_velocity(
     otherwise one batch of 2 B, so that sharded weights are gathered once, or if not `batched` two
     of B. Guidance is linear, so guiding the velocity and guiding x0 are the same thing. A cache in
     `context` must hold the past of the same batch: of 2 B videos, those of the negative prompt
-    behind, if guided.
+    behind, if guided. Blocks that `context` skips are left out for the negative prompt alone, so
+    that passes are not batched.
     """
+    whole = replace(context, skips=()) if context.skips else context
     if cfg_scale == 1.0:
-        return net(x, sigma, conditioning, context=context).velocity
-    if not batched:
+        return net(x, sigma, conditioning, context=whole).velocity
+    if context.skips or not batched:
         assert context.cache is None, "a cache holds the past of both passes: batch them"
-        cond = net(x, sigma, conditioning, context=context).velocity
+        cond = net(x, sigma, conditioning, context=whole).velocity
         uncond = net(x, sigma, unconditional, context=context).velocity
         return uncond + cfg_scale * (cond - uncond)
     both = concatenate(conditioning, unconditional)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from model.encoders.vae import VideoVAE
+from model.heads import OnPath
 from model.types import Denoiser, Rollout, Walk
 from pipeline.bidirectional import (
     BidirectionalInferencePipeline,
@@ -36,6 +37,7 @@ class Sampling:
     vae: VideoVAE | None = None  # for rollouts longer than what is scored
     gate: float | None = None  # between the few steps of two experts; None = there is one network
     first_sigmas: Sequence[float] | None = None  # of a causal video's first block; None = as all
+    shift: float = 5.0  # of the few steps
 
 
 def simulation_rollout(sampling: Sampling, *, walk: Walk = "renoise") -> Rollout:
@@ -79,6 +81,13 @@ def euler_sampler(net: Denoiser, sampling: Sampling) -> InferencePipeline:
     return EulerInferencePipeline(net, sampling.sigmas)
 
 
+def path_sampler(net: Denoiser, sampling: Sampling) -> InferencePipeline:
+    """For a generator with a head for each part of its path."""
+    assert sampling.causal is None, "a path is that of a whole video"
+    on_path = OnPath(net, sampling.sigmas, sampling.shift)
+    return EulerInferencePipeline(on_path, sampling.sigmas)
+
+
 def many_step_sampler(net: Denoiser, sampling: Sampling) -> InferencePipeline:
     """For a model that follows its ODE."""
     if sampling.causal is None:
@@ -95,6 +104,7 @@ ROLLOUTS: dict[str, Callable[..., Rollout]] = {
 SAMPLERS: dict[str, Callable[[Denoiser, Sampling], InferencePipeline]] = {
     "few_step": few_step_sampler,
     "few_step_euler": euler_sampler,
+    "path_euler": path_sampler,
     "many_step": many_step_sampler,
 }
 ADJUSTABLE = {"many_step"}  # samplers whose steps and guidance a request may choose

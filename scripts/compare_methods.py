@@ -73,6 +73,7 @@ class Stage:
 STAGES = {
     "dmd": Stage("dmd"),
     "dmd_gan": Stage("dmd_gan", data="latents"),
+    "pdd": Stage("pdd"),
     "sid": Stage("sid"),
     "bidirectional_ode": Stage("bidirectional_ode", data="ode_pairs"),
     "gan": Stage("gan", start="bidirectional_ode", data="latents"),
@@ -90,6 +91,7 @@ STAGES = {
 METHODS = {
     "dmd": "DMD",
     "dmd_gan": "DMD + GAN",
+    "pdd": "PDD",
     "sid": "SiD",
     "bidirectional_ode": "ODE regression, whole clips",
     "gan": "ODE regression, then GAN",

@@ -131,7 +131,8 @@ def pipeline_for(
         if first is not None and stride > 1:  # as few steps as all other blocks
             first = first[:: max(1, len(first) // row.steps)]
         return SAMPLERS[kind](
-            generator_.network, Sampling(levels[::stride], causal, first_sigmas=first)
+            generator_.network,
+            Sampling(levels[::stride], causal, first_sigmas=first, shift=config.timestep_shift),
         )
     second, known = row.sampler == "teacher_solver2", generator_.capabilities.sampling
     sampling = replace(

@@ -104,6 +104,12 @@ loss: {{{{cfg_scale: 2.0}}}}
 {LATENTS}
 {CAUSAL}
 """,
+    "pdd": f"""
+trainer: ode
+distribution_loss: pdd
+loss: {{{{cfg_scale: 2.0, grid: 8, calls: [2, 4], head_rate: 0.5}}}}
+{PROMPTS}
+""",
     "diffusion": f"""
 trainer: diffusion
 loss: {{{{caption_dropout: 0.5}}}}

@@ -17,6 +17,7 @@ import pytest
 
 import train
 from model.gan import GANConfig
+from model.pdd import PDDConfig
 from tests.documented import PAGES, documented, script_of
 from tests.methods import methods
 from trainer.config import (
@@ -180,6 +181,8 @@ def shrunk(config: Config, root: Path) -> list[str]:
         toy += [] if config.causal.rollout_frames is None else ["causal.rollout_frames=7"]
         toy += [] if config.causal.local_attn_size is None else ["causal.local_attn_size=4"]
         toy += [] if config.causal.sink_size == 0 else ["causal.sink_size=1"]
+    if isinstance(config.loss, PDDConfig) and config.loss.uncond_skips:
+        toy += ["loss.uncond_skips=[0]"]  # the toy has no more than two blocks
     if isinstance(config.loss, GANConfig):
         toy += ["loss.discriminator_warmup_steps=0"]  # of one step nothing would be left
     return toy

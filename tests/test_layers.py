@@ -90,6 +90,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "model.discriminator",
         "model.types",
         "model.wan.adapter_names",
+        "model.wan.heads",
     ),
 }
 

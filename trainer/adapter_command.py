@@ -11,7 +11,7 @@ import torch
 from model.families.base import Model
 from model.families.registry import identify_weights, open_model, recognised
 from model.folders.adapter_extraction import Wanted
-from model.folders.adapter_files import AdapterFile, read_adapter, read_header
+from model.folders.adapter_files import AdapterFile, read_adapter, read_header, refuse_heads
 from model.folders.adapter_words import FORM, Merged, adapter_word, read_adapters
 from model.wan.adapter_names import LAYOUTS
 from trainer.adapting import (
@@ -166,5 +166,10 @@ def write_read(args: argparse.Namespace, target: Target) -> None:
     role = "critic" if args.weights == "critic" else "generator"
     averaged = args.weights == "ema" or None if args.input_path.is_file() else args.weights == "ema"
     adapter = read_adapter(args.input_path, role=role, averaged=averaged)
+    refuse_heads(
+        adapter,
+        why="and no file of an adapter has a place for them; merge it: convert_checkpoint.py "
+        f"--input_path BASE --adapter {args.input_path} --output_path OUT.safetensors",
+    )
     given = None if args.config_path is None else facts_of_run(load(args.config_path))
     export(adapter, target, None if role == "critic" else facts_of(adapter, given))

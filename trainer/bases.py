@@ -10,8 +10,9 @@ from torch import nn
 
 from model.adapters import OnAdapters, RankOf, fill, pairs, start
 from model.experts import SIDES
-from model.folders.adapter_files import AdapterFile, check_adapter, read_adapter
+from model.folders.adapter_files import AdapterFile, check_adapter, read_adapter, refuse_heads
 from model.folders.adapter_words import AdapterWord, parse
+from model.wan.heads import BANK
 from trainer.networks import NetworkConfig, TrainedNetworkConfig
 from trainer.run import Run
 from utils.config import ConfigError
@@ -39,6 +40,11 @@ class Base:
     def trained(self) -> list[str]:
         """The roles that train an adapter of it, which has the role's name."""
         return [role for role in self.roles if adapter_rank(self.run, role) is not None]
+
+    @property
+    def heads(self) -> int:
+        """How many heads it has for the parts of the generator's path."""
+        return self.run.heads_of("generator") if "generator" in self.roles else 0
 
     def names(self, role: str) -> tuple[str, ...]:
         """The adapters that are on where `role` calls it, its own last."""
@@ -83,6 +89,8 @@ class Base:
         assert isinstance(model, nn.Module), "a network keeps its weights in `model`"
         for _, name, pair in pairs(model):
             pair.requires_grad_(name in self.trained)
+        if self.heads:
+            model.get_submodule(BANK).requires_grad_(True)
         for one, name in self.added.items():
             if read:
                 fill(model, name, read_added(one).factors, what=f"adapter {one.path}")
@@ -124,6 +132,11 @@ def adapter_rank(run: Run, role: str) -> int | None:
 def read_added(word: AdapterWord) -> AdapterFile:
     """What an adapter adds. Raises ConfigError if that is more than factors, or WeightsError."""
     found = word.read()
+    refuse_heads(
+        found,
+        why="and roles that share a network cannot add them; merge it into the network first "
+        "(convert_checkpoint.py), or go on training it (generator.adapter.weights)",
+    )
     if found.diffs:
         raise ConfigError(
             f"{word.path}: adds to whole weights ({next(iter(found.diffs))}, ...), which roles "
@@ -151,6 +164,8 @@ def check_adapters(run: Run) -> None:
         shapes, settings = run.weights(role).shapes(), run.config.networks[role]
         for file in files:
             check_adapter(file, shapes, what=f"{role} {model.path}")
+            if not run.heads_of(role):
+                refuse_heads(file, why="which this run's method does not ask; begin without it")
         if isinstance(settings, TrainedNetworkConfig) and settings.adapter.weights is not None:
             matrices = (n.removesuffix(".weight") for n, shape in shapes.items() if len(shape) == 2)
             ranks = {layer: settings.adapter.rank_of(layer) for layer in matrices}

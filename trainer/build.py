@@ -20,6 +20,7 @@ from model.experts import SIDES, ExpertPair
 from model.folders.loading import Placement, random_discriminator
 from model.types import Rollout, Side
 from model.wan.attention import use_kernel
+from model.wan.heads import BIAS, WEIGHT
 from pipeline.reuse import ReusedRollout
 from trainer.agreement import check_same_run
 from trainer.base import Trainer
@@ -106,6 +107,7 @@ def assemble(run: Run, session: Session, options: RunOptions) -> Trainer:
         networks=networks,
         rollout=build_rollout(run, vae),
         sigmas=run.sampling.sigmas,
+        shift=run.sampling.shift,
         layout=run.causal,
         experts=run.experts,
         parameters={name: list(role.parameters.values()) for name, role in roles.items()},
@@ -199,6 +201,7 @@ def _build_base(base: Base, session: Session, place: Placement) -> dict[str, nn.
     model = run.models[role]
     kept = _kept_experts(base)
     place = replace(place, adapters=base.ranks(), kept=kept)
+    place = replace(place, heads=base.heads, plain=settings is not None)
     if role in run.offloaded and not place.adapters:  # whose own weights stay on the device
         place = replace(place, device=torch.device("cpu"))
     if run.random_init(role):
@@ -240,6 +243,9 @@ def build_trained(run: Run, networks: Mapping[str, nn.Module]) -> dict[str, Role
         if settings is not None and settings.adapter.rank is not None:
             own = parameter_names(weights_of(network), name)
             rates = {key: settings.adapter.rate for key in own if key.endswith(".b")}
+        if run.heads_of(name):
+            heads = {WEIGHT: run.needs.head_rate, BIAS: run.needs.head_rate}
+            own, rates = own and [*own, *heads], {**(rates or {}), **heads}
         sides = run.needs.trained_sides.get(name, SIDES)
         roles |= build_roles(name, network, run.optimizer(name), own, rates, sides)
     return roles

@@ -278,6 +278,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from config.loss.problems()
     causal = config.generator_type == "causal"
     yield from config.loss.run_problems(steps=config.steps, causal=causal)
+    yield from config.loss.list_problems(config.denoising_step_list)
     if config.generator.model is None and config.teacher.model is None:
         yield "generator.model: must name a model folder (or teacher.model must)"
 
@@ -358,6 +359,7 @@ def _role_problems(config: Config) -> Iterator[str]:
     idle = [name for name in ("storage", "sharded") if getattr(config.teacher, name) is not None]
     if idle and not shares and "teacher" not in method_needs(config).networks:
         yield f"teacher.{idle[0]}: has no effect on method '{method_name(config)}', without teacher"
+    yield from _head_problems(config)
     for name, settings in config.optimizers.items():
         yield from optimizer_problems(name, settings)
     for name, trained in config.trainable.items():
@@ -366,6 +368,23 @@ def _role_problems(config: Config) -> Iterator[str]:
     hidden = config.discriminator.ffn_dim
     if hidden is not None and hidden < 1:
         yield f"discriminator.ffn_dim: must be at least 1, or null, got {hidden}"
+
+
+def _head_problems(config: Config) -> Iterator[str]:
+    """Generators that a head for each part of a path cannot be copied to, or would lie idle in."""
+    if not method_needs(config).heads:
+        return
+    method = method_name(config)
+    if config.generator.random_init:
+        yield (
+            f"generator.random_init: the heads of {method} begin as copies of one that has learnt "
+            f"something; begin with the teacher's weights"
+        )
+    if config.generator.adapter.targets != "blocks":
+        yield (
+            f"generator.adapter.targets: {config.generator.adapter.targets} adds to the last layer "
+            f"too, in whose place {method} has heads of its own; set it to blocks"
+        )
 
 
 def _descending(steps: Sequence[int]) -> list[int]:

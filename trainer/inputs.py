@@ -134,6 +134,8 @@ def model_problems(run: Run) -> Iterator[str]:
             f"{' and '.join(f'{role}.model' for role in alike)}: this method needs them of the "
             f"same architecture, got {', '.join(str(model.path) for model in alike.values())}"
         )
+    if "teacher" in models:
+        yield from run.config.loss.layer_problems(models["teacher"].features.layers)
     yield from _image_share_problems(run)
     yield from _latent_problems(run)
     yield from latent_shape_problems(run.config.latent_shape, run.model)

@@ -109,6 +109,9 @@ def _rows(facts: Facts, exported: Exported) -> list[str]:
         "clips": facts.height
         and f"{facts.height} x {facts.width}, {facts.frames} frames, {facts.fps:g} per second",
         "causal (frame block by frame block)": "yes" if facts.causal else None,
+        "last layer": "one per step (head.bank), each the mean of those of the steps it stands for"
+        if facts.head_per_step
+        else None,
         "method": facts.method,
         "base": f"{facts.base}" + (f", sha256 {facts.base_sha256}" if facts.base_sha256 else ""),
         "files": ", ".join(exported.files) or None,
@@ -131,6 +134,8 @@ def hub_name(base: str) -> str:
 
 def in_diffusers(facts: Facts, exported: Exported) -> str | None:
     """Python that samples it with diffusers as it is sampled here; None = diffusers cannot."""
+    if facts.head_per_step:
+        return None  # its transformer has one last layer for all steps
     if facts.causal or (exported.kind == "model" and exported.layout != "diffusers"):
         return None
     pipeline = "WanImageToVideoPipeline" if facts.images else "WanPipeline"
@@ -207,7 +212,7 @@ def _calling(facts: Facts) -> list[str]:
 
 def in_comfyui(facts: Facts, exported: Exported) -> str | None:
     """The settings of ComfyUI's nodes, in a line; None = it cannot sample this."""
-    if facts.causal:
+    if facts.causal or facts.head_per_step:
         return None
     sampler = _COMFYUI_SAMPLERS[facts.sampler]
     common = (

@@ -240,6 +240,7 @@ def build_stand_in(run: Run, session: Session, meter: Meter, *, on_gpu: bool) ->
         networks=networks,
         rollout=build_rollout(run, None),
         sigmas=run.sampling.sigmas,
+        shift=run.sampling.shift,
         layout=run.causal,
         experts=run.experts,
         parameters={name: list(role.parameters.values()) for name, role in roles.items()},

@@ -15,8 +15,11 @@ from model.encoders.vae import VideoVAE
 from model.experts import SIDES, ExpertLevels, ExpertPair, side_of
 from model.families.base import Model
 from model.families.registry import find_model
+from model.folders.adapter_files import read_adapter
+from model.folders.heads import CopiedHead, GivenHeads, refuse_heads
 from model.types import Denoiser, Rollout
 from model.wan import kernels
+from model.wan.heads import count_heads
 from pipeline.blocks import CausalConfig
 from pipeline.build import ADJUSTABLE, ROLLOUTS, SAMPLERS, Sampling
 from pipeline.protocol import InferencePipeline
@@ -103,8 +106,34 @@ class Run:
         """Where a role begins: its own weights, or those of its model folder.
 
         Of a checkpoint with several networks a critic that is trained whole takes the critic, if
-        there is one, and every other role the generator.
+        there is one, and every other role the generator. Heads of a path begin as copies. Raises
+        WeightsError for heads that nobody would ask.
         """
+        found, heads = self.plain_weights(role), self.heads_of(role)
+        if not heads:
+            refuse_heads(found, who=role)
+            return found
+        plain = self.config.frozen(role) is not None
+        begin = self.config.generator.adapter.weights
+        if begin is not None:  # an adapter to go on with, and the heads that it has, if any
+            given = read_adapter(Path(begin)).heads
+            found = GivenHeads(found, given, plain=plain) if given else found
+        held = count_heads(found.shapes())
+        if not held:
+            return CopiedHead(found, heads, plain=plain)
+        if held != heads:
+            raise WeightsError(
+                f"{role}: {found.path} has {held} heads for the parts of a path, and loss.grid "
+                f"asks for {heads}; set loss.grid={held}, or begin with weights of one head"
+            )
+        return found
+
+    def heads_of(self, role: str) -> int:
+        """How many heads a role's network has for the parts of its path; 0 = one for all."""
+        return self.needs.heads if role == "generator" else 0
+
+    def plain_weights(self, role: str) -> Weights:
+        """The same, as they are stored."""
         settings, model = self.config.networks[role], self.models[role]
         own = {"high": settings.weights_high, "low": settings.weights_low}
         if model.experts is None or not any(own.values()):
@@ -224,6 +253,7 @@ def resolve(
             config.sampling,
             gate=config.sampling.boundary,
             first_sigmas=first_sigmas(config),
+            shift=config.timestep_shift,
         ),
         compute=torch.bfloat16 if config.mixed_precision else torch.float32,
         latent_shape=(channels, frames, height, width),

@@ -28,6 +28,7 @@ from pipeline.teacher import adjusted
 from trainer.build import build_encoder
 from trainer.config import Config, causal_config
 from trainer.decoders import load_vae
+from trainer.fusing import served
 from trainer.inputs import check_latent_shape
 from trainer.run import Run, resolve
 from trainer.teams import ALONE, TeamMeshes
@@ -89,11 +90,12 @@ def check_source(
     if is_adapter(checkpoint_path):
         below = [adapter_word(word) for word in config.generator.adapters]
         words = [*below, AdapterWord(checkpoint_path, averaged=use_ema), *words]
-        weights = run.weights("generator")
+        weights = run.plain_weights("generator")
     else:
         weights = run.made_weights(checkpoint_path, averaged=use_ema)
     run.model.check_weights(weights, what=what)
-    return Source(run, weights, read_adapters(words, weights, what=what))
+    added = read_adapters(words, weights, what=what)
+    return Source(run, served(run, weights, [adapter for _, adapter in added]), added)
 
 
 def capabilities(run: Run, device: torch.device, *, context: int = 1) -> Capabilities:

@@ -37,6 +37,7 @@ RUN_CONFIG = "config.yaml"  # in a training checkpoint
 _FEW_STEPS: Mapping[str, Literal["renoise", "euler"]] = {
     "few_step": "renoise",
     "few_step_euler": "euler",
+    "path_euler": "euler",
 }
 _EXPERTS = ("*_noise_model", "transformer", "transformer_2")  # folders of two experts
 LICENCE = "apache-2.0"  # of all of Wan's releases
@@ -68,6 +69,11 @@ class Facts:
     fps: float = 16.0
     base_sha256: str | None = None  # of its weight file, or of the index of its shards
     licence: str = LICENCE
+
+    @property
+    def head_per_step(self) -> bool:
+        """Whether each of its steps has a last layer of its own."""
+        return self.method == "pdd"
 
     def header(self) -> dict[str, str]:
         """As a weight file's header holds them: JSON values, but texts as they are."""

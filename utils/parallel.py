@@ -141,17 +141,24 @@ def shard(
 
     added: parameters that are cast by those who use them, so that their dtype does not count. They
     belong to their block's unit: one gathering per block, frozen weights or not. whole: these alone
-    are sharded, and all others stay as they are.
+    are sharded, and all others stay as they are. Modules that say that they are `exact` compute in
+    fp32, and are units of their own in any case.
     """
-    own = set(module.parameters()) - set(added)
+    exact = [part for part in module.modules() if getattr(part, "exact", False)]
+    own = set(module.parameters()) - set(added) - {p for part in exact for p in part.parameters()}
     same_dtype = whole or all(p.dtype == compute_dtype for p in own)
-    if (mesh.size() == 1 and same_dtype) or (whole and not added):
+    if (mesh.size() == 1 and same_dtype) or (whole and not added and not exact):
         return
     ignored = own if whole else None
     # Inputs are not cast: fp32 timesteps rounded to bf16 would move to a neighbouring noise level.
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    fp32 = MixedPrecisionPolicy(
+        param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for part in exact:
+        fully_shard(part, mesh=mesh, mp_policy=fp32, reshard_after_forward=True)
     for block in blocks:
         fully_shard(
             block, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=ignored

@@ -28,6 +28,7 @@ from model.wan.adapter_names import (
     other_kind,
     read_key,
 )
+from model.wan.heads import BIAS, WEIGHT
 from utils.weights import Weights, WeightsError
 
 EXPERTS = ("high", "low")  # layers of two-expert models begin with one of these and a dot
@@ -64,9 +65,16 @@ class AdapterFile:
     diffs: Mapping[str, Tensor] = field(default_factory=dict)  # by weight: added to it whole, fp32
     metadata: Mapping[str, str] = field(default_factory=dict)  # of the file's header
     path: Path = Path()
+    # Of a student with a head for each part of its path: all of them, which it was trained with.
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
 
     def scaled(self, strength: float) -> AdapterFile:
-        """The same with everything times `strength`."""
+        """The same with everything times `strength`. Raises WeightsError if that means nothing."""
+        if self.heads:
+            raise WeightsError(
+                f"{self.path}: strength {strength:g}: was trained with heads for the parts of a "
+                f"path, which are as they are; leave the strength out"
+            )
         factors = {name: LowRank(a, b * strength) for name, (a, b) in self.factors.items()}
         diffs = {name: value * strength for name, value in self.diffs.items()}
         return AdapterFile(factors, diffs, self.metadata, self.path)
@@ -206,14 +214,26 @@ def _joined(path: Path, sides: Mapping[str, AdapterFile]) -> AdapterFile:
 
 def _trained(weights: Weights) -> AdapterFile | None:
     """The adapter in a training checkpoint; None if `weights` are no such."""
-    found = {name: _TRAINED.fullmatch(name) for name in weights.shapes()}
+    held = weights.shapes()
+    found = {name: _TRAINED.fullmatch(name) for name in held if name not in (WEIGHT, BIAS)}
     if not found or not all(found.values()):
         return None
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, match in found.items():
         assert match is not None, "looked at above"
         pairs.setdefault(match[1], {})[match[3]] = _value(weights, name)
-    return AdapterFile({name: LowRank(**pair) for name, pair in pairs.items()}, path=weights.path)
+    heads = {name: _value(weights, name) for name in (WEIGHT, BIAS) if name in held}
+    factors = {name: LowRank(**pair) for name, pair in pairs.items()}
+    return AdapterFile(factors, path=weights.path, heads=heads)
+
+
+def refuse_heads(adapter: AdapterFile, *, why: str) -> None:
+    """Raise WeightsError if `adapter` was trained with heads for the parts of a path."""
+    if adapter.heads:
+        raise WeightsError(
+            f"{adapter.path}: was trained with {len(adapter.heads[WEIGHT])} heads for the parts of "
+            f"a path (method pdd), {why}"
+        )
 
 
 def _translated(weights: Weights, metadata: Mapping[str, str]) -> AdapterFile:

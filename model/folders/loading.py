@@ -20,6 +20,7 @@ from model.discriminator import (
 )
 from model.folders.foreign import refuse_adapter, refuse_quantised
 from model.types import FeatureSpec
+from model.wan.heads import declare_heads
 from utils import checkpoint
 from utils.parallel import AS_IT_IS, ParallelConfig, parallelize
 from utils.seeding import generator
@@ -50,6 +51,11 @@ class Placement:
     whole: bool = False  # each rank holds all of it but for its adapters, which are laid over them
     # Of several networks of a model, those that are used as they are: stored as they compute.
     kept: Sequence[str] = ()
+
+    # How many heads it ends with for the parts of a path (model.wan.heads), and whether beside its
+    # own one. 0 = it ends as ever. Where weights are read, these tell.
+    heads: int = 0
+    plain: bool = False
 
     def side(self, name: str) -> Placement:
         """That of one of the networks that a model has under this name."""
@@ -112,6 +118,8 @@ def empty(build: Callable[[], M], place: Placement) -> M:
     with torch.device("meta"):
         model = build().to(place.storage)
     declare(model, place.adapters)
+    if place.heads:
+        declare_heads(model, place.heads, plain=place.plain)
     parallelize(
         model,
         blocks_of(model),

@@ -21,6 +21,7 @@ from model.wan.attention import Attend, Mask, attend, attend_past
 from model.wan.cache import KeyValue, TextKeys
 from model.wan.config import WanConfig
 from model.wan.exchange import Alone, Exchange
+from model.wan.heads import Spans
 from model.wan.rope import rotate
 
 
@@ -225,9 +226,16 @@ class Head(nn.Module):
         self.head = nn.Linear(config.dim, config.out_dim * math.prod(config.patch_size))
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
 
-    def forward(self, x: Tensor, time: Tensor, adapters: Sequence[str] = ()) -> Tensor:
-        """x: [B, N, D]; time: [B, T, D] fp32. Returns [B, N, patch * out_dim]."""
+    def forward(
+        self, x: Tensor, time: Tensor, adapters: Sequence[str] = (), spans: Spans | None = None
+    ) -> Tensor:
+        """x: [B, N, D]; time: [B, T, D] fp32. Returns [B, N, patch * out_dim], of each span."""
         shift, scale = (self.modulation.float() + time[:, :, None]).unbind(2)
+        if spans is not None:  # in fp32: heads of neighbouring steps differ by little
+            said: Tensor = self.get_submodule("bank")(
+                modulate(self.norm, x.float(), shift, scale), spans
+            )
+            return said
         return linear(self.head, modulate(self.norm, x, shift, scale), adapters)
 
 

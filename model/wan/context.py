@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from model.wan.cache import KeyValue, KVCache
+from model.wan.heads import Spans
 from model.wan.masks import FrameMask
 
 Side = Literal["high", "low"]  # of two experts that divide the noise levels
@@ -40,6 +41,9 @@ class Context:
     side: Side | None = None
     taps: Taps | None = None
     adapters: tuple[str, ...] = ()  # names of the additions to linear layers that are on
+    # Of a network with a head for each step of a grid, those that are asked; None = its plain one.
+    spans: Spans | None = None
+    skips: tuple[int, ...] = ()  # blocks that are left out; never beside a cache
     # Filled with each layer's keys and values, which are rotated where a cache keeps them so.
     keys: list[KeyValue] | None = None
 

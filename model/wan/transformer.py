@@ -22,6 +22,7 @@ from model.wan.cache import KeyValue, Past, TextKeys, TimeStates
 from model.wan.config import WanConfig
 from model.wan.context import FULL_ATTENTION, Context
 from model.wan.exchange import Alone, Exchange
+from model.wan.heads import PLAIN_WEIGHT, WEIGHT, bank_of, has_plain
 from model.wan.images import ImageEmbedding, check_images
 from model.wan.memo import Memo
 from model.wan.rope import coordinate_channels, rotary_table
@@ -74,6 +75,7 @@ class WanTransformer(nn.Module):
         [B, out_dim, F, H, W] in the dtype of the weights.
         """
         rows, columns = self.patches(x)
+        self.check_asked(context)
         index = frame_index(context, x.shape[2])
         past = look_back(context, index)
         on = context.adapters
@@ -89,6 +91,8 @@ class WanTransformer(nn.Module):
         keys: list[KeyValue] = []
         read: list[TextKeys] = []
         for layer, block in enumerate(self.blocks):
+            if layer in context.skips:
+                continue
             output = block(tokens, modulation, texts[layer], table, pasts[layer], call)
             tokens = output.tokens
             if output.keys is not None:
@@ -98,7 +102,12 @@ class WanTransformer(nn.Module):
             if context.taps is not None and layer in context.taps.layers:
                 context.taps.tokens.append(self.exchange.join(tokens, frames))
         report(context, index, past, keys, read)
-        return self.unpatch(self.exchange.join(self.head(tokens, time, on), frames), rows, columns)
+        patches = self.exchange.join(self.head(tokens, time, on, context.spans), frames)
+        if context.spans is None:
+            return self.unpatch(patches, rows, columns)
+        said = patches.chunk(context.spans.positions.shape[1], dim=-1)
+        context.spans.said.extend(self.unpatch(other, rows, columns) for other in said[1:])
+        return self.unpatch(said[0], rows, columns)
 
     def patches(self, x: Tensor) -> tuple[int, int]:
         """Rows and columns of patches in latents [B, C, F, H, W]."""
@@ -109,6 +118,16 @@ class WanTransformer(nn.Module):
                 f"latents of {height} x {width} do not divide into {patch_h} x {patch_w} patches"
             )
         return height // patch_h, width // patch_w
+
+    def check_asked(self, context: Context) -> None:
+        """Raise ValueError for heads that are not here, or blocks that a cache would miss."""
+        bank, plain = bank_of(self), has_plain(self)
+        if context.spans is not None and bank is None:
+            raise ValueError("spans of the path need a head for each, and this network has one")
+        if context.spans is None and not plain:
+            raise ValueError("this network has a head for each part of its path: ask for spans")
+        if context.skips and context.cache is not None:
+            raise ValueError("blocks cannot be left out where a cache has keys of all of them")
 
     def unpatch(self, patches: Tensor, rows: int, columns: int) -> Tensor:
         """Patches [B, N, patch * out_dim] to [B, out_dim, F, H, W]."""
@@ -246,7 +265,7 @@ def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> T
     """The starting value of the parameter `name`, fp32: Xavier linears, zero biases and head."""
     if name.endswith("modulation"):
         return torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
-    if name.endswith("bias") or name in ("head.head.weight", "img_emb.emb_pos"):
+    if name.endswith("bias") or name in (PLAIN_WEIGHT, WEIGHT, "img_emb.emb_pos"):
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)

@@ -21,7 +21,9 @@ from model.dmd import DMDConfig
 from model.families.wan21.release import features_of
 from model.gan import GANConfig
 from model.matching import DistributionMatching
+from model.pdd import PDDConfig
 from model.types import Batch, Conditioning, Rollout
+from model.wan.heads import BIAS, WEIGHT, declare_heads
 from model.wan.transformer import WanTransformer
 from model.wan_wrapper import WanDiffusionWrapper
 from pipeline.blocks import CausalConfig
@@ -45,6 +47,10 @@ VARIANTS: dict[str, dict[str, MethodConfig]] = {
         "forward_kl": DMDConfig(divergence="forward_kl"),
     },
     "causvid": {"gan": CausVidConfig(gan_weight=0.5, teacher_forcing=True)},
+    "pdd": {
+        "midpoint": PDDConfig(grid=12, solver="midpoint", calls=[3], uncond_skips=[1]),
+        "one": PDDConfig(grid=8, learn="one"),
+    },
     "gan": {
         "relativistic": GANConfig(adversarial=RIVALS),
         "teacher": GANConfig(backbone="teacher"),
@@ -102,11 +108,18 @@ def build(case: Case, tiny_wan: WanFactory) -> Any:
     networks: dict[str, torch.nn.Module] = {
         role: WanDiffusionWrapper(tiny_wan(seed=i)) for i, role in enumerate(case.needs.networks)
     }
+    if case.needs.heads:
+        give_heads(networks["generator"].get_submodule("model"), case.needs.heads)
     if case.needs.backbone is not None:
         heads = DiscriminatorHeads(features_of(MINIATURE), DiscriminatorConfig())
         fill_weights(heads, lambda name, shape: random_value(name, shape, seed=9))
         networks["discriminator"] = Discriminator(heads)
     return case.cls(case.config, Parts(networks, rollout(case), SIGMAS, case.layout))
+
+
+def give_heads(model: torch.nn.Module, heads: int) -> None:
+    declare_heads(model, heads, plain=False)
+    fill_weights(model, lambda name, shape: random_value(name, shape, seed=3), [WEIGHT, BIAS])
 
 
 def rollout(case: Case) -> Rollout | None:

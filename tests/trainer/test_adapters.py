@@ -14,6 +14,7 @@ from torch import Tensor
 from model.adapters import OnAdapters, pairs
 from model.folders.adapter_files import LowRank, read_adapter
 from model.folders.adapter_writing import write_adapter
+from model.wan.heads import BIAS, WEIGHT
 from tests.ranks import run_on_ranks
 from tests.runs import (
     CONFIGS,
@@ -131,6 +132,7 @@ def test_gradients_of_adapters_are_those_of_whole_weights_projected(
             gradient = whole[f"{layer}.weight"]
             projected[f"{layer}.adapters.{role}.a"] = b.T @ gradient
             projected[f"{layer}.adapters.{role}.b"] = gradient @ a.T
+        projected |= {name: whole[name] for name in (WEIGHT, BIAS) if name in whole}
         assert ours.keys() == projected.keys()
         difference = sum((ours[n] - projected[n]).square().sum() for n in ours) ** 0.5
         size = sum(value.square().sum() for value in projected.values()) ** 0.5

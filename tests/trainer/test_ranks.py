@@ -28,7 +28,7 @@ TOLERANCE = 1e-5  # relative; measured: below 5e-7
 CASES = (
     "dmd-adamw", "dmd-muon", "diffusion-adamw", "diffusion-muon", "sid-adamw", "gan-adamw",
     "dmd_gan-adamw", "self_forcing_dmd-adamw", "self_forcing_sid-adamw", "causvid-adamw",
-    "ode-adamw",
+    "ode-adamw", "pdd-adamw",
 )  # fmt: skip
 # Rollouts of several lengths, whose blocks exit apart: all that ranks must agree on.
 ROLLOUTS = ("causal.rollout_frames=9", "causal.same_step_across_blocks=false")

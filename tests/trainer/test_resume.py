@@ -86,6 +86,8 @@ BROKEN = {
     "gan_teacher": (2, "gan_teacher", ()),
     "ode": (1, "ode", ()),
     "consistency": (1, "consistency", ()),
+    "pdd": (1, "pdd", ()),
+    "pdd-adapter": (1, "pdd", ("generator.adapter.rank=2",)),
     "teacher-forcing": (1, "causal_diffusion", ()),
     "diffusion-forcing": (
         1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from model.folders.component import Renamed
 from model.folders.loading import Placement
 from model.types import Side
 from model.wan.config import GIVEN_CHANNELS, TI2V_CHANNELS, WanConfig
+from model.wan.heads import PLAIN_WEIGHT, count_heads, declare_heads
 from model.wan.transformer import WanTransformer, initial_value
 from model.wan.weights import to_official
 from model.wan_wrapper import WanDiffusionWrapper
@@ -114,12 +116,21 @@ def check_weights(config: WanConfig, weights: Weights, *, what: str) -> None:
     """
     with torch.device("meta"):
         model = WanTransformer(config)
+    heads, plain = heads_in(weights)
+    if heads:
+        declare_heads(model, heads, plain=plain)
     try:
         check_fits(model, weights, what=what)
     except WeightsError as error:
         expected = _architecture({name: tuple(v.shape) for name, v in model.state_dict().items()})
         found = _architecture(weights.shapes())
         raise WeightsError(f"{error} They look like {found}; expected {expected}") from error
+
+
+def heads_in(weights: Weights) -> tuple[int, bool]:
+    """How many heads for parts of a path `weights` have, and whether a plain one too."""
+    shapes = weights.shapes()
+    return count_heads(shapes), PLAIN_WEIGHT in shapes
 
 
 def _architecture(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -149,6 +160,8 @@ def load_network(
 ) -> WanDiffusionWrapper:
     """A transformer with `weights`; each rank reads only what it keeps. `what` is for errors."""
     check_weights(config, weights, what=what)
+    heads, plain = heads_in(weights)
+    place = replace(place, heads=heads, plain=plain)
     model = loading.empty(lambda: WanTransformer(config), place)
     load_weights(model, weights, what=what, without=parameter_names(model))
     return WanDiffusionWrapper(model)
