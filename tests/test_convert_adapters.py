@@ -359,7 +359,7 @@ def test_the_commands_of_the_page_run_as_written(
         (tmp_path / name).symlink_to(target)
     monkeypatch.chdir(tmp_path)
     scripts = {"convert_checkpoint.py": convert_checkpoint.main, "inference.py": inference.main}
-    lines = documented("docs/lora.md")
+    lines = [line for line in documented("docs/lora.md") if line[1] in scripts]  # no trainings
     lines.sort(key=lambda line: line[1] == "inference.py")  # it shows clips before files
     assert len(lines) == 7
     for python, script, *rest in lines:

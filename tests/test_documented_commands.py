@@ -78,6 +78,7 @@ def run(words: list[str], folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # dozens of commands, each of which imports torch
 def test_the_commands_of_the_readme_run_one_after_the_other(clone: Path) -> None:
     every = [words for page in PAGES for words in documented(page)]
     commands = [words for words in every if script_of(words) in MINIATURE]

@@ -145,7 +145,7 @@ def slow_pairs(base: Path, root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def compiled_pairs(base: Path, root: Path) -> None:
-    jobs = [job_of(base, root, "1x2", case, PAIRS) for case in COMPILED]
+    jobs = [job_of(base, root, "1x2-compiled", case, PAIRS) for case in COMPILED]
     run_on_ranks(2, train_compiled, jobs, timeout_s=800.0)
 
 
@@ -193,7 +193,7 @@ def test_compiled_blocks_of_two_ranks_to_a_sample_report_the_numbers_of_one_rank
     case: Case, base: Path, root: Path
 ) -> None:
     alone = Case(case.name, case.overrides[1:])
-    check(base, root, "1x2", case, alone)
+    check(base, root, "1x2-compiled", case, alone)
 
 
 @pytest.mark.slow

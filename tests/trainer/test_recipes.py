@@ -59,6 +59,7 @@ def test_headers_say_what_the_plan_says(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the largest takes minutes on an idle core
 @pytest.mark.parametrize(
     ("name", "words", "most_gb"),
     [
