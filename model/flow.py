@@ -6,7 +6,7 @@ Letters as in model/types.py; sigma is [B, 1] or [B, F], latents are [B, C, F, H
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import overload
 
 import torch
@@ -72,3 +72,12 @@ def on_device(values: Sequence[float], device: torch.device) -> Tensor:
 def constant_sigma(value: float, like: Tensor) -> Tensor:
     """One noise level for a whole batch: [B, 1], fp32, on the device of `like`."""
     return torch.full((like.shape[0], 1), value, device=like.device)
+
+
+def step_problems(key: str, steps: Sequence[int]) -> Iterator[str]:
+    """What is impossible about a setting that lists few steps, from noise down; a line each."""
+    falling = sorted(set(steps), reverse=True)
+    if not steps or any(not 0 < step <= 1000 for step in steps) or steps != falling:
+        yield f"{key}: must fall strictly within (0, 1000], got {steps}"
+    elif steps[0] != 1000:
+        yield f"{key}: must begin at 1000, pure noise, got {steps}"

@@ -15,7 +15,7 @@ from model.diffusion import DiffusionConfig
 from model.discriminator import DiscriminatorConfig
 from model.dmd import DMDConfig
 from model.experts import boundary_problems
-from model.flow import step_sigmas
+from model.flow import step_problems, step_sigmas
 from model.options.ida import IDAConfig
 from model.wan.kernels import AUTO, KERNELS
 from pipeline.blocks import ROLLOUT_KEYS, CausalConfig
@@ -27,6 +27,7 @@ from trainer.networks import (
     NetworkConfig,
     TrainedNetworkConfig,
     expert_problems,
+    head_problems,
     optimizer_problems,
 )
 from trainer.registry import TRAINERS, find_method
@@ -245,7 +246,7 @@ def problems(config: Config) -> Iterator[str]:
             f"accumulation: {config.accumulation} micro-batches must divide "
             f"batch_size={config.batch_size}"
         )
-    yield from _step_problems("denoising_step_list", config.denoising_step_list)
+    yield from step_problems("denoising_step_list", config.denoising_step_list)
     yield from _first_block_problems(config)
     if len(config.latent_shape) != 4 or min(config.latent_shape) < 1:
         yield f"latent_shape: must be [C, F, H, W], all positive, got {config.latent_shape}"
@@ -283,20 +284,12 @@ def problems(config: Config) -> Iterator[str]:
         yield "generator.model: must name a model folder (or teacher.model must)"
 
 
-def _step_problems(key: str, steps: Sequence[int]) -> Iterator[str]:
-    """Lists of steps that do not lead from noise down."""
-    if not steps or any(not 0 < step <= 1000 for step in steps) or steps != _descending(steps):
-        yield f"{key}: must fall strictly within (0, 1000], got {steps}"
-    elif steps[0] != 1000:
-        yield f"{key}: must begin at 1000, pure noise, got {steps}"
-
-
 def _first_block_problems(config: Config) -> Iterator[str]:
     """Steps of a first block where there is none that is made in few steps."""
     key, steps = "first_block_step_list", config.first_block_step_list
     if steps is None:
         return
-    yield from _step_problems(key, steps)
+    yield from step_problems(key, steps)
     if config.generator_type != "causal":
         yield (
             f"{key}: {steps} has no effect without generator_type: causal, whose videos are made "
@@ -359,7 +352,8 @@ def _role_problems(config: Config) -> Iterator[str]:
     idle = [name for name in ("storage", "sharded") if getattr(config.teacher, name) is not None]
     if idle and not shares and "teacher" not in method_needs(config).networks:
         yield f"teacher.{idle[0]}: has no effect on method '{method_name(config)}', without teacher"
-    yield from _head_problems(config)
+    if method_needs(config).heads:
+        yield from head_problems(method_name(config), config.generator)
     for name, settings in config.optimizers.items():
         yield from optimizer_problems(name, settings)
     for name, trained in config.trainable.items():
@@ -368,27 +362,6 @@ def _role_problems(config: Config) -> Iterator[str]:
     hidden = config.discriminator.ffn_dim
     if hidden is not None and hidden < 1:
         yield f"discriminator.ffn_dim: must be at least 1, or null, got {hidden}"
-
-
-def _head_problems(config: Config) -> Iterator[str]:
-    """Generators that a head for each part of a path cannot be copied to, or would lie idle in."""
-    if not method_needs(config).heads:
-        return
-    method = method_name(config)
-    if config.generator.random_init:
-        yield (
-            f"generator.random_init: the heads of {method} begin as copies of one that has learnt "
-            f"something; begin with the teacher's weights"
-        )
-    if config.generator.adapter.targets != "blocks":
-        yield (
-            f"generator.adapter.targets: {config.generator.adapter.targets} adds to the last layer "
-            f"too, in whose place {method} has heads of its own; set it to blocks"
-        )
-
-
-def _descending(steps: Sequence[int]) -> list[int]:
-    return sorted(set(steps), reverse=True)
 
 
 def causal_config(config: Config) -> CausalConfig | None:

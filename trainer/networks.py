@@ -102,3 +102,17 @@ def optimizer_problems(name: str, config: OptimizerConfig) -> Iterator[str]:
     for key, share in (("decay_from", config.decay_from), ("decay_to", config.decay_to)):
         if not 0.0 <= share <= 1.0:
             yield f"{name}.{key}: must lie in [0, 1], got {share}"
+
+
+def head_problems(method: str, generator: TrainedNetworkConfig) -> Iterator[str]:
+    """Why a head for each part of a path cannot be copied to a generator, or would lie idle."""
+    if generator.random_init:
+        yield (
+            f"generator.random_init: the heads of {method} begin as copies of one that has learnt "
+            f"something; begin with the teacher's weights"
+        )
+    if generator.adapter.targets != "blocks":
+        yield (
+            f"generator.adapter.targets: {generator.adapter.targets} adds to the last layer too, "
+            f"in whose place {method} has heads of its own; set it to blocks"
+        )

@@ -67,6 +67,8 @@ def build(case: Case, tiny_wan: WanFactory) -> Any:
         role: Probed(WanDiffusionWrapper(tiny_wan(seed=i)))
         for i, role in enumerate(case.needs.networks)
     }
+    if case.needs.heads:
+        contract.give_heads(networks["generator"].get_submodule("net.model"), case.needs.heads)
     if case.needs.backbone is not None:
         heads = DiscriminatorHeads(features_of(MINIATURE), DiscriminatorConfig())
         fill_weights(heads, lambda name, shape: random_value(name, shape, seed=9))

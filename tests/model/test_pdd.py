@@ -22,7 +22,7 @@ from model.wan.heads import BIAS, WEIGHT, HeadBank, Spans, declare_heads, levels
 from model.wan.transformer import WanTransformer
 from model.wan_wrapper import WanDiffusionWrapper
 from pipeline.build import SAMPLERS, Sampling
-from pipeline.phased import euler_steps
+from pipeline.few_step import euler_steps
 from pipeline.teacher import SamplingConfig, integrate
 from tests.conftest import random_value
 from tests.gaussian import Normals, Watched, fast_streams, streams_of_step
