@@ -70,6 +70,7 @@ def test_a_clip_is_timed_beside_the_same_mathematics(
     assert len(table) == 3
 
 
+@pytest.mark.slow
 def test_what_the_plain_version_does_not_compute_is_timed_alone_and_said(
     configs: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,7 +92,7 @@ def moved(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
     return {".".join(key.split(".")[1:3]) for key in changed}
 
 
-FAST = ("dmd", "diffusion")
+FAST = ("dmd",)
 
 
 @pytest.mark.parametrize(

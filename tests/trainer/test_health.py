@@ -300,6 +300,7 @@ def test_an_alarm_takes_a_run_back_to_before_its_signs(
     assert saved == [f"step_{step:06d}" for step in (3, 4, 5, 6)]
 
 
+@pytest.mark.slow
 def test_a_killed_run_does_not_go_on_from_what_an_alarm_has_spoilt(
     configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,8 +330,18 @@ def killed_after_going_back(optimise: Callable[..., None]) -> Callable[..., None
 @pytest.mark.parametrize(
     ("probes", "words", "message"),
     [
-        (range(3, 99), ("faults.max_roll_backs=2",), "has gone back to .*step_000002 2 times"),
-        ((3, 4), ("keep_checkpoints=1",), "no checkpoint is kept of step 2 or before"),
+        pytest.param(
+            range(3, 99),
+            ("faults.max_roll_backs=2",),
+            "has gone back to .*step_000002 2 times",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            (3, 4),
+            ("keep_checkpoints=1",),
+            "no checkpoint is kept of step 2 or before",
+            marks=pytest.mark.slow,
+        ),
         ((1, 2), (), "no checkpoint is kept of step 0 or before"),
     ],
 )

@@ -112,7 +112,10 @@ BROKEN = {
 
 
 # What a method's other cases show already: no rollout keeps anything from step to step.
-ONCE_MORE = ("replayed", "last-step-remembered", "gan-again", "straight-through", "exits-apart")
+ONCE_MORE = (
+    "replayed", "last-step-remembered", "gan-again", "straight-through", "exits-apart",
+    "dmd_fdistill", "sid",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
