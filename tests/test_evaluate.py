@@ -44,6 +44,7 @@ class Interruption:
         return self.quality(*arguments)
 
 
+@pytest.mark.slow
 def test_rows_survive_any_number_of_interruptions_and_are_measured_once(
     line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,7 +103,6 @@ CASES = [
 FAST = {
     ("2", "self_forcing_dmd", "gathered"),
     ("2", "gan", "reused, offloaded"),
-    ("2", "dmd", "adapters, whole base"),
 }
 
 

@@ -114,7 +114,7 @@ BROKEN = {
 # What a method's other cases show already: no rollout keeps anything from step to step.
 ONCE_MORE = (
     "replayed", "last-step-remembered", "gan-again", "straight-through", "exits-apart",
-    "dmd_fdistill", "sid",
+    "dmd_fdistill", "sid", "gan", "longer-rollouts",
 )  # fmt: skip
 
 
